@@ -1,0 +1,14 @@
+"""Optional dependencies: one clear ImportError that says what to install."""
+
+from importlib import import_module
+from typing import Any
+
+
+def require(module: str, extra: str) -> Any:
+    """Imports and returns `module`; where it is missing, the ImportError names the extra that brings it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise ImportError(f'{module} is not installed: pip install "llama-bidir[{extra}]"') from error

@@ -1,0 +1,282 @@
+# Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
+"""Llama with full attention, a pooled representation and a linear score head."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaModel
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_pooling
+
+logger = logging.getLogger(__name__)
+
+
+def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """
+    Reduces each sequence to one vector: the mean over its tokens (`"avg"`), its first (`"cls"`) or last (`"last"`)
+        token.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): any floating dtype.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): nonzero where there is a token.
+        pooling (`str`): `"avg"`, `"cls"` or `"last"`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size, hidden_size)`, computed in float32; NaN for a row without tokens.
+    """
+    selected = attention_mask.bool()
+    if check_pooling(pooling) == "cls":
+        selected = selected & (selected.cumsum(dim=1) == 1)
+    elif pooling == "last":
+        selected = selected & (selected.flip(1).cumsum(dim=1).flip(1) == 1)
+    selected = selected.unsqueeze(-1)
+    return hidden_states.float().masked_fill(~selected, 0.0).sum(dim=1) / selected.sum(dim=1)
+
+
+def unpack(
+    hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, max_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Splits one stream of tokens into right-padded sequences.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(total_tokens, hidden_size)`): sequences laid end to end.
+        cu_seq_lens (`torch.Tensor` of shape `(num_sequences + 1,)`): where each starts, from 0 to `total_tokens`.
+        max_length (`int`, *optional*): tokens of the longest; read from `cu_seq_lens` (a device sync) when not given.
+
+    Returns:
+        hidden states of shape `(num_sequences, max_length, hidden_size)` and their bool mask of shape
+        `(num_sequences, max_length)`.
+    """
+    starts, lengths = cu_seq_lens[:-1, None], cu_seq_lens.diff()[:, None]
+    position_ids = torch.arange(int(lengths.max()) if max_length is None else max_length, device=cu_seq_lens.device)
+    mask = position_ids < lengths
+    return hidden_states[torch.where(mask, starts + position_ids, 0)], mask
+
+
+def sequence_classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None
+) -> torch.Tensor:
+    """
+    The loss that transformers' `problem_type` names. `None` means regression for one label; for several it means one
+    class a row when labels are integers, and a target a label when they are floats.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`).
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`): class ids or targets.
+        problem_type (`str`, *optional*): `"regression"` (mean squared error), `"single_label_classification"` (cross
+            entropy) or `"multi_label_classification"` (binary cross entropy).
+    """
+    labels = labels.to(logits.device)
+    num_labels = logits.shape[-1]
+    if problem_type is None and num_labels == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if problem_type == "single_label_classification":
+        return nn.functional.cross_entropy(logits, labels.view(-1))
+    labels = labels.view_as(logits).to(logits.dtype)
+    if problem_type == "multi_label_classification":
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    return nn.functional.mse_loss(logits, labels)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever the dtype of its weight, its input or autocast."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type=input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight.float())
+
+
+class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
+    config: LlamaBidirectionalConfig
+    config_class = LlamaBidirectionalConfig
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: LlamaBidirectionalConfig):
+        if not hasattr(config, "pooling"):
+            raise TypeError(
+                f"{type(self).__name__} needs a LlamaBidirectionalConfig, got {type(config).__name__}: build one with "
+                "LlamaBidirectionalConfig.from_pretrained(checkpoint)"
+            )
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str | None = None, **kwargs: Any
+    ) -> Any:
+        if pretrained_model_name_or_path is not None:
+            check_checkpoint_path(pretrained_model_name_or_path)
+        if gguf_file is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        # transformers finds the names of GGUF tensors by `config.model_type`, and GGUF knows "llama" only.
+        source = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        llama = LlamaModel.from_pretrained(
+            pretrained_model_name_or_path, gguf_file=gguf_file, dtype=kwargs.get("dtype", "auto"), **source
+        )
+        if not isinstance(config := kwargs.pop("config", None), LlamaBidirectionalConfig):
+            config, kwargs = LlamaBidirectionalConfig.from_pretrained(
+                pretrained_model_name_or_path, gguf_file=gguf_file, return_unused_kwargs=True, **source, **kwargs
+            )
+            kwargs.pop("gguf_file", None)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=llama.state_dict(), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
+    """Llama without the causal mask: each token attends to every token of its sequence (`config.is_causal=False`)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
+
+    def __init__(self, config: LlamaBidirectionalConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = config.is_causal  # type: ignore[union-attr]
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Exactly one of `input_ids` and `inputs_embeds` is given.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Nonzero where there is a token, on whichever side the padding is; `None` means no padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Counted from the first token of each sequence when not given.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*).
+            cu_seq_lens_q, cu_seq_lens_k (`torch.IntTensor` of shape `(num_sequences + 1,)`, *optional*):
+                Packed input: the one row of `input_ids` is several sequences laid end to end, which start here.
+            max_length_q, max_length_k (`int`, *optional*):
+                Tokens of the longest packed sequence.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None:
+            if attention_mask is not None or inputs_embeds.shape[0] != 1:
+                raise ValueError(
+                    "packed input (cu_seq_lens_q) is one row of tokens without an attention_mask, got "
+                    f"{inputs_embeds.shape[0]} rows and "
+                    f"attention_mask={'given' if attention_mask is not None else None}"
+                )
+            offsets = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            sequence_ids = torch.bucketize(offsets, cu_seq_lens[1:], right=True)
+            if position_ids is None:
+                position_ids = offsets - cu_seq_lens[sequence_ids]
+            if not self.config.is_causal:
+                attention_mask = create_bidirectional_mask(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=None,
+                    and_mask_function=packed_sequence_mask_function(sequence_ids),
+                )
+        elif attention_mask is not None and position_ids is None:
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        # A key-value cache serves generation only.
+        kwargs["use_cache"] = False
+        return super().forward(
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedModel):
+    """A bidirectional Llama with a linear head on its pooled hidden state: logits = score(pooled) / temperature."""
+
+    # The loss is a mean over the batch: the Trainer divides it by the number of accumulation steps.
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_load_missing = [r"^score\.weight$"]
+
+    def __init__(self, config: LlamaBidirectionalConfig):
+        super().__init__(config)
+        self.model = LlamaBidirectionalModel(config)
+        self.score = Float32Linear(config.hidden_size, config.num_labels, bias=False)  # type: ignore[arg-type]
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        r"""
+        Takes what [`LlamaBidirectionalModel.forward`] takes, and:
+
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+                Targets of the loss that `config.problem_type` names; for one label and no type, mean squared error.
+
+        Returns:
+            [`SequenceClassifierOutput`] with float32 `logits` of shape `(batch_size, num_labels)`, or
+            `(num_sequences, num_labels)` for packed input.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if (cu_seq_lens := kwargs.get("cu_seq_lens_q")) is not None:
+            hidden_states, attention_mask = unpack(
+                hidden_states[0], cu_seq_lens.to(hidden_states.device), kwargs.get("max_length_q")
+            )
+        elif attention_mask is None:
+            attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+
+        pooled = pool(hidden_states, attention_mask.to(hidden_states.device), self.config.pooling)
+        logits = self.score(pooled) / self.config.temperature
+        loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model._score_is_new:
+            logger.warning(
+                f"score.weight is new: {model.config.name_or_path or 'the checkpoint'} has no score head, so it was "
+                "drawn at random and needs training before its scores mean anything"
+            )
+        return loaded
+
+    _score_is_new = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers flags the parameters that it has loaded before it initializes the others.
+        if module is self.score and not getattr(module.weight, "_is_hf_initialized", False):
+            self._score_is_new = True
+        super()._init_weights(module)
+
+
+__all__ = [
+    "LlamaBidirectionalForSequenceClassification",
+    "LlamaBidirectionalModel",
+    "LlamaBidirectionalPreTrainedModel",
+]

@@ -1,0 +1,150 @@
+"""From a query and a passage to token ids: the one place that renders a pair and decides what is cut."""
+
+import logging
+import string
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .configuration_llama_bidir import check_prompt_template
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN_OF_LLAMA_3 = "<|finetune_right_pad_id|>"
+
+
+class EncodedPairs(NamedTuple):
+    """Token ids of rendered pairs, in input order, and how many pairs lost tokens to the length limit."""
+
+    input_ids: list[list[int]]
+    num_truncated: int
+
+
+class PromptEncoder:
+    """
+    Renders pairs with a template and tokenizes them to at most `max_length` tokens.
+
+    Only the passage gives way, from its end; the template and the query stay whole. A query that would leave the
+    passage less than a quarter of the tokens that the template leaves free is itself cut, from its end, to three
+    quarters of them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, whose offsets tell passage tokens from others.
+        prompt_template (`str`): text with one `{query}` and one `{passage}`.
+        max_length (`int`): most tokens of a rendered pair, special tokens included.
+
+    Raises:
+        TypeError: the tokenizer is not a fast one.
+        ValueError: the template is malformed, or takes all of `max_length` by itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_template: str, max_length: int):
+        if not tokenizer.is_fast:
+            raise TypeError(
+                f"{type(tokenizer).__name__} has no token offsets, which truncation needs: pass a fast tokenizer, such "
+                "as AutoTokenizer.from_pretrained(checkpoint) gives"
+            )
+        self.tokenizer = tokenizer
+        self.prompt_template = check_prompt_template(prompt_template)
+        self.max_length = max_length
+        template_length = len(self._tokenize([self.render("", "")])["input_ids"][0])
+        if template_length >= max_length:
+            raise ValueError(
+                f"max_length {max_length} leaves no room for a query and a passage: the template {prompt_template!r} "
+                f"takes {template_length} tokens by itself. Raise max_length (rerank_max_length) or shorten the "
+                "template"
+            )
+
+    def render(self, query: str, passage: str) -> str:
+        """Returns the text that is tokenized; braces in the query or the passage are left alone."""
+        return self.prompt_template.format(query=query, passage=passage)
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:
+        """
+        Args:
+            pairs: (query, passage) strings; either may be empty.
+
+        Returns:
+            `EncodedPairs` with one list of token ids a pair, none longer than `max_length`.
+        """
+        if not pairs:
+            return EncodedPairs([], 0)
+        input_ids: list[list[int]] = self._tokenize([self.render(*pair) for pair in pairs])["input_ids"]
+        too_long = [index for index, ids in enumerate(input_ids) if len(ids) > self.max_length]
+        for index in too_long:
+            input_ids[index] = self._truncate(*pairs[index])
+        return EncodedPairs(input_ids, len(too_long))
+
+    def _tokenize(self, texts: list[str], **kwargs: Any) -> Any:
+        return self.tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs)
+
+    def _truncate(self, query: str, passage: str) -> list[int]:
+        encoding = self._tokenize(
+            [self.render(query, passage)], return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+        ids: list[int] = encoding["input_ids"][0]
+        offsets = [
+            None if special else offset
+            for offset, special in zip(encoding["offset_mapping"][0], encoding["special_tokens_mask"][0], strict=True)
+        ]
+        spans = self._character_spans(query=query, passage=passage)
+        query_tokens, passage_tokens = (_tokens_within(offsets, *spans[field]) for field in ("query", "passage"))
+        room = self.max_length - (len(ids) - len(query_tokens) - len(passage_tokens))
+        query_room = len(query_tokens) if 4 * len(query_tokens) <= 3 * room else 3 * max(room, 0) // 4
+        passage_room = room - query_room
+        if passage_room < 0:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no room beside the template in {self.render(query, '')[:80]!r}: "
+                "raise max_length (rerank_max_length) or shorten the template"
+            )
+        dropped = {*query_tokens[query_room:], *passage_tokens[passage_room:]}
+        return [token_id for index, token_id in enumerate(ids) if index not in dropped]
+
+    def _character_spans(self, **values: str) -> dict[str, tuple[int, int]]:
+        """Where each value is in the rendered text: its start and end, in characters."""
+        spans, position = {}, 0
+        for literal, field, _, _ in string.Formatter().parse(self.prompt_template):
+            position += len(literal)
+            if field is not None:
+                spans[field] = (position, position + len(values[field]))
+                position += len(values[field])
+        return spans
+
+
+def _tokens_within(offsets: Sequence[tuple[int, int] | None], start: int, end: int) -> range:
+    """Indices of the tokens that lie between two characters; one that reaches over a border is not among them."""
+    inside = [index for index, span in enumerate(offsets) if span is not None and start <= span[0] and span[1] <= end]
+    return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """
+    Gives a tokenizer without a usable pad token one of its own tokens, so that the embeddings need no new row.
+
+    The choice is `<|finetune_right_pad_id|>` (Llama 3.1 and later), else the unk token, else the eos token. Padding is
+    masked in attention and pooling, so it never changes a score.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): changed in place.
+        vocab_size (`int`): rows of the model's embeddings; ids from `vocab_size` on have none.
+
+    Raises:
+        ValueError: the tokenizer has none of the three within `vocab_size`.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id < vocab_size:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for candidate in (PAD_TOKEN_OF_LLAMA_3, tokenizer.unk_token, tokenizer.eos_token):
+        if candidate is not None and vocabulary.get(candidate, vocab_size) < vocab_size:
+            if tokenizer.pad_token is not None:
+                logger.warning(
+                    f"pad token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, but the model has "
+                    f"{vocab_size} embeddings: padding with {candidate!r} instead"
+                )
+            tokenizer.pad_token = candidate
+            return
+    raise ValueError(
+        f"the tokenizer has no pad, unk or eos token among the model's {vocab_size} embeddings: set "
+        "tokenizer.pad_token to a token of its vocabulary before passing it"
+    )

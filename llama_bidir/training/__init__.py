@@ -1,0 +1,11 @@
+"""Training with the Hugging Face Trainer."""
+
+from ..extras import require
+
+require("accelerate", "train")
+
+from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments  # noqa: E402
+from .run import train  # noqa: E402
+from .trainer import CrossEncoderTrainer  # noqa: E402
+
+__all__ = ["CrossEncoderTrainer", "CrossEncoderTrainingArguments", "DataArguments", "ModelArguments", "train"]

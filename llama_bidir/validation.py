@@ -1,0 +1,66 @@
+"""Checks of what users pass in, done before any compute; each error names the position and what was expected."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+NOT_COLLECTIONS = (str, bytes, bytearray, Mapping)
+
+
+def describe(value: Any) -> str:
+    """Type and beginning of a value, for error messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def check_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
+    """
+    Reads pairs as users give them.
+
+    Args:
+        pairs: one (query, passage) pair of strings, or an iterable of them (list, tuple, generator, numpy array,
+            column).
+
+    Returns:
+        the pairs as a list, and whether it was a single one.
+
+    Raises:
+        TypeError: something is neither a pair nor a string where one is expected.
+        ValueError: a pair has not exactly two members.
+    """
+    if isinstance(pairs, NOT_COLLECTIONS) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs must be a (query, passage) pair or an iterable of such pairs, got {describe(pairs)}")
+    items = list(pairs)
+    if len(items) == 2 and all(isinstance(item, str) for item in items):
+        return [(items[0], items[1])], True
+    return [_check_pair(index, item) for index, item in enumerate(items)], False
+
+
+def _check_pair(index: int, pair: Any) -> tuple[str, str]:
+    if isinstance(pair, NOT_COLLECTIONS) or not isinstance(pair, Iterable):
+        raise TypeError(f"pair {index} must be two strings (query, passage), got {describe(pair)}")
+    members = list(pair)
+    if len(members) != 2:
+        raise ValueError(f"pair {index} must have two members (query, passage), got {len(members)}: {describe(pair)}")
+    for name, member in zip(("query", "passage"), members, strict=True):
+        check_text(f"the {name} of pair {index}", member)
+    return members[0], members[1]
+
+
+def check_text(name: str, text: Any) -> str:
+    """Returns `text`; raises TypeError, naming it, unless it is a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a string, got {describe(text)}")
+    return text
+
+
+def check_texts(name: str, texts: Any) -> list[str]:
+    """Returns `texts` as a list; raises TypeError unless it is an iterable of strings that is not a string itself."""
+    if isinstance(texts, NOT_COLLECTIONS) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} must be an iterable of strings, got {describe(texts)}")
+    return [check_text(f"{name}[{index}]", text) for index, text in enumerate(texts)]
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is None or an int above 0."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be None or an int above 0, got {value!r}")

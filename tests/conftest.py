@@ -1,0 +1,88 @@
+"""Fixtures that every test may use: tiny seeded checkpoints, a tokenizer, and no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llama_bidir import LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+
+SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = SHARED / "golden"
+TEXTS = [
+    "question: where do bees find their way? passage: Honey bees navigate by the position of the sun.",
+    "The hive was painted white, and the garden was full of clover; nobody counted the flowers.",
+    "What is the capital of France? Paris is the capital and largest city of France, on the river Seine.",
+]
+
+
+def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(special_tokens.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+
+
+def tiny_config(**kwargs: object) -> dict[str, object]:
+    """Fields of a Llama small enough for every test: 2 layers, grouped-query attention, about 30 thousand weights."""
+    return {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        **kwargs,
+    }
+
+
+def make_model(seed: int = 0, **kwargs: object) -> LlamaBidirectionalForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaBidirectionalForSequenceClassification(LlamaBidirectionalConfig(**tiny_config(**kwargs))).eval()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+
+
+@pytest.fixture
+def model() -> LlamaBidirectionalForSequenceClassification:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def base_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain `llama` checkpoint with a tokenizer that has no pad token, as Llama checkpoints are published."""
+    path = tmp_path_factory.mktemp("base")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**tiny_config())).save_pretrained(path)
+    make_tokenizer(eos_token="<|end|>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reranker_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved `llama_bidirec` checkpoint with its tokenizer."""
+    path = tmp_path_factory.mktemp("reranker")
+    make_model(seed=2, pooling="last", temperature=0.5).save_pretrained(path)
+    make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>").save_pretrained(path)
+    return path

