@@ -1,9 +1,11 @@
 """CrossEncoder: scores and ranks passages with a bidirectional Llama reranker."""
 
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -11,8 +13,10 @@ import torch
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig
+from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
+from .extras import require
 from .model_card import write_model_card
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .prompts import PromptEncoder, ensure_pad_token
@@ -33,7 +37,8 @@ class CrossEncoder:
 
     Args:
         model_name_or_path_or_model: a folder, the id of a Hub repository, or a loaded
-            [`LlamaBidirectionalForSequenceClassification`]. A plain Llama checkpoint gets a new, untrained head.
+            [`LlamaBidirectionalForSequenceClassification`]. A plain Llama checkpoint gets a new, untrained head; an
+            adapter (LoRA) is put on the base model that it names.
         tokenizer: the model's fast tokenizer; loaded from the same place when not given. A tokenizer without a pad
             token is given one (see [`~prompts.ensure_pad_token`]).
         device: such as `"cuda:1"` or `"cpu"`; the first accelerator when there is one, else the CPU.
@@ -87,9 +92,7 @@ class CrossEncoder:
                 dtype = torch.float32 if device is not None and device.type == "cpu" else "auto"
             if num_labels is not None:
                 model_kwargs["num_labels"] = num_labels
-            self.model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-                name_or_path, **{"dtype": dtype, **model_kwargs}
-            )
+            self.model = _load_model(name_or_path, hub_kwargs, {"dtype": dtype, **model_kwargs})
             if tokenizer is None:
                 # A GGUF file holds its tokenizer.
                 source = {name: model_kwargs[name] for name in ("gguf_file", "subfolder") if name in model_kwargs}
@@ -306,6 +309,7 @@ class CrossEncoder:
             kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
         """
         self.model.save_pretrained(directory, **kwargs)
+        self.config.save_pretrained(directory)  # an adapter does not save it
         self.tokenizer.save_pretrained(directory)
         if not os.path.exists(os.path.join(directory, "README.md")):
             write_model_card(directory, self.config, model_id or os.fspath(directory))
@@ -368,6 +372,21 @@ class CrossEncoder:
     def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:
         batch = self.tokenizer.pad({"input_ids": input_ids}, return_tensors="pt").to(self.device)
         return self.model(**batch).logits
+
+
+def _load_model(name_or_path: str, hub_kwargs: dict[str, Any], model_kwargs: dict[str, Any]) -> Any:
+    """Loads a checkpoint, or an adapter on its base model with the configuration that was saved beside the adapter."""
+    check_checkpoint_path(name_or_path)
+    adapter_file = find_adapter_config_file(name_or_path, **hub_kwargs)
+    if adapter_file is None:
+        return LlamaBidirectionalForSequenceClassification.from_pretrained(name_or_path, **model_kwargs)
+    peft = require("peft", "train")
+    base = json.loads(Path(adapter_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    has_config = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    config = LlamaBidirectionalConfig.from_pretrained(name_or_path if has_config else base, **hub_kwargs)
+    base_kwargs = {name: value for name, value in model_kwargs.items() if name != "revision"}
+    model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, **{"config": config, **base_kwargs})
+    return peft.PeftModel.from_pretrained(model, name_or_path, **hub_kwargs)
 
 
 def _default_device() -> str:

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llama_bidir import CrossEncoder
+from llama_bidir import CrossEncoder, LlamaBidirectionalForSequenceClassification
 from llama_bidir.cross_encoder import _batches_by_length
 
 PAIRS = [
@@ -261,6 +261,25 @@ def test_dtype_of_a_loaded_model_leaves_the_rotary_frequencies_alone(model, toke
 def test_batches_are_of_like_length_and_hold_each_sequence_once():
     ids = [[0] * length for length in (3, 9, 1, 9, 4)]
     assert list(_batches_by_length(ids, 2)) == [[1, 3], [4, 0], [2]]
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_adapter_folder_reloads_to_equal_scores(base_checkpoint, tmp_path, with_config):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    fields = {"pooling": "last", "temperature": 0.5} if with_config else {}
+    base = LlamaBidirectionalForSequenceClassification.from_pretrained(base_checkpoint, **fields)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    adapted = CrossEncoder(peft.get_peft_model(base, lora), AutoTokenizer.from_pretrained(base_checkpoint))
+    adapted.save_pretrained(tmp_path)
+    if not with_config:
+        (tmp_path / "config.json").unlink()
+    assert not (tmp_path / "model.safetensors").exists()
+    reloaded = CrossEncoder.from_pretrained(tmp_path)
+    assert (reloaded.config.pooling, reloaded.config.temperature) == (("last", 0.5) if with_config else ("avg", 1.0))
+    np.testing.assert_array_equal(reloaded.predict(PAIRS), adapted.predict(PAIRS))
+    with adapted.model.disable_adapter():
+        assert abs(reloaded.predict(PAIRS) - adapted.predict(PAIRS)).max() > 1e-3
 
 
 def test_progress_bar(reranker, capsys, caplog):

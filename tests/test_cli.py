@@ -1,0 +1,54 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llama_bidir import __version__
+from llama_bidir.cli import main
+
+
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.strip() == f"llama-bidir {__version__}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["quickstart", "--wings", "2"], ["quickstart", "--max-steps", "x"]])
+def test_bad_arguments_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    output = tmp_path / "out"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "q"}) + "\n")
+    assert main(["quickstart", "--output", str(output), "--train", str(tmp_path / "rows.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rows.jsonl:1: pos_doc must hold at least one passage" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+    assert main(["quickstart", "--output", str(output), "--model", str(tmp_path / "gone")]) == 2
+    assert "no checkpoint: there is no such folder" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_existing_output_is_kept_without_overwrite(tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert "exists: allow it to be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileExistsError):
+        main(["quickstart", "--output", str(tmp_path), "--debug"])
+
+
+def test_module_runs():
+    result = subprocess.run(
+        [sys.executable, "-m", "llama_bidir", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"llama-bidir {__version__}"

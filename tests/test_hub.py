@@ -1,0 +1,213 @@
+"""Sharing: push to and load from a Hub on loopback, the model card, and code beside the checkpoint."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+from hub_server import run_hub
+
+from llama_bidir import LlamaBidirectionalConfig
+from llama_bidir.model_card import find_base_model, write_model_card
+
+PAIRS = [("where do bees go?", "Honey bees navigate by the sun."), ("q", "Paris.")]
+
+
+@pytest.fixture
+def hub():
+    with run_hub() as hub:
+        yield hub
+
+
+def run(code, path, **environment):
+    """Runs code in a process of its own, which reads the Hub's address when it starts."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    variables |= {"HF_HOME": str(path / "hf"), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=path,
+        env={**variables, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_push_then_load_from_the_hub(hub, reranker_checkpoint, tmp_path):
+    pushed = run(
+        f"""
+import json
+from llama_bidir import CrossEncoder
+reranker = CrossEncoder({str(reranker_checkpoint)!r})
+url = reranker.push_to_hub("tester/tiny", commit_message="first", private=True)
+print(json.dumps([url, reranker.predict({PAIRS!r}).tolist()]))
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.endpoint,
+    )
+    url, scores = json.loads(pushed)
+    assert url.startswith(f"{hub.endpoint}/tester/tiny/commit/")
+    files = hub.repos["tester/tiny"]
+    assert set(files) >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert [commit["summary"] for commit in hub.commits] == ["first"]
+    assert json.loads(files["config.json"])["temperature"] == 0.5
+
+    loaded = run(
+        f"""
+import json
+import torch
+import llama_bidir
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from llama_bidir import CrossEncoder
+by_name = CrossEncoder.from_pretrained("tester/tiny")
+model = AutoModelForSequenceClassification.from_pretrained("tester/tiny")
+by_auto = CrossEncoder(model, AutoTokenizer.from_pretrained("tester/tiny"))
+print(json.dumps([reranker.predict({PAIRS!r}).tolist() for reranker in (by_name, by_auto)]))
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.endpoint,
+    )
+    assert json.loads(loaded) == [scores, scores]
+
+    card = files["README.md"].decode()
+    for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        assert "tester/tiny" in block
+        assert run(block, tmp_path, HF_ENDPOINT=hub.endpoint).strip()
+
+
+def test_trainer_pushes_model_tokenizer_and_card(hub, reranker_checkpoint, tmp_path):
+    pytest.importorskip("accelerate")
+    run(
+        f"""
+import datasets
+from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+reranker = CrossEncoder({str(reranker_checkpoint)!r})
+rows = datasets.Dataset.from_list([{{"query": "q", "pos_doc": ["p"], "neg_doc": ["n"]}}] * 4)
+args = CrossEncoderTrainingArguments(
+    "out", max_steps=1, push_to_hub=True, hub_model_id="tester/trained", save_strategy="no", use_cpu=True
+)
+trainer = CrossEncoderTrainer(reranker.model, args, rows, processing_class=reranker.tokenizer, group_size=2)
+trainer.train()
+trainer.push_to_hub()
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.endpoint,
+    )
+    files = hub.repos["tester/trained"]
+    assert set(files) >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    card = files["README.md"].decode()
+    assert 'CrossEncoder("tester/trained")' in card
+    assert "pipeline_tag: text-ranking" in card
+
+
+def test_code_beside_the_checkpoint_serves_people_without_the_package(reranker_checkpoint, tmp_path):
+    saved = tmp_path / "with_code"
+    scores = json.loads(
+        run(
+            f"""
+import json
+from llama_bidir import (
+    CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification, LlamaBidirectionalModel
+)
+LlamaBidirectionalConfig.register_for_auto_class()
+LlamaBidirectionalModel.register_for_auto_class("AutoModel")
+LlamaBidirectionalForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+reranker = CrossEncoder({str(reranker_checkpoint)!r})
+reranker.save_pretrained({str(saved)!r})
+print(json.dumps(reranker.predict({PAIRS!r}, batch_size=1).tolist()))
+""",
+            tmp_path,
+        )
+    )
+    assert {path.name for path in saved.glob("*.py")} == {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}
+    auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
+        "AutoModelForSequenceClassification": "modeling_llama_bidir.LlamaBidirectionalForSequenceClassification",
+    }
+    without = json.loads(
+        run(
+            f"""
+import json, sys
+sys.modules["llama_bidir"] = None  # as if it were not installed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+path = {str(saved)!r}
+model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+texts = [model.config.prompt_template.format(query=query, passage=passage) for query, passage in {PAIRS!r}]
+scores = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+model.save_pretrained("again")
+print(json.dumps([scores, type(model).__module__]))
+""",
+            tmp_path,
+        )
+    )
+    assert without[0] == pytest.approx(scores, rel=1e-6)
+    assert without[1].startswith("transformers_modules.")
+    assert (tmp_path / "again" / "modeling_llama_bidir.py").is_file()
+    local = json.loads(
+        run(
+            f"""
+import json
+from llama_bidir import CrossEncoder
+reranker = CrossEncoder({str(saved)!r})
+reranker.save_pretrained("local")
+print(json.dumps([reranker.predict({PAIRS!r}, batch_size=1).tolist(), type(reranker.model).__module__]))
+""",
+            tmp_path,
+        )
+    )
+    assert local == [scores, "llama_bidir.modeling_llama_bidir"]
+    assert "auto_map" not in json.loads((tmp_path / "local" / "config.json").read_text())
+
+
+# Model card
+
+
+def test_card_of_a_known_base_model(tmp_path):
+    config = LlamaBidirectionalConfig(temperature=0.5, pooling="last", name_or_path="meta-llama/Llama-3.2-1B")
+    write_model_card(tmp_path, config, "me/reranker")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-ranking")
+    assert {"reranker", "cross-encoder"} <= set(data.tags)
+    assert (data.base_model, data.license) == ("meta-llama/Llama-3.2-1B", "llama3.2")
+    text = (tmp_path / "README.md").read_text()
+    assert "| Temperature | 0.5 (logits are divided by it) |" in text
+    assert r"`question:{query} \n \n passage:{passage}`" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "llama2"),
+        ("meta-llama/Meta-Llama-3-8B", "llama3"),
+        ("meta-llama/Meta-Llama-3.1-8B", "llama3.1"),
+        ("meta-llama/Llama-3.1-8B", "llama3.1"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama3.3"),
+        ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
+        ("someone/else", None),
+    ],
+)
+def test_licence_of_the_base_model(name, expected):
+    assert find_base_model(name) == (name, expected)
+
+
+def test_base_model_is_carried_from_card_to_card(tmp_path):
+    config = LlamaBidirectionalConfig(name_or_path="meta-llama/Llama-3.1-8B")
+    write_model_card(tmp_path, config, "me/first")
+    assert find_base_model(str(tmp_path)) == ("meta-llama/Llama-3.1-8B", "llama3.1")
+    (tmp_path / "README.md").unlink()
+    assert find_base_model(str(tmp_path)) == (None, None)
+    assert find_base_model("") == find_base_model(None) == find_base_model("/gone/away") == (None, None)
+
+
+def test_card_of_an_unknown_base_model_says_so(tmp_path):
+    write_model_card(tmp_path, LlamaBidirectionalConfig(), "me/reranker")
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert "base_model" not in data
+    assert "license" not in data

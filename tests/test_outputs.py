@@ -1,0 +1,37 @@
+import os
+
+import pytest
+
+from llama_bidir.outputs import whole_folder
+
+
+def test_appears_whole(tmp_path):
+    with whole_folder(tmp_path / "a" / "out") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a" / "out").exists()
+    assert (tmp_path / "a" / "out" / "file").read_text() == "x"
+    assert os.listdir(tmp_path / "a") == ["out"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a" / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_nothing_is_left_of_a_failure(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "file").write_text("x")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "old").read_text() == "old"
+
+
+def test_replaces_only_when_told(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(FileExistsError, match="exists"), whole_folder(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    with whole_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["new"]
