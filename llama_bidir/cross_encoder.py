@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
 from .extras import require

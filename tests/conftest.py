@@ -6,7 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -86,3 +89,18 @@ def reranker_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(seed=2, pooling="last", temperature=0.5).save_pretrained(path)
     make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>").save_pretrained(path)
     return path
+
+
+class QuickstartOutput(NamedTuple):
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def quickstart_output(tmp_path_factory: pytest.TempPathFactory) -> QuickstartOutput:
+    """What `llama-bidir quickstart` makes and prints, run once (about 90 seconds)."""
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    command = [sys.executable, "-m", "llama_bidir", "quickstart", "--output", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return QuickstartOutput(folder, result.stdout)

@@ -220,7 +220,11 @@ def test_an_existing_model_card_is_left_alone(reranker, tmp_path):
     ("kwargs", "error", "message"),
     [
         ({"prompt_template": "{query}"}, ValueError, "prompt_template must be a string with exactly one"),
-        ({"prompt_template": "{query.__class__}{passage}"}, ValueError, "prompt_template must be a string with exactly"),
+        (
+            {"prompt_template": "{query.__class__}{passage}"},
+            ValueError,
+            "prompt_template must be a string with exactly",
+        ),
         ({"max_length": 7}, ValueError, "rerank_max_length counts the tokens .* got 7"),
         ({"max_length": 8, "prompt_template": "long template text {query} {passage}"}, ValueError, "leaves no room"),
         ({"max_length": 257}, ValueError, r"max_position_embeddings \(256\), got 257"),

@@ -87,7 +87,10 @@ def test_groups_become_exact_tensors(tokenizer):
         {"query": "z", "pos_doc": ["yy"], "neg_doc": ["x"]},
     ]
     batch = GroupCollator(encoder, group_size=3)(rows)
-    texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    texts = [
+        tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
     assert texts == ["q>p", "q>a", "q>b", "z>yy", "z>x"]
     assert torch.equal(batch["labels"], torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, -100.0]]))
     assert batch["input_ids"].shape == (5, 4)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from huggingface_hub import ModelCard
 from hub_server import run_hub
+from huggingface_hub import ModelCard
 
 from llama_bidir import LlamaBidirectionalConfig
 from llama_bidir.model_card import find_base_model, write_model_card
@@ -22,17 +22,21 @@ def hub():
         yield hub
 
 
-def run(code, path, **environment):
-    """Runs code in a process of its own, which reads the Hub's address when it starts."""
+def environment_of(path, **environment):
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     variables |= {"HF_HOME": str(path / "hf"), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+    return {**variables, **environment}
+
+
+def run(code, path, **environment):
+    """Runs code in a process of its own, which reads the Hub's address when it starts."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
         cwd=path,
-        env={**variables, **environment},
+        env=environment_of(path, **environment),
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -44,7 +44,7 @@ def pack(sequences):
     starts = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
     longest = max(map(len, sequences))
     return {
-        "input_ids": torch.tensor([sum(sequences, [])]),
+        "input_ids": torch.tensor([[token for ids in sequences for token in ids]]),
         "position_ids": torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,

@@ -19,9 +19,9 @@ def test_appears_whole(tmp_path):
 def test_nothing_is_left_of_a_failure(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "file").write_text("x")
-        raise RuntimeError
+    folder = whole_folder(tmp_path / "out", overwrite=True)
+    (folder.__enter__() / "file").write_text("x")
+    assert not folder.__exit__(RuntimeError, RuntimeError(), None)
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "old").read_text() == "old"
 

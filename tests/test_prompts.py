@@ -172,9 +172,9 @@ def test_pad_token_choice(llama2, llama3, smollm2):
     ensure_pad_token(llama2, 400)
     ensure_pad_token(llama3, 128256)
     assert (llama2.pad_token, llama3.pad_token) == ("<unk>", "<|finetune_right_pad_id|>")
-    kept = smollm2.pad_token
+    expected = smollm2.pad_token or smollm2.unk_token  # older transformers read no pad token from a GGUF file
     ensure_pad_token(smollm2, 49152)
-    assert smollm2.pad_token == kept
+    assert smollm2.pad_token == expected
     eos_only = make_tokenizer(eos_token="<|end|>")
     ensure_pad_token(eos_only, 320)
     assert eos_only.pad_token == "<|end|>"

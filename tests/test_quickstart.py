@@ -8,10 +8,9 @@ pytest.importorskip("datasets")
 pytest.importorskip("bm25s")
 pytest.importorskip("matplotlib")
 
-from llama_bidir import CrossEncoder  # noqa: E402
-from llama_bidir.cli import main  # noqa: E402
-from llama_bidir.data import parse_row  # noqa: E402
-from llama_bidir.quickstart import make_collection, run_quickstart  # noqa: E402
+from llama_bidir import CrossEncoder
+from llama_bidir.data import parse_row
+from llama_bidir.quickstart import make_collection, run_quickstart
 
 FILES = {"corpus.jsonl", "queries.jsonl", "qrels.tsv", "run.bm25.trec", "run.before.trec", "run.after.trec"}
 
@@ -32,10 +31,8 @@ def test_collection_is_seeded_and_holds_its_people_out():
 
 
 @pytest.mark.slow
-def test_quickstart_learns_to_rank_held_out_questions(tmp_path, capsys):
-    output = tmp_path / "out"
-    assert main(["quickstart", "--output", str(output)]) == 0
-    printed = capsys.readouterr().out
+def test_quickstart_learns_to_rank_held_out_questions(quickstart_output):
+    output, printed = quickstart_output
     ndcg = {
         name: float(line[22:].split()[0])
         for line in printed.splitlines()

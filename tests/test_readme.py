@@ -1,0 +1,44 @@
+"""The code of the README, run as a reader would run it after `make quickstart`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import run_hub
+from test_hub import environment_of
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_every_block_runs_and_prints_what_it_says(quickstart_output, tmp_path):
+    (tmp_path / "quickstart-output").symlink_to(quickstart_output.folder)
+    assert len(CODE) == 5
+    with run_hub() as hub:
+        for code, expected in CODE:
+            result = subprocess.run(
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=tmp_path,
+                env=environment_of(tmp_path, HF_ENDPOINT=hub.endpoint),
+            )
+            assert result.returncode == 0, f"{code}\n{result.stderr}"
+            if expected:
+                # Scores differ a little between machines, the ranking does not.
+                numbers = r"-?\d+\.\d+"
+                assert re.sub(numbers, "#", result.stdout) == re.sub(numbers, "#", expected)
+        assert "model.safetensors" in hub.repos["you/my-reranker"]
+    assert (tmp_path / "my-reranker-with-code" / "modeling_llama_bidir.py").is_file()
+
+
+def test_paths_of_the_annotated_tree_exist():
+    tree = README.split("llama_bidir/\n├──")[1].split("```")[0]
+    names = re.findall(r"(?:^|├──|└──) ([\w/]+(?:\.py)?)", tree)
+    assert len(names) >= 12
+    for name in names:
+        assert (Path(__file__).parents[1] / "llama_bidir" / name).exists(), name
