@@ -69,6 +69,12 @@ def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int
     return rerank_max_length
 
 
+def check_num_labels(num_labels: Any) -> None:
+    """Raises ValueError unless `num_labels` is None or an int above 0."""
+    if num_labels is not None and (not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1):
+        raise ValueError(f"num_labels must be an int above 0 (outputs of the score head), got {num_labels!r}")
+
+
 def check_model_type(model_type: Any, source: str = "the configuration") -> None:
     """Raises ValueError unless `model_type` is one that a bidirectional Llama can be made from."""
     if model_type not in ("llama", LlamaBidirectionalConfig.model_type):
@@ -126,7 +132,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
     temperature: float = 1.0
     is_causal: bool = False
     prompt_template: str = DEFAULT_PROMPT_TEMPLATE
-    rerank_max_length: int = None  # type: ignore[assignment]  # an int once __post_init__ has run
+    rerank_max_length: int = None  # type: ignore[assignment]  # set to the default
     # Read by sentence-transformers and vLLM, which would otherwise put a sigmoid on the logits.
     sentence_transformers: dict[str, Any] | None = None
 
@@ -139,21 +145,27 @@ class LlamaBidirectionalConfig(LlamaConfig):
             # An `auto_map` names code files that this class neither runs nor saves; only a class that was registered
             # for an Auto class writes its own again.
             kwargs.pop("auto_map", None)
+        check_num_labels(kwargs.get("num_labels"))
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
         if self.sentence_transformers is None:
             self.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         super().__post_init__(**kwargs)
-        if self.rerank_max_length is None:
-            self.rerank_max_length = min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings)
         self.validate()
+
+    def validate(self) -> None:
+        """Checks the fields together, as transformers does when a configuration is built and before it is saved."""
+        super().validate()
+        check_rerank_max_length(self.rerank_max_length, self.max_position_embeddings)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # ValueError at every assignment, where the validators of `@strict` would raise a StrictDataclassError.
         if check := _FIELD_CHECKS.get(name):
             value = check(value)
-        elif name == "rerank_max_length" and value is not None:
-            value = check_rerank_max_length(value, self.max_position_embeddings)
+        elif name == "rerank_max_length":
+            # The fields of LlamaConfig are set before those of this class.
+            default = min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings)
+            value = default if value is None else check_rerank_max_length(value, self.max_position_embeddings)
         super().__setattr__(name, value)
 
     @classmethod

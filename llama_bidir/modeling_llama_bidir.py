@@ -60,6 +60,18 @@ def unpack(
     return hidden_states[torch.where(mask, starts + position_ids, 0)], mask
 
 
+def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_tokens: int) -> None:
+    """Raises ValueError where lengths do not add up to the stream. Lengths on a GPU are trusted: reading them waits."""
+    if cu_seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    longest = int(cu_seq_lens.diff().max())
+    if cu_seq_lens[0] != 0 or cu_seq_lens[-1] != total_tokens or longest > (max_length or longest):
+        raise ValueError(
+            f"cu_seq_lens_q must go from 0 to the {total_tokens} tokens of the input in steps of at most max_length_q "
+            f"({max_length}), got {cu_seq_lens.tolist()}"
+        )
+
+
 def sequence_classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None
 ) -> torch.Tensor:
@@ -84,15 +96,20 @@ def sequence_classification_loss(
     labels = labels.view_as(logits).to(logits.dtype)
     if problem_type == "multi_label_classification":
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    return nn.functional.mse_loss(logits, labels)
+    if problem_type == "regression":
+        return nn.functional.mse_loss(logits, labels)
+    raise ValueError(
+        "problem_type must be None, 'regression', 'single_label_classification' or 'multi_label_classification', got "
+        f"{problem_type!r}"
+    )
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the dtype of its weight, its input or autocast."""
+    """A linear layer that computes in float32 whatever the dtype of its weight and its input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device_type=input.device.type, enabled=False):
-            return nn.functional.linear(input.float(), self.weight.float())
+        # Not a matrix product, which autocast would compute in its own dtype, and whose rounding depends on the batch.
+        return (input.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
 
 
 class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
@@ -179,6 +196,7 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                     f"{inputs_embeds.shape[0]} rows and "
                     f"attention_mask={'given' if attention_mask is not None else None}"
                 )
+            check_packing(cu_seq_lens, kwargs.get("max_length_q"), inputs_embeds.shape[1])
             offsets = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
             sequence_ids = torch.bucketize(offsets, cu_seq_lens[1:], right=True)
             if position_ids is None:
@@ -190,8 +208,14 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                     attention_mask=None,
                     and_mask_function=packed_sequence_mask_function(sequence_ids),
                 )
-        elif attention_mask is not None and position_ids is None:
-            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        elif position_ids is None:
+            if attention_mask is not None:
+                position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        elif attention_mask is None and not torch.compiler.is_compiling() and (position_ids.diff() < 0).any():
+            raise ValueError(
+                "position_ids restart, so the input is packed: pass cu_seq_lens_q and cu_seq_lens_k too, as "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
+            )
         # A key-value cache serves generation only.
         kwargs["use_cache"] = False
         return super().forward(

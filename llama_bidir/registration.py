@@ -1,88 +1,73 @@
 """Makes transformers' Auto classes know `llama_bidirec`, without importing torch to do so.
 
-`import llama_bidir` puts a stand-in for the config class into `CONFIG_MAPPING`. Its first use imports the real classes
-and registers them with AutoConfig, AutoModel and AutoModelForSequenceClassification.
+`import llama_bidir` adds the name of the config class to transformers' lazy table of names, as soon as that table exists.
+Whatever imports the config class, from that table or by hand, brings the model classes along and registers them too.
 """
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 MODEL_TYPE = "llama_bidirec"
 AUTO_MODULE = "transformers.models.auto.configuration_auto"
+CONFIG_MODULE = f"{__package__}.configuration_llama_bidir"
+MODEL_MODULE = f"{__package__}.modeling_llama_bidir"
 
 
-def register() -> None:
-    """Registers the classes with the Auto classes, now and whole; a second call changes nothing."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+def register_lazily() -> None:
+    """Makes `AutoConfig` and the other Auto classes find the model; a second call changes nothing."""
+    if not any(isinstance(finder, _WatchingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WatchingFinder())
+    for name in (AUTO_MODULE, MODEL_MODULE):
+        if name in sys.modules:
+            _after_import(name)
+
+
+def _after_import(name: str) -> None:
+    if name == AUTO_MODULE:
+        # The table maps a model type to a class name in the module `transformers.models.<model type>`.
+        sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules[str(__package__)]
+        sys.modules[AUTO_MODULE].CONFIG_MAPPING_NAMES[MODEL_TYPE] = "LlamaBidirectionalConfig"
+    elif name == CONFIG_MODULE and MODEL_MODULE not in sys.modules:
+        importlib.import_module(MODEL_MODULE)
+    elif name == MODEL_MODULE:
+        _register_models()
+
+
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
     from .configuration_llama_bidir import LlamaBidirectionalConfig
     from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, LlamaBidirectionalModel
 
-    AutoConfig.register(MODEL_TYPE, LlamaBidirectionalConfig, exist_ok=True)
     AutoModel.register(LlamaBidirectionalConfig, LlamaBidirectionalModel, exist_ok=True)
     AutoModelForSequenceClassification.register(
         LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification, exist_ok=True
     )
 
 
-def register_lazily() -> None:
-    """Registers on first use: at once where the Auto classes are already imported, else as soon as they are."""
-    if auto_module := sys.modules.get(AUTO_MODULE):
-        _add_stand_in(auto_module)
-    elif not any(isinstance(finder, _AutoModuleFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AutoModuleFinder())
+class _WatchingFinder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: has `_after_import` called once one of the three modules is executed.
 
-
-class _StandInMeta(type):
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(_load_config_class(), name)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return _load_config_class()(*args, **kwargs)
-
-
-class _StandIn(metaclass=_StandInMeta):
-    """Acts as LlamaBidirectionalConfig for what the Auto classes ask of a config class."""
-
-
-_StandIn.__name__ = _StandIn.__qualname__ = "LlamaBidirectionalConfig"
-
-
-def _load_config_class() -> Any:
-    from .configuration_llama_bidir import LlamaBidirectionalConfig
-
-    register()
-    return LlamaBidirectionalConfig
-
-
-def _add_stand_in(auto_module: ModuleType) -> None:
-    if f"{__package__}.configuration_llama_bidir" in sys.modules:
-        register()
-    else:
-        auto_module.CONFIG_MAPPING.register(MODEL_TYPE, _StandIn, exist_ok=True)
-
-
-class _AutoModuleFinder(importlib.abc.MetaPathFinder):
-    """Adds the stand-in right after the module of `CONFIG_MAPPING` is executed."""
+    The two model files cannot register themselves: they may live beside a checkpoint, where there is no registration.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != AUTO_MODULE:
+        if fullname not in (AUTO_MODULE, CONFIG_MODULE, MODEL_MODULE):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _add_stand_in(module)
+                def execute_and_follow(module: ModuleType) -> None:
+                    execute(module)
+                    _after_import(fullname)
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+                spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign]
+                return spec
+        return None

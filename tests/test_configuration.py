@@ -64,6 +64,23 @@ def test_wrong_values_raise_value_error_wherever_they_are_set(field, value, mess
     assert getattr(config, field) == before
 
 
+@pytest.mark.parametrize("num_labels", [0, -1, "2", True])
+def test_wrong_numbers_of_labels(num_labels):
+    with pytest.raises(ValueError, match="num_labels must be an int above 0"):
+        LlamaBidirectionalConfig(num_labels=num_labels)
+
+
+def test_length_is_checked_against_positions_before_saving(tmp_path):
+    config = LlamaBidirectionalConfig(**tiny_config())
+    config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match=r"max_position_embeddings \(64\), got 256"):
+        config.save_pretrained(tmp_path)
+    config.rerank_max_length = None
+    assert config.rerank_max_length == 64
+    config.save_pretrained(tmp_path)
+    assert LlamaBidirectionalConfig.from_pretrained(tmp_path).rerank_max_length == 64
+
+
 def test_literal_braces_are_allowed():
     assert LlamaBidirectionalConfig(prompt_template='{{"q": {query}, "p": {passage}}}').prompt_template.count("{{") == 1
 

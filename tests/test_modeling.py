@@ -200,6 +200,12 @@ def test_wrong_inputs_are_refused():
         model()
     with pytest.raises(ValueError, match=r"one row of tokens without an attention_mask, got 2 rows"):
         model(torch.ones(2, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"from 0 to the 3 tokens of the input .* got \[0, 2\]"):
+        model(torch.ones(1, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"at most max_length_q \(2\), got \[0, 3\]"):
+        model(torch.ones(1, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 3]), max_length_q=2)
+    with pytest.raises(ValueError, match="position_ids restart, so the input is packed: pass cu_seq_lens_q"):
+        model(torch.ones(1, 3, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0]]))
     with pytest.raises(TypeError, match="needs a LlamaBidirectionalConfig, got LlamaConfig"):
         LlamaBidirectionalForSequenceClassification(LlamaConfig(**tiny_config()))
 
@@ -217,7 +223,7 @@ def test_logits_are_float32_and_divided_by_temperature():
         assert logits.dtype == torch.float32
         hidden = half.model(**batch).last_hidden_state
         pooled = pool(hidden, batch["attention_mask"], "avg")
-        assert torch.equal(logits, pooled @ half.score.weight.float().T)
+        torch.testing.assert_close(logits, pooled @ half.score.weight.float().T)
 
 
 def test_head_stays_in_float32_under_autocast():
@@ -226,7 +232,21 @@ def test_head_stays_in_float32_under_autocast():
         logits = model(**batch).logits
         hidden = model.model(**batch).last_hidden_state
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, pool(hidden, batch["attention_mask"], "avg") @ model.score.weight.T)
+    torch.testing.assert_close(logits, pool(hidden, batch["attention_mask"], "avg") @ model.score.weight.T)
+
+
+def test_forward_works_where_there_is_no_memory():
+    model = make_model().to("meta")
+    assert model(torch.ones(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 1)
+
+
+@pytest.mark.parametrize("layout", ["right", "packed"])
+def test_compiles_without_a_graph_break(layout):
+    model = make_model()
+    batch = pad(SEQUENCES, "right") if layout == "right" else pack(SEQUENCES)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
 
 def test_outputs_follow_transformers():
@@ -256,6 +276,11 @@ def test_losses_by_problem_type():
         sequence_classification_loss(logits[:, :1], targets[:, :1], "multi_label_classification"),
         nn.functional.binary_cross_entropy_with_logits(logits[:, :1], targets[:, :1]),
     )
+
+
+def test_unknown_problem_type_is_refused():
+    with pytest.raises(ValueError, match="problem_type must be None, 'regression', .* got 'rank'"):
+        sequence_classification_loss(torch.ones(1, 1), torch.ones(1), "rank")
 
 
 def test_forward_with_labels_never_changes_the_config():
