@@ -155,7 +155,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
 
     def validate(self) -> None:
         """Checks the fields together, as transformers does when a configuration is built and before it is saved."""
-        super().validate()
+        super().validate()  # type: ignore[misc]  # put there by `@strict`
         check_rerank_max_length(self.rerank_max_length, self.max_position_embeddings)
 
     def __setattr__(self, name: str, value: Any) -> None:

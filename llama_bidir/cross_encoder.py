@@ -1,11 +1,10 @@
 """CrossEncoder: scores and ranks passages with a bidirectional Llama reranker."""
 
-import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -16,16 +15,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
+from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_rerank_max_length
 from .extras import require
 from .model_card import write_model_card
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .prompts import PromptEncoder, ensure_pad_token
-from .validation import check_pairs, check_positive_int, check_text, check_texts
+from .validation import check_pairs, check_positive_int, check_text, check_texts, describe
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -78,38 +78,39 @@ class CrossEncoder:
     ):
         if backend != "torch":
             raise ValueError(f"backend must be 'torch', got {backend!r}")
-        hub_kwargs = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_folder,
-            "local_files_only": local_files_only,
-        }
-        hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
         if isinstance(model_name_or_path_or_model, (str, os.PathLike)):
-            name_or_path = os.fspath(model_name_or_path_or_model)
-            model_kwargs = {**hub_kwargs, **(model_kwargs or {})}
-            device = None if "device_map" in model_kwargs else torch.device(device or _default_device())
-            if dtype is None:
-                dtype = torch.float32 if device is not None and device.type == "cpu" else "auto"
+            hub_kwargs = {
+                "revision": revision,
+                "token": token,
+                "cache_dir": cache_folder,
+                "local_files_only": local_files_only or None,
+            }
+            model_kwargs = {
+                **{name: value for name, value in hub_kwargs.items() if value is not None},
+                **(model_kwargs or {}),
+            }
             if num_labels is not None:
                 model_kwargs["num_labels"] = num_labels
-            self.model = _load_model(name_or_path, hub_kwargs, {"dtype": dtype, **model_kwargs})
+            if device is not None and "device_map" in model_kwargs:
+                raise ValueError(
+                    f"device {str(device)!r} and a device_map in model_kwargs exclude each other: pass one"
+                )
+            if "device_map" not in model_kwargs:
+                device = torch.device(device or _default_device())
+            dtype = dtype or model_kwargs.pop("dtype", None) or model_kwargs.pop("torch_dtype", None)
+            if dtype is None:
+                dtype = torch.float32 if device is not None and device.type == "cpu" else "auto"
+            name_or_path = os.fspath(model_name_or_path_or_model)
+            self.model = _load_model(name_or_path, {**model_kwargs, "dtype": dtype})
             if tokenizer is None:
-                # A GGUF file holds its tokenizer.
-                source = {name: model_kwargs[name] for name in ("gguf_file", "subfolder") if name in model_kwargs}
-                tokenizer = AutoTokenizer.from_pretrained(
-                    name_or_path, **hub_kwargs, **source, **(tokenizer_kwargs or {})
-                )
+                # A GGUF file holds its tokenizer, and a subfolder has one of its own.
+                source = {name: model_kwargs[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in model_kwargs}
+                tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**source, **(tokenizer_kwargs or {})})
         else:
-            self.model = model_name_or_path_or_model
-            if not isinstance(getattr(self.model, "config", None), LlamaBidirectionalConfig):
-                raise TypeError(
-                    "model_name_or_path_or_model must be a path, a Hub id or a "
-                    f"LlamaBidirectionalForSequenceClassification, got {type(self.model).__name__}"
-                )
+            self.model = _check_model(model_name_or_path_or_model, num_labels)
             if tokenizer is None:
                 raise TypeError("a loaded model needs its tokenizer: CrossEncoder(model, tokenizer)")
-            if dtype is not None:
+            if dtype is not None and dtype != "auto":
                 # Not `model.to(dtype)`, which would round the frequencies of the rotary embedding as well.
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -118,15 +119,17 @@ class CrossEncoder:
         self.model.eval()
 
         self.tokenizer = tokenizer
-        ensure_pad_token(tokenizer, self.config.vocab_size)
-        if prompt_template is not None:
-            self.config.prompt_template = prompt_template
-        if max_length is not None:
-            self.config.rerank_max_length = max_length
         self.activation_fn = activation_fn
-        self._prompt_encoder = PromptEncoder(
-            tokenizer, prompt_template=self.config.prompt_template, max_length=self.config.rerank_max_length
+        # Checked together before the configuration, which may be the caller's, is changed.
+        template = self.config.prompt_template if prompt_template is None else prompt_template
+        length = self.config.rerank_max_length if max_length is None else max_length
+        PromptEncoder(
+            tokenizer,
+            prompt_template=template,
+            max_length=check_rerank_max_length(length, self.config.max_position_embeddings),
         )
+        ensure_pad_token(tokenizer, self.config.vocab_size)
+        self.config.prompt_template, self.config.rerank_max_length = template, length
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -264,6 +267,8 @@ class CrossEncoder:
             TypeError, ValueError: as in [`rank`], and when the two lists differ in length.
         """
         queries = check_texts("queries", queries)
+        if not isinstance(documents_per_query, Iterable):
+            raise TypeError(f"documents_per_query must be an iterable of lists, got {describe(documents_per_query)}")
         groups = [
             check_texts(f"documents_per_query[{index}]", documents)
             for index, documents in enumerate(documents_per_query)
@@ -354,11 +359,16 @@ class CrossEncoder:
         self, pairs: Sequence[tuple[str, str]], batch_size: int, show_progress_bar: bool | None
     ) -> torch.Tensor:
         """Float32 logits of shape `(num_pairs, num_labels)` on the CPU, in input order."""
-        input_ids, num_truncated = self._prompt_encoder.encode(pairs)
+        prompt_encoder = PromptEncoder(
+            self.tokenizer,
+            prompt_template=self.config.prompt_template,
+            max_length=self.config.rerank_max_length,
+        )
+        input_ids, num_truncated = prompt_encoder.encode(pairs)
         if num_truncated:
             logger.warning(
-                f"{num_truncated} of {len(pairs)} pairs were longer than {self.config.rerank_max_length} tokens and "
-                "lost the end of their passage: raise max_length to keep more"
+                f"{num_truncated} of {len(pairs)} pairs were longer than {self.config.rerank_max_length} tokens and were "
+                "cut, from the end of the passage: raise max_length to keep more"
             )
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
@@ -375,19 +385,49 @@ class CrossEncoder:
         return self.model(**batch).logits
 
 
-def _load_model(name_or_path: str, hub_kwargs: dict[str, Any], model_kwargs: dict[str, Any]) -> Any:
+def _check_model(model: Any, num_labels: int | None) -> Any:
+    if not isinstance(getattr(model, "config", None), LlamaBidirectionalConfig) or not hasattr(model, "score"):
+        raise TypeError(
+            "model_name_or_path_or_model must be a path, a Hub id or a LlamaBidirectionalForSequenceClassification, got "
+            f"{type(model).__name__}"
+        )
+    if num_labels is not None and num_labels != model.config.num_labels:
+        raise ValueError(f"num_labels is {num_labels}, but the loaded model has {model.config.num_labels}")
+    return model
+
+
+def _load_model(name_or_path: str, model_kwargs: dict[str, Any]) -> Any:
     """Loads a checkpoint, or an adapter on its base model with the configuration that was saved beside the adapter."""
     check_checkpoint_path(name_or_path)
-    adapter_file = find_adapter_config_file(name_or_path, **hub_kwargs)
-    if adapter_file is None:
+    source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
+    if find_adapter_config_file(name_or_path, **source) is None:
         return LlamaBidirectionalForSequenceClassification.from_pretrained(name_or_path, **model_kwargs)
     peft = require("peft", "train")
-    base = json.loads(Path(adapter_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    has_config = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    config = LlamaBidirectionalConfig.from_pretrained(name_or_path if has_config else base, **hub_kwargs)
-    base_kwargs = {name: value for name, value in model_kwargs.items() if name != "revision"}
-    model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, **{"config": config, **base_kwargs})
-    return peft.PeftModel.from_pretrained(model, name_or_path, **hub_kwargs)
+    adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
+    base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+    if adapter.revision is not None:
+        base_source["revision"] = adapter.revision
+    base = adapter.base_model_name_or_path
+    fields = {name: value for name, value in model_kwargs.items() if name not in source}
+    if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **source):
+        config, fields = LlamaBidirectionalConfig.from_pretrained(
+            name_or_path, return_unused_kwargs=True, **source, **fields
+        )
+        fields["config"] = config
+    with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the adapter brings the head
+        model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, **base_source, **fields)
+    return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+
+
+@contextmanager
+def _without_warnings(logger_name: str) -> Iterator[None]:
+    other = logging.getLogger(logger_name)
+    level = other.level
+    other.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        other.setLevel(level)
 
 
 def _default_device() -> str:

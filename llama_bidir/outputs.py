@@ -21,8 +21,7 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         FileExistsError: there is something at `path`, and `overwrite` is not set.
     """
     target = Path(path)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{os.fspath(path)!r} exists: allow it to be overwritten, or choose another output")
+    _check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -31,13 +30,24 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         umask = os.umask(0)
         os.umask(umask)
         working.chmod(0o777 & ~umask)
-        if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.rename(replaced / target.name)
+        _check_free(target, overwrite)  # something may have appeared there meanwhile
+        if not target.exists():
             working.rename(target)
-            shutil.rmtree(replaced)
-        else:
+            return
+        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        target.rename(replaced / target.name)
+        try:
             working.rename(target)
+        except BaseException:
+            (replaced / target.name).rename(target)
+            raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{os.fspath(target)!r} exists: allow it to be overwritten, or choose another output")

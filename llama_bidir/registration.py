@@ -1,6 +1,6 @@
 """Makes transformers' Auto classes know `llama_bidirec`, without importing torch to do so.
 
-`import llama_bidir` adds the name of the config class to transformers' lazy table of names, as soon as that table exists.
+`import llama_bidir` adds the name of the config class to transformers' lazy table of names, as soon as that exists.
 Whatever imports the config class, from that table or by hand, brings the model classes along and registers them too.
 """
 
@@ -61,13 +61,17 @@ class _WatchingFinder(importlib.abc.MetaPathFinder):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def execute_and_follow(module: ModuleType) -> None:
-                    execute(module)
-                    _after_import(fullname)
-
-                spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign]
+            if spec is not None:
+                _follow(spec)
                 return spec
         return None
+
+
+def _follow(spec: importlib.machinery.ModuleSpec) -> None:
+    execute = spec.loader.exec_module  # type: ignore[union-attr]
+
+    def execute_and_follow(module: ModuleType) -> None:
+        execute(module)
+        _after_import(spec.name)
+
+    spec.loader.exec_module = execute_and_follow  # type: ignore[union-attr, method-assign]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 NOT_COLLECTIONS = (str, bytes, bytearray, Mapping)
+UNORDERED = (set, frozenset)
 
 
 def describe(value: Any) -> str:
@@ -36,7 +37,7 @@ def check_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
 
 
 def _check_pair(index: int, pair: Any) -> tuple[str, str]:
-    if isinstance(pair, NOT_COLLECTIONS) or not isinstance(pair, Iterable):
+    if isinstance(pair, (*NOT_COLLECTIONS, *UNORDERED)) or not isinstance(pair, Iterable):
         raise TypeError(f"pair {index} must be two strings (query, passage), got {describe(pair)}")
     members = list(pair)
     if len(members) != 2:
@@ -47,9 +48,14 @@ def _check_pair(index: int, pair: Any) -> tuple[str, str]:
 
 
 def check_text(name: str, text: Any) -> str:
-    """Returns `text`; raises TypeError, naming it, unless it is a string."""
+    """Returns `text`; raises TypeError, naming it, unless it is a string, and ValueError unless it can be encoded."""
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a string, got {describe(text)}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be Unicode text without lone surrogates: {error}") from None
     return text
 
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +96,8 @@ def test_several_labels(tokenizer):
         ("text", TypeError, "pairs must be a .* got str 'text'"),
         (b"text", TypeError, "pairs must be a .* got bytes"),
         ({"q": "p"}, TypeError, "pairs must be a .* got dict"),
+        ([{"q", "p"}], TypeError, "pair 0 must be two strings .* got set"),
+        ([("a", "b\ud800")], ValueError, "the passage of pair 0 must be Unicode text without lone surrogates"),
         ([("a", "b"), None], TypeError, r"pair 1 must be two strings \(query, passage\), got NoneType None"),
         ([("a", "b"), "cd"], TypeError, r"pair 1 must be two strings"),
         (["a", "b", "c"], TypeError, r"pair 0 must be two strings"),
@@ -162,7 +165,7 @@ def test_truncation_is_said_once_a_call(reranker, caplog):
     long = "bees " * 300
     reranker.predict([("q", long), ("q", long), ("q", "p")])
     assert [record.message for record in caplog.records] == [
-        "2 of 3 pairs were longer than 256 tokens and lost the end of their passage: raise max_length to keep more"
+        "2 of 3 pairs were longer than 256 tokens and were cut, from the end of the passage: raise max_length to keep more"
     ]
     caplog.clear()
     reranker.predict([("q", "p")])
@@ -228,6 +231,7 @@ def test_an_existing_model_card_is_left_alone(reranker, tmp_path):
         ({"max_length": 7}, ValueError, "rerank_max_length counts the tokens .* got 7"),
         ({"max_length": 8, "prompt_template": "long template text {query} {passage}"}, ValueError, "leaves no room"),
         ({"max_length": 257}, ValueError, r"max_position_embeddings \(256\), got 257"),
+        ({"num_labels": 2}, ValueError, "num_labels is 2, but the loaded model has 1"),
         ({"backend": "jax"}, ValueError, "backend must be 'torch', got 'jax'"),
     ],
 )
@@ -241,8 +245,32 @@ def test_wrong_models(model, tmp_path):
         CrossEncoder(model)
     with pytest.raises(TypeError, match=r"must be a path, a Hub id or a .*, got int"):
         CrossEncoder(3)
+    with pytest.raises(TypeError, match="LlamaBidirectionalForSequenceClassification, got LlamaBidirectionalModel"):
+        CrossEncoder(model.model, make_tokenizer(eos_token="<|end|>"))
     with pytest.raises(OSError, match="is no checkpoint: there is no such folder"):
         CrossEncoder(tmp_path / "missing")
+
+
+def test_model_kwargs_reach_what_they_are_for(reranker_checkpoint, tmp_path):
+    assert CrossEncoder(reranker_checkpoint, model_kwargs={"torch_dtype": torch.bfloat16}).model.dtype == torch.bfloat16
+    shutil.copytree(reranker_checkpoint, tmp_path / "sub")
+    nested = CrossEncoder(tmp_path, model_kwargs={"subfolder": "sub"})
+    np.testing.assert_array_equal(nested.predict(PAIRS), CrossEncoder(reranker_checkpoint).predict(PAIRS))
+    with pytest.raises(ValueError, match="device 'cpu' and a device_map in model_kwargs exclude each other"):
+        CrossEncoder(reranker_checkpoint, device="cpu", model_kwargs={"device_map": "cpu"})
+
+
+def test_a_refused_template_changes_nothing(model, tokenizer):
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match="leaves no room"):
+        CrossEncoder(model, tokenizer, prompt_template="a long text before {query} {passage}", max_length=9)
+    assert model.config.to_dict() == before
+
+
+def test_template_and_length_follow_the_configuration(reranker, tmp_path):
+    reranker.config.prompt_template, reranker.config.rerank_max_length = "{passage} {query}", 16
+    reranker.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(CrossEncoder(tmp_path).predict(PAIRS), reranker.predict(PAIRS))
 
 
 def test_slow_tokenizers_are_refused(model):
@@ -268,7 +296,7 @@ def test_batches_are_of_like_length_and_hold_each_sequence_once():
 
 
 @pytest.mark.parametrize("with_config", [True, False])
-def test_adapter_folder_reloads_to_equal_scores(base_checkpoint, tmp_path, with_config):
+def test_adapter_folder_reloads_to_equal_scores(base_checkpoint, tmp_path, with_config, caplog):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     fields = {"pooling": "last", "temperature": 0.5} if with_config else {}
@@ -279,7 +307,9 @@ def test_adapter_folder_reloads_to_equal_scores(base_checkpoint, tmp_path, with_
     if not with_config:
         (tmp_path / "config.json").unlink()
     assert not (tmp_path / "model.safetensors").exists()
+    caplog.clear()
     reloaded = CrossEncoder.from_pretrained(tmp_path)
+    assert "score.weight" not in caplog.text
     assert (reloaded.config.pooling, reloaded.config.temperature) == (("last", 0.5) if with_config else ("avg", 1.0))
     np.testing.assert_array_equal(reloaded.predict(PAIRS), adapted.predict(PAIRS))
     with adapted.model.disable_adapter():

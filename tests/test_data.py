@@ -15,6 +15,7 @@ ROW = {"query": "q", "pos_doc": ["p"], "neg_doc": ["n1", "n2"]}
     [
         {"query": "q", "pos_doc": "p", "neg_doc": ["n"]},
         {"question": "q", "pos_doc": ["p"], "neg_doc": "n"},
+        {"query": None, "question": "q", "pos_doc": ["p"], "neg_doc": ["n"]},
         {"query": "q", "pos_doc": [{"text": "p"}], "neg_doc": [{"text": "n", "id": 3}], "other": 1},
     ],
 )
@@ -73,6 +74,9 @@ def test_malformed_files_are_named_with_the_line(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"torn\.jsonl\.gz:1: the file must be whole"):
         load_rows(tmp_path / "torn.jsonl.gz")
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
+    with pytest.raises(ValueError, match=r"torn\.jsonl\.gz:1: the file must be whole"):
+        load_rows(tmp_path / "torn.jsonl.gz")
     with pytest.raises(ValueError, match=r"from a \.jsonl or \.jsonl\.gz file, got 'rows\.csv'"):
         load_rows("rows.csv")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.jsonl"):
@@ -94,6 +98,15 @@ def test_groups_become_exact_tensors(tokenizer):
     assert texts == ["q>p", "q>a", "q>b", "z>yy", "z>x"]
     assert torch.equal(batch["labels"], torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, -100.0]]))
     assert batch["input_ids"].shape == (5, 4)
+
+
+def test_truncation_is_said_once(tokenizer, caplog):
+    collator = GroupCollator(PromptEncoder(tokenizer, prompt_template="{query}>{passage}", max_length=8), group_size=2)
+    for _ in range(2):
+        collator([{"query": "q", "pos_doc": "p" * 20, "neg_doc": "n"}])
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "1 of the 2 pairs of a batch were longer than 8 tokens and were cut, from the end of the passage"
+    ]
 
 
 def test_groups_without_negatives_are_refused_unless_they_are_of_one(tokenizer):

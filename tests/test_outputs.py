@@ -26,6 +26,17 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     assert (tmp_path / "out" / "old").read_text() == "old"
 
 
+def test_what_appears_meanwhile_is_kept(tmp_path):
+    folder = whole_folder(tmp_path / "out")
+    folder.__enter__()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "other").write_text("other")
+    with pytest.raises(FileExistsError, match="exists"):
+        folder.__exit__(None, None, None)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "other").read_text() == "other"
+
+
 def test_replaces_only_when_told(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

@@ -1,5 +1,6 @@
 """From training rows to batches."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from ..losses import IGNORED
 from ..prompts import PromptEncoder
 from .rows import parse_row
+
+logger = logging.getLogger(__name__)
 
 
 class GroupCollator:
@@ -31,6 +34,7 @@ class GroupCollator:
     def __init__(self, prompt_encoder: PromptEncoder, *, group_size: int):
         self.prompt_encoder = prompt_encoder
         self.group_size = group_size
+        self._has_warned = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         pairs, sizes = [], []
@@ -48,5 +52,12 @@ class GroupCollator:
             labels[group, :size] = 0.0
         labels[:, 0] = 1.0
         encoded = self.prompt_encoder.encode(pairs)
+        if encoded.num_truncated and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"{encoded.num_truncated} of the {len(pairs)} pairs of a batch were longer than "
+                f"{self.prompt_encoder.max_length} tokens and were cut, from the end of the passage: raise "
+                "rerank_max_length to keep more (said once)"
+            )
         batch = self.prompt_encoder.tokenizer.pad({"input_ids": encoded.input_ids}, return_tensors="pt")
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}

@@ -28,7 +28,7 @@ def parse_row(row: Any, where: str) -> TrainingRow:
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a row must be an object with query, pos_doc and neg_doc, got {describe(row)}")
-    query = row.get("query", row.get("question"))
+    query = row.get("question") if row.get("query") is None else row["query"]
     if not isinstance(query, str):
         raise ValueError(f"{where}: query (or question) must be a string, got {describe(query)}")
     positives = _passages(row.get("pos_doc"), f"{where}: pos_doc")

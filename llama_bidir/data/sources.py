@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def _read_jsonl(path: Path) -> Iterator[TrainingRow]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield parse_row(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the file must be whole UTF-8 text ({error})") from error
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..cross_encoder import CrossEncoder
 from ..data import load_rows
 from ..evaluation import evaluate_run, score_bm25, write_corpus, write_qrels, write_queries, write_run
+from ..extras import require
 from ..model_card import write_model_card
 from ..outputs import whole_folder
 from ..recipes import load_recipe
@@ -70,7 +71,10 @@ def run_quickstart(
         training: fields of [`CrossEncoderTrainingArguments`] that replace the recipe's.
         echo: told what happens, line by line.
     """
+    for module in ("bm25s", "ir_measures", "matplotlib"):
+        require(module, "eval")
     with whole_folder(output, overwrite=overwrite) as folder:
+        made = model is None and train_file is None
         train_rows, test_rows = make_collection() if train_file is None else _split(train_file)
         _write_rows(folder / "train.jsonl", train_rows)
         test_set = make_test_set(test_rows)
@@ -88,7 +92,7 @@ def run_quickstart(
             "quickstart",
             {
                 "model": {"model_name_or_path": model},
-                "data": {"train": [os.fspath(folder / "train.jsonl")]},
+                "data": {"train": [os.fspath(folder / "train.jsonl")], **({} if made else {"rerank_max_length": None})},
                 "training": {"output_dir": os.fspath(folder / "model"), **(training or {})},
             },
         )

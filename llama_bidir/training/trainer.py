@@ -95,7 +95,11 @@ class CrossEncoderTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
-        if directory is not None and not os.path.exists(os.path.join(directory, "README.md")):
+        if directory is None:
+            return
+        # An adapter (PEFT) does not save the pooling, the temperature, the template and the length.
+        self.accelerator.unwrap_model(self.model).config.save_pretrained(directory)
+        if not os.path.exists(os.path.join(directory, "README.md")):
             self._write_card(directory, directory)
 
     def _write_card(self, directory: str, model_id: str) -> None:
