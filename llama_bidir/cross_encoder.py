@@ -79,27 +79,22 @@ class CrossEncoder:
         if backend != "torch":
             raise ValueError(f"backend must be 'torch', got {backend!r}")
         if isinstance(model_name_or_path_or_model, (str, os.PathLike)):
-            hub_kwargs = {
+            given = {
                 "revision": revision,
                 "token": token,
                 "cache_dir": cache_folder,
                 "local_files_only": local_files_only or None,
+                "num_labels": num_labels,
             }
-            model_kwargs = {
-                **{name: value for name, value in hub_kwargs.items() if value is not None},
-                **(model_kwargs or {}),
-            }
-            if num_labels is not None:
-                model_kwargs["num_labels"] = num_labels
+            given = {name: value for name, value in given.items() if value is not None}
+            model_kwargs = {**given, **(model_kwargs or {})}
             if device is not None and "device_map" in model_kwargs:
-                raise ValueError(
-                    f"device {str(device)!r} and a device_map in model_kwargs exclude each other: pass one"
-                )
+                raise ValueError(f"device {str(device)!r} and a device_map in model_kwargs exclude each other")
             if "device_map" not in model_kwargs:
                 device = torch.device(device or _default_device())
             dtype = dtype or model_kwargs.pop("dtype", None) or model_kwargs.pop("torch_dtype", None)
             if dtype is None:
-                dtype = torch.float32 if device is not None and device.type == "cpu" else "auto"
+                dtype = torch.float32 if device == torch.device("cpu") else "auto"
             name_or_path = os.fspath(model_name_or_path_or_model)
             self.model = _load_model(name_or_path, {**model_kwargs, "dtype": dtype})
             if tokenizer is None:
@@ -367,8 +362,8 @@ class CrossEncoder:
         input_ids, num_truncated = prompt_encoder.encode(pairs)
         if num_truncated:
             logger.warning(
-                f"{num_truncated} of {len(pairs)} pairs were longer than {self.config.rerank_max_length} tokens and were "
-                "cut, from the end of the passage: raise max_length to keep more"
+                f"{num_truncated} of {len(pairs)} pairs were longer than {self.config.rerank_max_length} tokens and "
+                "were cut, from the end of the passage: raise max_length to keep more"
             )
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
@@ -388,8 +383,8 @@ class CrossEncoder:
 def _check_model(model: Any, num_labels: int | None) -> Any:
     if not isinstance(getattr(model, "config", None), LlamaBidirectionalConfig) or not hasattr(model, "score"):
         raise TypeError(
-            "model_name_or_path_or_model must be a path, a Hub id or a LlamaBidirectionalForSequenceClassification, got "
-            f"{type(model).__name__}"
+            "model_name_or_path_or_model must be a path, a Hub id or a LlamaBidirectionalForSequenceClassification, "
+            f"got {type(model).__name__}"
         )
     if num_labels is not None and num_labels != model.config.num_labels:
         raise ValueError(f"num_labels is {num_labels}, but the loaded model has {model.config.num_labels}")

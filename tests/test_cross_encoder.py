@@ -165,7 +165,8 @@ def test_truncation_is_said_once_a_call(reranker, caplog):
     long = "bees " * 300
     reranker.predict([("q", long), ("q", long), ("q", "p")])
     assert [record.message for record in caplog.records] == [
-        "2 of 3 pairs were longer than 256 tokens and were cut, from the end of the passage: raise max_length to keep more"
+        "2 of 3 pairs were longer than 256 tokens and were cut, from the end of the passage: "
+        "raise max_length to keep more"
     ]
     caplog.clear()
     reranker.predict([("q", "p")])

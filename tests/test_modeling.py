@@ -279,7 +279,7 @@ def test_losses_by_problem_type():
 
 
 def test_unknown_problem_type_is_refused():
-    with pytest.raises(ValueError, match="problem_type must be None, 'regression', .* got 'rank'"):
+    with pytest.raises(ValueError, match=r"problem_type must be None, 'regression', .* got 'rank'"):
         sequence_classification_loss(torch.ones(1, 1), torch.ones(1), "rank")
 
 
