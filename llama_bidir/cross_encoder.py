@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoin
 from .extras import require
 from .model_card import write_model_card
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
+from .packing import PACKED_SDPA, batches_by_tokens, pack
 from .prompts import PromptEncoder, ensure_pad_token
 from .validation import check_pairs, check_positive_int, check_text, check_texts, describe
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_SIZE = 32
+# Small batches stay in the caches of a CPU.
+PACKED_TOKENS = 2048
+PADDED_PAIRS = 32
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -111,6 +115,8 @@ class CrossEncoder:
                     parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if device is not None:
             self.model.to(device)
+        if self.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation(PACKED_SDPA)
         self.model.eval()
 
         self.tokenizer = tokenizer
@@ -158,7 +164,8 @@ class CrossEncoder:
 
         Args:
             pairs: one (query, passage) pair, or an iterable of them. Either text may be empty.
-            batch_size: pairs per forward pass; 32 when not given.
+            batch_size: at most so many pairs a forward pass. When not given, a CPU takes 2,048 tokens without padding,
+                and another device 32 padded pairs.
             show_progress_bar: shown when not given and this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
             apply_softmax: softmax over the labels, where there are several.
@@ -178,7 +185,7 @@ class CrossEncoder:
         check_positive_int("batch_size", batch_size)
         if device is not None:
             self.model.to(device)
-        logits = self._compute_logits(checked_pairs, batch_size or DEFAULT_BATCH_SIZE, show_progress_bar)
+        logits = self._compute_logits(checked_pairs, batch_size, show_progress_bar)
         scores = logits.squeeze(-1) if self.config.num_labels == 1 else logits
         activation_fn = activation_fn or self.activation_fn
         if activation_fn is not None:
@@ -351,7 +358,7 @@ class CrossEncoder:
         return commit.commit_url
 
     def _compute_logits(
-        self, pairs: Sequence[tuple[str, str]], batch_size: int, show_progress_bar: bool | None
+        self, pairs: Sequence[tuple[str, str]], batch_size: int | None, show_progress_bar: bool | None
     ) -> torch.Tensor:
         """Float32 logits of shape `(num_pairs, num_labels)` on the CPU, in input order."""
         prompt_encoder = PromptEncoder(
@@ -367,15 +374,25 @@ class CrossEncoder:
             )
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
+        max_tokens = PACKED_TOKENS if self._is_packed else sys.maxsize
+        if not self._is_packed:
+            batch_size = batch_size or PADDED_PAIRS
         logits = torch.empty(len(input_ids), self.model.config.num_labels)
         with tqdm(total=len(input_ids), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
-            for indices in _batches_by_length(input_ids, batch_size):
+            lengths = [len(ids) for ids in input_ids]
+            for indices in batches_by_tokens(lengths, max_tokens=max_tokens, max_sequences=batch_size):
                 logits[indices] = self._forward([input_ids[index] for index in indices]).cpu()
                 progress.update(len(indices))
         return logits
 
+    @property
+    def _is_packed(self) -> bool:
+        return self.config._attn_implementation == PACKED_SDPA
+
     @torch.inference_mode()
     def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:
+        if self._is_packed:
+            return self.model(**pack(input_ids, self.device)).logits
         batch = self.tokenizer.pad({"input_ids": input_ids}, return_tensors="pt").to(self.device)
         return self.model(**batch).logits
 
@@ -428,10 +445,3 @@ def _without_warnings(logger_name: str) -> Iterator[None]:
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
-
-
-def _batches_by_length(input_ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of sequences of like length, the longest first."""
-    by_length = sorted(range(len(input_ids)), key=lambda index: -len(input_ids[index]))
-    for start in range(0, len(by_length), batch_size):
-        yield by_length[start : start + batch_size]

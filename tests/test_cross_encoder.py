@@ -9,7 +9,6 @@ from conftest import make_model, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalForSequenceClassification
-from llama_bidir.cross_encoder import _batches_by_length
 
 PAIRS = [
     ("where do bees go?", "Honey bees navigate by the sun."),
@@ -291,9 +290,24 @@ def test_dtype_of_a_loaded_model_leaves_the_rotary_frequencies_alone(model, toke
     assert reranker.predict(PAIRS).dtype == np.float32
 
 
-def test_batches_are_of_like_length_and_hold_each_sequence_once():
-    ids = [[0] * length for length in (3, 9, 1, 9, 4)]
-    assert list(_batches_by_length(ids, 2)) == [[1, 3], [4, 0], [2]]
+def test_packed_and_padded_scores_are_one(tokenizer):
+    padded = CrossEncoder(make_model(attn_implementation="eager"), tokenizer)
+    packed = CrossEncoder(make_model(), tokenizer, device="cpu")
+    assert (padded._is_packed, packed._is_packed) == (False, True)
+    np.testing.assert_allclose(packed.predict(PAIRS), padded.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+def test_batches_keep_to_the_budget(reranker, monkeypatch):
+    sizes = []
+    forward = reranker._forward
+    monkeypatch.setattr(reranker, "_forward", lambda ids: sizes.append([len(i) for i in ids]) or forward(ids))
+    monkeypatch.setattr("llama_bidir.cross_encoder.PACKED_TOKENS", 60)
+    reranker.predict(PAIRS * 3)
+    assert max(len(batch) for batch in sizes) > 1
+    assert all(sum(batch) <= 60 or len(batch) == 1 for batch in sizes)
+    sizes.clear()
+    reranker.predict(PAIRS * 3, batch_size=1)
+    assert [len(batch) for batch in sizes] == [1] * 12
 
 
 @pytest.mark.parametrize("with_config", [True, False])
