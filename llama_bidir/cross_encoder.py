@@ -4,8 +4,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -13,13 +12,10 @@ import torch
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_rerank_max_length
-from .extras import require
+from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
+from .loading import HUB_ARGUMENTS, check_reranker, default_device, load_reranker
 from .model_card import write_model_card
-from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .packing import PACKED_SDPA, batches_by_tokens, pack
 from .prompts import PromptEncoder, ensure_pad_token
 from .validation import check_pairs, check_positive_int, check_text, check_texts, describe
@@ -29,7 +25,6 @@ logger = logging.getLogger(__name__)
 # Small batches stay in the caches of a CPU.
 PACKED_TOKENS = 2048
 PADDED_PAIRS = 32
-HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -95,18 +90,18 @@ class CrossEncoder:
             if device is not None and "device_map" in model_kwargs:
                 raise ValueError(f"device {str(device)!r} and a device_map in model_kwargs exclude each other")
             if "device_map" not in model_kwargs:
-                device = torch.device(device or _default_device())
+                device = torch.device(device or default_device())
             dtype = dtype or model_kwargs.pop("dtype", None) or model_kwargs.pop("torch_dtype", None)
             if dtype is None:
                 dtype = torch.float32 if device == torch.device("cpu") else "auto"
             name_or_path = os.fspath(model_name_or_path_or_model)
-            self.model = _load_model(name_or_path, {**model_kwargs, "dtype": dtype})
+            self.model = load_reranker(name_or_path, {**model_kwargs, "dtype": dtype})
             if tokenizer is None:
                 # A GGUF file holds its tokenizer, and a subfolder has one of its own.
                 source = {name: model_kwargs[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in model_kwargs}
                 tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**source, **(tokenizer_kwargs or {})})
         else:
-            self.model = _check_model(model_name_or_path_or_model, num_labels)
+            self.model = check_reranker(model_name_or_path_or_model, num_labels)
             if tokenizer is None:
                 raise TypeError("a loaded model needs its tokenizer: CrossEncoder(model, tokenizer)")
             if dtype is not None and dtype != "auto":
@@ -395,53 +390,3 @@ class CrossEncoder:
             return self.model(**pack(input_ids, self.device)).logits
         batch = self.tokenizer.pad({"input_ids": input_ids}, return_tensors="pt").to(self.device)
         return self.model(**batch).logits
-
-
-def _check_model(model: Any, num_labels: int | None) -> Any:
-    if not isinstance(getattr(model, "config", None), LlamaBidirectionalConfig) or not hasattr(model, "score"):
-        raise TypeError(
-            "model_name_or_path_or_model must be a path, a Hub id or a LlamaBidirectionalForSequenceClassification, "
-            f"got {type(model).__name__}"
-        )
-    if num_labels is not None and num_labels != model.config.num_labels:
-        raise ValueError(f"num_labels is {num_labels}, but the loaded model has {model.config.num_labels}")
-    return model
-
-
-def _load_model(name_or_path: str, model_kwargs: dict[str, Any]) -> Any:
-    """Loads a checkpoint, or an adapter on its base model with the configuration that was saved beside the adapter."""
-    check_checkpoint_path(name_or_path)
-    source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
-    if find_adapter_config_file(name_or_path, **source) is None:
-        return LlamaBidirectionalForSequenceClassification.from_pretrained(name_or_path, **model_kwargs)
-    peft = require("peft", "train")
-    adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
-    base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
-    if adapter.revision is not None:
-        base_source["revision"] = adapter.revision
-    base = adapter.base_model_name_or_path
-    fields = {name: value for name, value in model_kwargs.items() if name not in source}
-    if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **source):
-        config, fields = LlamaBidirectionalConfig.from_pretrained(
-            name_or_path, return_unused_kwargs=True, **source, **fields
-        )
-        fields["config"] = config
-    with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the adapter brings the head
-        model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, **base_source, **fields)
-    return peft.PeftModel.from_pretrained(model, name_or_path, **source)
-
-
-@contextmanager
-def _without_warnings(logger_name: str) -> Iterator[None]:
-    other = logging.getLogger(logger_name)
-    level = other.level
-    other.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        other.setLevel(level)
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
