@@ -85,9 +85,11 @@ def check_model_type(model_type: Any, source: str = "the configuration") -> None
 
 
 def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError for what can only be a path, and is none, before a hub is asked for it."""
+    """Raises OSError for what can only be a path and is no checkpoint, before a hub is asked for it."""
     name = os.fspath(name_or_path)
     looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if os.path.isfile(name) and not name.endswith(".json"):
+        raise NotADirectoryError(f"{name!r} is no checkpoint: it is a file. Pass the folder that holds a config.json")
     if looks_like_path and not os.path.exists(name):
         raise FileNotFoundError(
             f"{name!r} is no checkpoint: there is no such folder. Pass a folder that holds a config.json, or the id of "

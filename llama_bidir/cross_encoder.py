@@ -142,6 +142,11 @@ class CrossEncoder:
         """Where the model is."""
         return self.model.device
 
+    def __repr__(self) -> str:
+        name = self.config.name_or_path or type(self.model).__name__
+        fields = f"device={str(self.device)!r}, dtype={self.model.dtype}, max_length={self.config.rerank_max_length}"
+        return f"{type(self).__name__}({name!r}, {fields})"
+
     def predict(
         self,
         pairs: Any,
@@ -169,9 +174,8 @@ class CrossEncoder:
             device: move the model there first.
 
         Returns:
-            float32 scores in input order: of shape `(num_pairs,)`, or `(num_pairs, num_labels)` for several labels; for
-                a
-            single pair, a scalar or `(num_labels,)`.
+            float32 scores in input order: of shape `(num_pairs,)`, or `(num_pairs, num_labels)` for several labels. A
+            single pair gives a scalar, or `(num_labels,)`.
 
         Raises:
             TypeError, ValueError: the pairs are not pairs of strings, with the position.
@@ -365,7 +369,7 @@ class CrossEncoder:
         if num_truncated:
             logger.warning(
                 f"{num_truncated} of {len(pairs)} pairs were longer than {self.config.rerank_max_length} tokens and "
-                "were cut, from the end of the passage: raise max_length to keep more"
+                "were cut to fit: raise max_length to keep more"
             )
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)

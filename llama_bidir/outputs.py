@@ -50,4 +50,6 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
 
 def _check_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{os.fspath(target)!r} exists: allow it to be overwritten, or choose another output")
+        raise FileExistsError(
+            f"{os.fspath(target)!r} exists: pass overwrite (--overwrite) to replace it, or choose another output"
+        )

@@ -15,11 +15,28 @@ def test_version_and_help(capsys):
     assert capsys.readouterr().out.strip() == f"llama-bidir {__version__}"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["quickstart", "--wings", "2"], ["quickstart", "--max-steps", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["quickstart", "--wings", "2"], ["quickstart", "--max-steps", "x"]]
+    + [
+        ["quickstart", "--max-steps", "0"],
+        ["quickstart", "--learning-rate", "nan"],
+        ["quickstart", "--batch-size", "-1"],
+    ]
+    + [["quickstart", "--max-step", "3"]],
+)
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
+
+
+def test_a_typo_is_answered_with_the_nearest_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--lerning-rate", "1"])
+    error = capsys.readouterr().err
+    assert "--learning-rate LR" in error
+    assert "unknown option '--lerning-rate'; the nearest is '--learning-rate'" in error
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
@@ -28,7 +45,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert main(["quickstart", "--output", str(output), "--train", str(tmp_path / "rows.jsonl")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "rows.jsonl:1: pos_doc must hold at least one passage" in error
+    assert "rows.jsonl:1: pos_doc is missing" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
     assert main(["quickstart", "--output", str(output), "--model", str(tmp_path / "gone")]) == 2
     assert "no checkpoint: there is no such folder" in capsys.readouterr().err
@@ -38,7 +55,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
 def test_existing_output_is_kept_without_overwrite(tmp_path, capsys):
     (tmp_path / "mine").write_text("x")
     assert main(["quickstart", "--output", str(tmp_path)]) == 2
-    assert "exists: allow it to be overwritten" in capsys.readouterr().err
+    assert "exists: pass overwrite (--overwrite) to replace it" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "x"
 
 

@@ -164,8 +164,7 @@ def test_truncation_is_said_once_a_call(reranker, caplog):
     long = "bees " * 300
     reranker.predict([("q", long), ("q", long), ("q", "p")])
     assert [record.message for record in caplog.records] == [
-        "2 of 3 pairs were longer than 256 tokens and were cut, from the end of the passage: "
-        "raise max_length to keep more"
+        "2 of 3 pairs were longer than 256 tokens and were cut to fit: raise max_length to keep more"
     ]
     caplog.clear()
     reranker.predict([("q", "p")])
@@ -249,6 +248,9 @@ def test_wrong_models(model, tmp_path):
         CrossEncoder(model.model, make_tokenizer(eos_token="<|end|>"))
     with pytest.raises(OSError, match="is no checkpoint: there is no such folder"):
         CrossEncoder(tmp_path / "missing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="is no checkpoint: it is a file"):
+        CrossEncoder(tmp_path / "file")
 
 
 def test_model_kwargs_reach_what_they_are_for(reranker_checkpoint, tmp_path):

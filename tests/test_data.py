@@ -33,7 +33,7 @@ def test_negatives_are_optional():
         ([], r"f:3: a row must be an object with query, pos_doc and neg_doc, got list"),
         ({"pos_doc": "p"}, r"f:3: query \(or question\) must be a string, got NoneType None"),
         ({"query": 5, "pos_doc": "p"}, r"f:3: query .* got int 5"),
-        ({"query": "q"}, r"f:3: pos_doc must hold at least one passage, got NoneType None"),
+        ({"query": "q"}, r"f:3: pos_doc is missing; it must be a passage or a list"),
         ({"query": "q", "pos_doc": []}, r"f:3: pos_doc must hold at least one passage"),
         ({"query": "q", "pos_doc": 4}, r"f:3: pos_doc must be a string or a list of passages, got int 4"),
         ({"query": "q", "pos_doc": "p", "neg_doc": ["n", None]}, r"f:3: neg_doc\[1\] must be a string .* got NoneType"),
@@ -105,7 +105,7 @@ def test_truncation_is_said_once(tokenizer, caplog):
     for _ in range(2):
         collator([{"query": "q", "pos_doc": "p" * 20, "neg_doc": "n"}])
     assert [record.message.split(":")[0] for record in caplog.records] == [
-        "1 of the 2 pairs of a batch were longer than 8 tokens and were cut, from the end of the passage"
+        "1 of the 2 pairs of a batch were longer than 8 tokens and were cut to fit"
     ]
 
 

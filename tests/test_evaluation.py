@@ -19,6 +19,13 @@ def test_measures_by_hand_count_queries_that_the_run_lacks():
     assert measures["P@1"] == pytest.approx(1 / 3)
 
 
+def test_ties_keep_the_order_of_the_run_in_every_measure():
+    for order, expected in ((["d0", "d1"], 1.0), (["d1", "d0"], 0.0)):
+        run = {"q": dict.fromkeys(order, 0.0)}
+        measures = evaluate_run({"q": {"d0": 1}}, run, ["P@1", "RR@1", "nDCG@1", "Success@1"])
+        assert measures == dict.fromkeys(measures, expected)
+
+
 def test_bm25_by_hand():
     corpus = {"a": "bees fly home", "b": "bees sleep", "c": "cats sleep"}
     run = score_bm25(corpus, {"q": "flying fly bees unknown", "empty": "unknown"}, {"q": ["c", "a"], "empty": ["b"]})

@@ -196,6 +196,8 @@ def test_wrong_arguments(tmp_path, tokenizer):
         CrossEncoderTrainer(make_model(num_labels=2), args, processing_class=tokenizer)
     with pytest.raises(ValueError, match="loss must be a function or one of"):
         CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, loss="hinge")
+    with pytest.raises(ValueError, match="compares the passages of a group: group_size must be at least 2"):
+        CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, group_size=1)
     with pytest.raises(ValueError, match="group_size must be at least 1"):
         CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, group_size=0)
 

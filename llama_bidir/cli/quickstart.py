@@ -1,6 +1,7 @@
 """Make, fine-tune, save, reload and evaluate a small reranker, without a download."""
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,22 @@ if TYPE_CHECKING:
 NUM_EXAMPLES = 3
 
 
+def positive_int(text: str) -> int:
+    """Reads an int above 0."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Reads a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.add_argument("--output", default="quickstart-output", metavar="DIR", help="folder for everything it makes")
@@ -19,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="M", help="Llama checkpoint to fine-tune; a small one is made when not given"
     )
     parser.add_argument("--train", metavar="FILE", help=".jsonl rows (query, pos_doc, neg_doc); made when not given")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="training steps; 900 when not given")
+    parser.add_argument("--max-steps", type=positive_int, metavar="N", help="training steps; 900 when not given")
     parser.add_argument(
-        "--learning-rate", type=float, metavar="LR", help="2e-3 when not given: 1e-5 suits a real Llama"
+        "--learning-rate", type=positive_float, metavar="LR", help="2e-3 when not given: 1e-5 suits a real Llama"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="questions a step; 16 when not given")
+    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="questions a step; 16 when not given")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,10 +72,11 @@ def _print_result(result: "QuickstartResult", output: Path, seconds: float) -> N
     print(f"\n{'held-out questions':<22}" + "".join(f"{measure:>10}" for measure in measures))
     for name, scores in result.scores.items():
         print(f"{name:<22}" + "".join(f"{scores[measure]:>10.3f}" for measure in measures))
+    print("\nThe best three passages of some held-out questions (* relevant):")
     run, test_set = result.runs["after fine-tuning"], result.test_set
     for query_id in list(test_set.queries)[:NUM_EXAMPLES]:
         print(f"\n{test_set.queries[query_id]}")
         for doc_id, score in sorted(run[query_id].items(), key=lambda item: -item[1])[:3]:
             mark = "*" if doc_id in test_set.qrels[query_id] else " "
             print(f"  {mark} {score:7.2f}  {test_set.corpus[doc_id]}")
-    print(f"\n(* relevant)   plot: {output / 'ndcg.png'}   reranker: {output / 'model'}   {seconds:.0f} seconds")
+    print(f"\nplot: {output / 'ndcg.png'}   reranker: {output / 'model'}   {seconds:.0f} seconds")

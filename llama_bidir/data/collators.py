@@ -56,7 +56,7 @@ class GroupCollator:
             self._has_warned = True
             logger.warning(
                 f"{encoded.num_truncated} of the {len(pairs)} pairs of a batch were longer than "
-                f"{self.prompt_encoder.max_length} tokens and were cut, from the end of the passage: raise "
+                f"{self.prompt_encoder.max_length} tokens and were cut to fit: raise "
                 "rerank_max_length to keep more (said once)"
             )
         batch = self.prompt_encoder.tokenizer.pad({"input_ids": encoded.input_ids}, return_tensors="pt")

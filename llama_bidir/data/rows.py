@@ -31,6 +31,8 @@ def parse_row(row: Any, where: str) -> TrainingRow:
     query = row.get("question") if row.get("query") is None else row["query"]
     if not isinstance(query, str):
         raise ValueError(f"{where}: query (or question) must be a string, got {describe(query)}")
+    if row.get("pos_doc") is None:
+        raise ValueError(f"{where}: pos_doc is missing; it must be a passage or a list of passages")
     positives = _passages(row.get("pos_doc"), f"{where}: pos_doc")
     if not positives:
         raise ValueError(f"{where}: pos_doc must hold at least one passage, got {describe(row.get('pos_doc'))}")

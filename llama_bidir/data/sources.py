@@ -69,4 +69,4 @@ def _parse_json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: a line must be one JSON object: {error}") from error
+        raise ValueError(f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}") from error

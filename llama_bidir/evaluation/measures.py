@@ -14,11 +14,16 @@ def evaluate_run(qrels: Qrels, run: Run, measures: Sequence[str] = ("nDCG@10", "
 
     Args:
         qrels: relevance of the judged documents, by query.
-        run: score of the retrieved documents, by query.
+        run: score of the retrieved documents, by query. Documents of equal score are ranked in the order of the run,
+            for every measure alike: the tools behind ir_measures differ in how they break ties.
         measures: names as ir_measures parses them.
     """
     ir_measures = require("ir_measures", "eval")
     parsed = [ir_measures.parse_measure(measure) for measure in measures]
+    run = {
+        query_id: {doc_id: -float(rank) for rank, doc_id in enumerate(sorted(docs, key=lambda doc_id: -docs[doc_id]))}
+        for query_id, docs in run.items()
+    }
     totals = {str(measure): 0.0 for measure in parsed}
     for metric in ir_measures.iter_calc(parsed, qrels, run):
         totals[str(metric.measure)] += metric.value

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ..configuration_llama_bidir import check_checkpoint_path
 from ..cross_encoder import CrossEncoder
 from ..data import load_rows
 from ..evaluation import evaluate_run, score_bm25, write_corpus, write_qrels, write_queries, write_run
@@ -71,6 +72,8 @@ def run_quickstart(
         training: fields of [`CrossEncoderTrainingArguments`] that replace the recipe's.
         echo: told what happens, line by line.
     """
+    if model is not None:
+        check_checkpoint_path(model)
     for module in ("bm25s", "ir_measures", "matplotlib"):
         require(module, "eval")
     with whole_folder(output, overwrite=overwrite) as folder:
@@ -168,6 +171,11 @@ def _split(train_file: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], li
     num_test = min(MAX_TEST_ROWS, len(rows) // 10)
     if num_test == 0:
         raise ValueError(f"{os.fspath(train_file)} has {len(rows)} rows, but a tenth is held out: it needs at least 10")
+    for row in rows:
+        if not row["neg_doc"]:
+            raise ValueError(
+                f"{os.fspath(train_file)}: the row of query {row['query']!r} has no neg_doc to rank against"
+            )
     return rows[num_test:], rows[:num_test]
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -48,8 +49,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     [`TrainingArguments`] with the defaults that rerankers are trained with; a batch counts queries (groups).
 
     The defaults that differ: `learning_rate` 3e-6, `weight_decay` 0.01 and `warmup_steps` 100 (those of NeMo
-        AutoModel's
-    Llama 3.2 1B recipe), `per_device_train_batch_size` 4 and `logging_steps` 10.
+    AutoModel's Llama 3.2 1B recipe), `per_device_train_batch_size` 4, `logging_steps` 10, and `dataloader_pin_memory`
+    where there is an accelerator to pin it for.
     """
 
     learning_rate: float = 3e-6
@@ -57,3 +58,4 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     warmup_steps: float = 100
     per_device_train_batch_size: int = 4
     logging_steps: float = 10
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)

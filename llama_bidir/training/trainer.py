@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..data import GroupCollator
-from ..losses import IGNORED, Loss, get_loss
+from ..losses import IGNORED, Loss, get_loss, listwise_cross_entropy
 from ..model_card import write_model_card
 from ..prompts import PromptEncoder, ensure_pad_token
 from .arguments import CrossEncoderTrainingArguments
@@ -53,6 +53,8 @@ class CrossEncoderTrainer(Trainer):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1 (passages a query), got {group_size!r}")
         self.loss = get_loss(loss)
+        if self.loss is listwise_cross_entropy and group_size == 1:
+            raise ValueError("listwise_cross_entropy compares the passages of a group: group_size must be at least 2")
         ensure_pad_token(processing_class, model.config.vocab_size)
         if data_collator is None:
             prompt_encoder = PromptEncoder(
