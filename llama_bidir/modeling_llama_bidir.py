@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """
-    Reduces each sequence to one vector: the mean over its tokens (`"avg"`), its first (`"cls"`) or last (`"last"`)
-        token.
+    Reduces each sequence to one vector: the mean over its tokens (`"avg"`), or its first (`"cls"`) or last (`"last"`)
+    token.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): any floating dtype.

@@ -17,17 +17,20 @@ def test_version_and_help(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["quickstart", "--wings", "2"], ["quickstart", "--max-steps", "x"]]
-    + [
-        ["quickstart", "--max-steps", "0"],
-        ["quickstart", "--learning-rate", "nan"],
-        ["quickstart", "--batch-size", "-1"],
-    ]
-    + [["quickstart", "--max-step", "3"]],
+    [
+        "",
+        "fly",
+        "quickstart --wings 2",
+        "quickstart --max-steps x",
+        "quickstart --max-steps 0",
+        "quickstart --max-step 3",
+        "quickstart --learning-rate nan",
+        "quickstart --batch-size -1",
+    ],
 )
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
+        main(arguments.split())
     assert exit_info.value.code == 2
 
 
