@@ -93,7 +93,8 @@ class CrossEncoder:
                 device = torch.device(device or default_device())
             dtype = dtype or model_kwargs.pop("dtype", None) or model_kwargs.pop("torch_dtype", None)
             if dtype is None:
-                dtype = torch.float32 if device == torch.device("cpu") else "auto"
+                on_cpu = device is not None and torch.device(device).type == "cpu"
+                dtype = torch.float32 if on_cpu else "auto"
             name_or_path = os.fspath(model_name_or_path_or_model)
             self.model = load_reranker(name_or_path, {**model_kwargs, "dtype": dtype})
             if tokenizer is None:

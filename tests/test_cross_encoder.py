@@ -58,7 +58,7 @@ def test_column_of_a_dataset(reranker):
 
 def test_shapes_and_types_of_results(reranker):
     single = reranker.predict(PAIRS[0])
-    assert isinstance(single, np.float32)
+    assert type(single) is np.float32
     assert reranker.predict(list(PAIRS[0])) == single
     assert reranker.predict([PAIRS[0]]).shape == (1,)
     assert reranker.predict([]).shape == (0,)

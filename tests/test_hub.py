@@ -22,21 +22,17 @@ def hub():
         yield hub
 
 
-def environment_of(path, **environment):
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    variables |= {"HF_HOME": str(path / "hf"), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
-    return {**variables, **environment}
-
-
 def run(code, path, **environment):
     """Runs code in a process of its own, which reads the Hub's address when it starts."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    variables |= {"HF_HOME": str(path / "hf"), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
         cwd=path,
-        env=environment_of(path, **environment),
+        env={**variables, **environment},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

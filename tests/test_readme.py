@@ -1,13 +1,11 @@
 """The code of the README, run as a reader would run it after `make quickstart`."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hub_server import run_hub
-from test_hub import environment_of
+from test_hub import run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, flags=re.DOTALL)
@@ -19,19 +17,11 @@ def test_every_block_runs_and_prints_what_it_says(quickstart_output, tmp_path):
     assert len(CODE) == 5
     with run_hub() as hub:
         for code, expected in CODE:
-            result = subprocess.run(
-                [sys.executable, "-c", code],
-                capture_output=True,
-                text=True,
-                check=False,
-                cwd=tmp_path,
-                env=environment_of(tmp_path, HF_ENDPOINT=hub.endpoint),
-            )
-            assert result.returncode == 0, f"{code}\n{result.stderr}"
+            printed = run(code, tmp_path, HF_ENDPOINT=hub.endpoint)
             if expected:
                 # Scores differ a little between machines, the ranking does not.
                 numbers = r"-?\d+\.\d+"
-                assert re.sub(numbers, "#", result.stdout) == re.sub(numbers, "#", expected)
+                assert re.sub(numbers, "#", printed) == re.sub(numbers, "#", expected)
         assert "model.safetensors" in hub.repos["you/my-reranker"]
     assert (tmp_path / "my-reranker-with-code" / "modeling_llama_bidir.py").is_file()
 
