@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
@@ -14,18 +13,20 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
-from .loading import HUB_ARGUMENTS, check_reranker, default_device, load_reranker
+from .distributed import is_shared, score_shared
+from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_reranker
 from .model_card import write_model_card
-from .packing import PACKED_SDPA, batches_by_tokens, pack
-from .prompts import PromptEncoder, ensure_pad_token
-from .validation import check_pairs, check_positive_int, check_text, check_texts, describe
+from .onednn import use_onednn
+from .packing import PACKED_ATTENTION
+from .prompts import PromptEncoder, check_long_document, ensure_pad_token
+from .scoring import Engine, LocalEngine, Scorer
+from .validation import check_positive_int, check_text, check_texts, describe, read_pairs
+from .workers import WorkerPool, check_devices
 
 logger = logging.getLogger(__name__)
 
-# Small batches stay in the caches of a CPU.
-PACKED_TOKENS = 2048
-PADDED_PAIRS = 32
 Activation = Callable[[torch.Tensor], torch.Tensor]
+Devices = str | torch.device | Sequence[str | torch.device]
 
 
 class CrossEncoder:
@@ -41,8 +42,10 @@ class CrossEncoder:
             adapter (LoRA) is put on the base model that it names.
         tokenizer: the model's fast tokenizer; loaded from the same place when not given. A tokenizer without a pad
             token is given one (see [`~prompts.ensure_pad_token`]).
-        device: such as `"cuda:1"` or `"cpu"`; the first accelerator when there is one, else the CPU.
-        dtype: `torch.dtype` or its name; the checkpoint's on an accelerator, float32 on the CPU.
+        device: such as `"cuda:1"` or `"cpu"`; the first accelerator when there is one, else the CPU. A list, such as
+            `["cuda:0", "cuda:1"]`, scores in one worker process a device (see [`~workers.WorkerPool`]).
+        dtype: `torch.dtype` or its name. When not given, the checkpoint's on an accelerator; on a CPU bfloat16 where
+            the checkpoint is stored in it and the CPU has instructions for it, else float32.
         max_length: most tokens of a rendered pair, special tokens included; saved as `rerank_max_length`.
         prompt_template: text with one `{query}` and one `{passage}`.
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
@@ -50,6 +53,11 @@ class CrossEncoder:
         revision, token, cache_folder, local_files_only: where and how files are fetched from the Hub.
         model_kwargs, tokenizer_kwargs: passed on to `from_pretrained` of the model and of the tokenizer.
         backend: `"torch"`.
+        long_document: what becomes of a passage that does not fit into `max_length`: `"truncate"` cuts its end, `"max"`
+            and `"first_max"` score it in windows, of which the best counts (see [`~prompts.PromptEncoder.encode`]).
+        max_tokens_per_batch: most tokens of a forward pass; chosen for the device and the model when not given.
+        distributed: under torchrun or accelerate, each process scores its share and all get all scores; every process
+            must then make the same calls. If False, each process scores for itself.
 
     Raises:
         ValueError: a value breaks its rule, or the checkpoint is no Llama.
@@ -61,7 +69,7 @@ class CrossEncoder:
         model_name_or_path_or_model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        device: str | torch.device | None = None,
+        device: Devices | None = None,
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
         prompt_template: str | None = None,
@@ -74,9 +82,17 @@ class CrossEncoder:
         model_kwargs: dict[str, Any] | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
+        long_document: str = "truncate",
+        max_tokens_per_batch: int | None = None,
+        distributed: bool = True,
     ):
         if backend != "torch":
             raise ValueError(f"backend must be 'torch', got {backend!r}")
+        check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+        self.long_document = check_long_document(long_document)
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.distributed = distributed
+        self._devices, model_device = _split_devices(device)
         if isinstance(model_name_or_path_or_model, (str, os.PathLike)):
             given = {
                 "revision": revision,
@@ -90,13 +106,15 @@ class CrossEncoder:
             if device is not None and "device_map" in model_kwargs:
                 raise ValueError(f"device {str(device)!r} and a device_map in model_kwargs exclude each other")
             if "device_map" not in model_kwargs:
-                device = torch.device(device or default_device())
+                model_device = model_device or torch.device(default_device())
             dtype = dtype or model_kwargs.pop("dtype", None) or model_kwargs.pop("torch_dtype", None)
-            if dtype is None:
-                on_cpu = device is not None and torch.device(device).type == "cpu"
-                dtype = torch.float32 if on_cpu else "auto"
             name_or_path = os.fspath(model_name_or_path_or_model)
-            self.model = load_reranker(name_or_path, {**model_kwargs, "dtype": dtype})
+            self.model = load_reranker(name_or_path, {**model_kwargs, "dtype": dtype or "auto"})
+            if dtype is None and getattr(self.model, "hf_quantizer", None) is None:
+                devices = self._devices or [model_device or self.model.device]
+                if all(torch.device(name).type == "cpu" for name in devices):
+                    cast_parameters(self.model, cpu_dtype(self.model.dtype))
+                    logger.info(f"scoring in {self.model.dtype} on this CPU")
             if tokenizer is None:
                 # A GGUF file holds its tokenizer, and a subfolder has one of its own.
                 source = {name: model_kwargs[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in model_kwargs}
@@ -106,14 +124,15 @@ class CrossEncoder:
             if tokenizer is None:
                 raise TypeError("a loaded model needs its tokenizer: CrossEncoder(model, tokenizer)")
             if dtype is not None and dtype != "auto":
-                # Not `model.to(dtype)`, which would round the frequencies of the rotary embedding as well.
-                for parameter in self.model.parameters():
-                    parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        if device is not None:
-            self.model.to(device)
-        if self.device.type == "cpu" and self.config._attn_implementation == "sdpa":
-            self.model.set_attn_implementation(PACKED_SDPA)
+                cast_parameters(self.model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if model_device is not None:
+            self.model.to(model_device)
+        if self.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation(PACKED_ATTENTION)
+        use_onednn(self.model)
         self.model.eval()
+        self._local_engine = LocalEngine(self.model)
+        self._pool: WorkerPool | None = None
 
         self.tokenizer = tokenizer
         self.activation_fn = activation_fn
@@ -158,21 +177,24 @@ class CrossEncoder:
         apply_softmax: bool = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
+        device: Devices | None = None,
+        long_document: str | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> Any:
         """
         Scores pairs.
 
         Args:
-            pairs: one (query, passage) pair, or an iterable of them. Either text may be empty.
-            batch_size: at most so many pairs a forward pass. When not given, a CPU takes 2,048 tokens without padding,
-                and another device 32 padded pairs.
+            pairs: one (query, passage) pair, or an iterable of them. Either text may be empty. What is no list, tuple
+                or array, such as a generator, is read and checked chunk by chunk, so that memory stays bounded.
+            batch_size: at most so many pairs a forward pass.
             show_progress_bar: shown when not given and this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
             apply_softmax: softmax over the labels, where there are several.
             convert_to_numpy: return a numpy array; if False, a list of tensors.
             convert_to_tensor: return one tensor instead.
-            device: move the model there first.
+            device: move the model there first; a list of devices as at construction.
+            long_document, max_tokens_per_batch: for this call instead of those given at construction.
 
         Returns:
             float32 scores in input order: of shape `(num_pairs,)`, or `(num_pairs, num_labels)` for several labels. A
@@ -180,12 +202,37 @@ class CrossEncoder:
 
         Raises:
             TypeError, ValueError: the pairs are not pairs of strings, with the position.
+            torch.OutOfMemoryError: a single pair does not fit in memory.
+            RuntimeError: a worker process failed, with its traceback.
         """
-        checked_pairs, is_single = check_pairs(pairs)
+        checked_pairs, num_pairs, is_single = read_pairs(pairs)
         check_positive_int("batch_size", batch_size)
+        check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+        long_document = check_long_document(long_document or self.long_document)
         if device is not None:
-            self.model.to(device)
-        logits = self._compute_logits(checked_pairs, batch_size, show_progress_bar)
+            self._move(device)
+        if show_progress_bar is None:
+            show_progress_bar = logger.isEnabledFor(logging.INFO)
+        with tqdm(total=num_pairs, desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
+            scorer = Scorer(
+                PromptEncoder(
+                    self.tokenizer,
+                    prompt_template=self.config.prompt_template,
+                    max_length=self.config.rerank_max_length,
+                ),
+                self._engine(),
+                progress,
+                num_labels=self.model.config.num_labels,
+                max_tokens=max_tokens_per_batch or self.max_tokens_per_batch,
+                max_sequences=batch_size,
+                long_document=long_document,
+            )
+            if self.distributed and is_shared():
+                logits = score_shared(checked_pairs, scorer)
+            else:
+                logits = scorer.score(checked_pairs)
+        scorer.tally.log(self.config.rerank_max_length)
+
         scores = logits.squeeze(-1) if self.config.num_labels == 1 else logits
         activation_fn = activation_fn or self.activation_fn
         if activation_fn is not None:
@@ -211,7 +258,9 @@ class CrossEncoder:
         *,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | None = None,
+        device: Devices | None = None,
+        long_document: str | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> list[dict[str, Any]]:
         """
         Ranks documents for a query.
@@ -221,7 +270,8 @@ class CrossEncoder:
             documents: an iterable of passages.
             top_k: how many of the best to return; all when not given.
             return_documents: add the passage to each result as `text`.
-            batch_size, show_progress_bar, activation_fn, device: as in [`predict`].
+            batch_size, show_progress_bar, activation_fn, device, long_document, max_tokens_per_batch: as in
+                [`predict`].
 
         Returns:
             `{"corpus_id": int, "score": float}` dicts by falling score; equal scores keep the order of `documents`.
@@ -240,6 +290,8 @@ class CrossEncoder:
             show_progress_bar=show_progress_bar,
             activation_fn=activation_fn,
             device=device,
+            long_document=long_document,
+            max_tokens_per_batch=max_tokens_per_batch,
         )[0]
 
     def rank_batch(
@@ -252,7 +304,9 @@ class CrossEncoder:
         *,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | None = None,
+        device: Devices | None = None,
+        long_document: str | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> list[list[dict[str, Any]]]:
         """
         Ranks documents for each of several queries, scored together.
@@ -260,7 +314,9 @@ class CrossEncoder:
         Args:
             queries: the queries.
             documents_per_query: one iterable of passages a query.
-            top_k, return_documents, batch_size, show_progress_bar, activation_fn, device: as in [`rank`].
+            top_k, return_documents: as in [`rank`].
+            batch_size, show_progress_bar, activation_fn, device, long_document, max_tokens_per_batch: as in
+                [`predict`].
 
         Returns:
             one list of results a query, each as [`rank`] returns it.
@@ -290,6 +346,8 @@ class CrossEncoder:
                 show_progress_bar=show_progress_bar,
                 activation_fn=activation_fn,
                 device=device,
+                long_document=long_document,
+                max_tokens_per_batch=max_tokens_per_batch,
             ).tolist()
         )
         rankings = []
@@ -357,41 +415,28 @@ class CrossEncoder:
             )
         return commit.commit_url
 
-    def _compute_logits(
-        self, pairs: Sequence[tuple[str, str]], batch_size: int | None, show_progress_bar: bool | None
-    ) -> torch.Tensor:
-        """Float32 logits of shape `(num_pairs, num_labels)` on the CPU, in input order."""
-        prompt_encoder = PromptEncoder(
-            self.tokenizer,
-            prompt_template=self.config.prompt_template,
-            max_length=self.config.rerank_max_length,
-        )
-        input_ids, num_truncated = prompt_encoder.encode(pairs)
-        if num_truncated:
-            logger.warning(
-                f"{num_truncated} of {len(pairs)} pairs were longer than {self.config.rerank_max_length} tokens and "
-                "were cut to fit: raise max_length to keep more"
-            )
-        if show_progress_bar is None:
-            show_progress_bar = logger.isEnabledFor(logging.INFO)
-        max_tokens = PACKED_TOKENS if self._is_packed else sys.maxsize
-        if not self._is_packed:
-            batch_size = batch_size or PADDED_PAIRS
-        logits = torch.empty(len(input_ids), self.model.config.num_labels)
-        with tqdm(total=len(input_ids), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
-            lengths = [len(ids) for ids in input_ids]
-            for indices in batches_by_tokens(lengths, max_tokens=max_tokens, max_sequences=batch_size):
-                logits[indices] = self._forward([input_ids[index] for index in indices]).cpu()
-                progress.update(len(indices))
-        return logits
+    def close(self) -> None:
+        """Stops the worker processes, if there are any; the next call starts them again."""
+        if self._pool is not None:
+            self._pool.close()
 
-    @property
-    def _is_packed(self) -> bool:
-        return self.config._attn_implementation == PACKED_SDPA
+    def _engine(self) -> Engine:
+        if not self._devices:
+            return self._local_engine
+        if self._pool is None or not self._pool.is_open:
+            self._pool = WorkerPool(self.model, self._devices)
+        return self._pool
 
-    @torch.inference_mode()
-    def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:
-        if self._is_packed:
-            return self.model(**pack(input_ids, self.device)).logits
-        batch = self.tokenizer.pad({"input_ids": input_ids}, return_tensors="pt").to(self.device)
-        return self.model(**batch).logits
+    def _move(self, device: Devices) -> None:
+        devices, single = _split_devices(device)
+        if devices != self._devices:
+            self.close()
+            self._pool, self._devices = None, devices
+        self.model.to(single)
+
+
+def _split_devices(device: Any) -> tuple[list[str], Any]:
+    """The devices of worker processes, if there are several, and the device of the model in this process."""
+    if device is None or isinstance(device, (str, torch.device)):
+        return [], None if device is None else torch.device(device)
+    return check_devices(device), torch.device("cpu")

@@ -1,44 +1,70 @@
 """Padding-free batches: sequences laid end to end in one stream of tokens, which only attention takes apart."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-PACKED_SDPA = "packed_sdpa"
+PACKED_ATTENTION = "packed_attention"
+
+# Implementations that read the cu_seq_lens keywords, so that their input needs no padding.
+PACKED_IMPLEMENTATIONS = (PACKED_ATTENTION, "flash_attention_2", "flash_attention_3")
+
+_TORCH = Version(torch.__version__)
 
 
-def packed_sdpa_attention(
+def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sequence_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    Scaled dot product attention within each sequence of a packed stream; neighbours of equal length share a call.
-
-    Without `cu_seq_lens_q` it is transformers' `sdpa`.
+    Attention within each sequence of a packed stream: by `torch.nn.attention.varlen` on a GPU that has it, else by one
+    scaled dot product attention a sequence. Without `cu_seq_lens_q` it is transformers' `sdpa`.
 
     Args:
         query (`torch.Tensor` of shape `(1, num_heads, total_tokens, head_dim)`).
         key, value (`torch.Tensor` of shape `(1, num_key_value_heads, total_tokens, head_dim)`).
         attention_mask: not used for packed input, where sequences are whole.
         cu_seq_lens_q (`torch.IntTensor` of shape `(num_sequences + 1,)`, *optional*): where each sequence starts.
+        max_length_q (`int`, *optional*): tokens of the longest sequence.
+        sequence_lengths (`Sequence[int]`, *optional*): the same lengths on the host, which saves a wait for the GPU.
 
     Returns:
         `torch.Tensor` of shape `(1, total_tokens, num_heads, head_dim)`, and None for the weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if _has_varlen_kernel(query.device, query.dtype) and not module.is_causal and not kwargs.get("dropout"):
+        return _attend_by_varlen(query, key, value, cu_seq_lens_q, max_length_q), None
+    if sequence_lengths is None:
+        sequence_lengths = cu_seq_lens_q.diff().tolist()
+    return _attend_one_by_one(module, query, key, value, sequence_lengths, **kwargs), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph for each list of lengths
+def _attend_one_by_one(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequence_lengths: Sequence[int],
+    **kwargs: Any,
+) -> torch.Tensor:
     outputs, start = [], 0
-    for length, run in groupby(cu_seq_lens_q.diff().tolist()):
+    for length, run in groupby(sequence_lengths):  # neighbours of equal length share a call
         count = len(list(run))
         end = start + count * length
         # (1, heads, count * length, head_dim) -> (count, heads, length, head_dim)
@@ -47,40 +73,88 @@ def packed_sdpa_attention(
         )
         outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0].flatten(0, 1))
         start = end
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
-def packed_sdpa_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def _attend_by_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, max_length: int | None
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"enable_gqa": True}
+    if Version("2.12") > _TORCH:  # can go when 2.12 is the floor: varlen_attn had no grouped-query attention
+        groups = query.shape[1] // key.shape[1]
+        key, value, options = repeat_kv(key, groups), repeat_kv(value, groups), {}
+    # (1, heads, total_tokens, head_dim) -> (total_tokens, heads, head_dim)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    cu_seq_lens = cu_seq_lens.to(torch.int32)
+    longest = int(cu_seq_lens.diff().max()) if max_length is None else max_length
+    output: Any = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, **options)
+    return output[None]
+
+
+@cache
+def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the flash attention that torch brings runs there: half precision on NVIDIA's Ampere or newer."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.float16, torch.bfloat16)
+        and Version("2.10") <= _TORCH
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """The mask of padded input; packed input and input without padding need none."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)
-AttentionMaskInterface.register(PACKED_SDPA, packed_sdpa_mask)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
 
 
 def pack(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = None) -> dict[str, Any]:
     """
-    Lays sequences end to end.
+    Lays sequences end to end. Copies to a GPU are pinned and do not wait.
 
     Returns:
-        what a model's forward takes: `input_ids` of shape `(1, total_tokens)`, and the cu_seq_lens and max_length
-        keywords of transformers.
+        what a model's forward takes: `input_ids` of shape `(1, total_tokens)`, the cu_seq_lens and max_length keywords
+        of transformers, and the lengths on the host.
     """
-    starts = torch.tensor([0, *map(len, input_ids)]).cumsum(0).to(torch.int32)
+    lengths = [len(ids) for ids in input_ids]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     stream = torch.tensor([token for ids in input_ids for token in ids])
-    longest = max(map(len, input_ids))
+    if device is not None and torch.device(device).type == "cuda":
+        starts, stream = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (starts, stream))
+    else:
+        starts, stream = starts.to(device), stream.to(device)
     return {
-        "input_ids": stream[None].to(device),
-        "cu_seq_lens_q": starts.to(device),
-        "cu_seq_lens_k": starts.to(device),
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "input_ids": stream[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "sequence_lengths": lengths,
     }
 
 
+def pad(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = None) -> dict[str, Any]:
+    """
+    Lays sequences one below the other, padded on the right, for attention that cannot read a packed stream.
+
+    Returns:
+        what a model's forward takes: `input_ids` and `attention_mask` of shape `(num_sequences, longest)`. The id of
+        the padding is 0: it is masked, so that any would do.
+    """
+    rows = [torch.tensor(ids) for ids in input_ids]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
 def batches_by_tokens(
-    lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None
+    lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None, padded: bool = False
 ) -> Iterator[list[int]]:
     """
     Indices of sequences in batches, the longest first, so that the first batch needs the most memory.
@@ -89,14 +163,39 @@ def batches_by_tokens(
         lengths: tokens of each sequence.
         max_tokens: of a batch; a longer sequence is a batch of its own.
         max_sequences: of a batch, where given.
+        padded: count each sequence as long as the longest of its batch.
     """
     batch: list[int] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (total + lengths[index] > max_tokens or len(batch) == max_sequences):
+        length = lengths[batch[0]] if padded and batch else lengths[index]
+        if batch and (total + length > max_tokens or len(batch) == max_sequences):
             yield batch
             batch, total = [], 0
+            length = lengths[index]
         batch.append(index)
-        total += lengths[index]
+        total += length
     if batch:
         yield batch
+
+
+def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
+    """
+    Tokens of a batch that keep a device busy.
+
+    On a CPU the activations of a small batch stay in its caches, and larger ones fall out of them. A GPU wants many
+    tokens, within a quarter of the memory that is free.
+
+    Args:
+        device: where the model is.
+        dtype: of its weights.
+        config: with `hidden_size` and `intermediate_size`.
+    """
+    if device.type == "cpu":
+        return 2048 if dtype.itemsize >= 4 else 1024
+    if device.type != "cuda":
+        return 8192
+    # What is alive at once in a layer, in bytes a token: residual, norm, query, key, value, output; gate, up, product.
+    bytes_per_token = (8 * config.hidden_size + 3 * config.intermediate_size) * max(dtype.itemsize, 2)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1024, min(65536, free // 4 // bytes_per_token))

@@ -14,20 +14,42 @@ logger = logging.getLogger(__name__)
 PAD_TOKEN_OF_LLAMA_3 = "<|finetune_right_pad_id|>"
 
 
+LONG_DOCUMENT = ("truncate", "max", "first_max")
+
+
+def check_long_document(long_document: Any) -> str:
+    """Returns `long_document`; anything but `truncate`, `max` and `first_max` raises ValueError."""
+    if long_document not in LONG_DOCUMENT:
+        raise ValueError(f"long_document must be one of 'truncate', 'max' or 'first_max', got {long_document!r}")
+    return str(long_document)
+
+
 class EncodedPairs(NamedTuple):
-    """Token ids of rendered pairs, in input order, and how many pairs lost tokens to the length limit."""
+    """
+    Token ids of rendered pairs, in input order.
+
+    Args:
+        input_ids: one sequence a window, the windows of a pair next to each other.
+        num_windows: how many sequences each pair has: 1 unless its passage was split.
+        is_truncated: whether each pair lost tokens to the length limit.
+    """
 
     input_ids: list[list[int]]
-    num_truncated: int
+    num_windows: list[int]
+    is_truncated: list[bool]
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(self.is_truncated)
 
 
 class PromptEncoder:
     """
     Renders pairs with a template and tokenizes them to at most `max_length` tokens.
 
-    Only the passage gives way, from its end; the template and the query stay whole. A query that would leave the
-    passage less than a quarter of the tokens that the template leaves free is itself cut, from its end, to three
-    quarters of them.
+    Only the passage gives way, from its end or in windows; the template and the query stay whole. A query that would
+    leave the passage less than a quarter of the tokens that the template leaves free is itself cut, from its end, to
+    three quarters of them.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, whose offsets tell passage tokens from others.
@@ -60,26 +82,34 @@ class PromptEncoder:
         """Returns the text that is tokenized; braces in the query or the passage are left alone."""
         return self.prompt_template.format(query=query, passage=passage)
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:
+    def encode(self, pairs: Sequence[tuple[str, str]], *, long_document: str = "truncate") -> EncodedPairs:
         """
         Args:
             pairs: (query, passage) strings; either may be empty.
+            long_document: what becomes of a passage that does not fit. `"truncate"` cuts its end. `"max"` splits it
+                into windows that overlap by a quarter. `"first_max"` does the same, and every window after the first
+                begins with the first eighth of the first one, where titles and summaries are.
 
         Returns:
-            `EncodedPairs` with one list of token ids a pair, none longer than `max_length`.
+            `EncodedPairs`, no sequence of which is longer than `max_length`.
         """
         if not pairs:
-            return EncodedPairs([], 0)
-        input_ids: list[list[int]] = self._tokenize([self.render(*pair) for pair in pairs])["input_ids"]
-        too_long = [index for index, ids in enumerate(input_ids) if len(ids) > self.max_length]
-        for index in too_long:
-            input_ids[index] = self._truncate(*pairs[index])
-        return EncodedPairs(input_ids, len(too_long))
+            return EncodedPairs([], [], [])
+        rendered: list[list[int]] = self._tokenize([self.render(*pair) for pair in pairs])["input_ids"]
+        encoded = EncodedPairs([], [], [])
+        for pair, ids in zip(pairs, rendered, strict=True):
+            is_short = len(ids) <= self.max_length
+            sequences, is_truncated = ([ids], False) if is_short else self._windows(*pair, long_document)
+            encoded.input_ids.extend(sequences)
+            encoded.num_windows.append(len(sequences))
+            encoded.is_truncated.append(is_truncated)
+        return encoded
 
     def _tokenize(self, texts: list[str], **kwargs: Any) -> Any:
         return self.tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs)
 
-    def _truncate(self, query: str, passage: str) -> list[int]:
+    def _windows(self, query: str, passage: str, long_document: str) -> tuple[list[list[int]], bool]:
+        """The sequences of a pair that is too long (one, or its windows), and whether tokens are in none of them."""
         encoding = self._tokenize(
             [self.render(query, passage)], return_offsets_mapping=True, return_special_tokens_mask=True
         )
@@ -98,8 +128,18 @@ class PromptEncoder:
                 f"max_length {self.max_length} leaves no room beside the template in {self.render(query, '')[:80]!r}: "
                 "raise max_length (rerank_max_length) or shorten the template"
             )
-        dropped = {*query_tokens[query_room:], *passage_tokens[passage_room:]}
-        return [token_id for index, token_id in enumerate(ids) if index not in dropped]
+        lead = passage_room // 8 if long_document == "first_max" else 0
+        starts = [0]
+        if long_document != "truncate":
+            starts += _window_starts(len(passage_tokens), passage_room, lead)
+        sequences = []
+        for start in starts:
+            kept = set(passage_tokens[start : start + passage_room])
+            if start:
+                kept = {*passage_tokens[:lead], *passage_tokens[start : start + passage_room - lead]}
+            dropped = {*query_tokens[query_room:], *passage_tokens} - kept
+            sequences.append([token_id for index, token_id in enumerate(ids) if index not in dropped])
+        return sequences, query_room < len(query_tokens) or len(sequences) == 1
 
     def _character_spans(self, **values: str) -> dict[str, tuple[int, int]]:
         """Where each value is in the rendered text: its start and end, in characters."""
@@ -116,6 +156,18 @@ def _tokens_within(offsets: Sequence[tuple[int, int] | None], start: int, end: i
     """Indices of the tokens that lie between two characters; one that reaches over a border is not among them."""
     inside = [index for index, span in enumerate(offsets) if span is not None and start <= span[0] and span[1] <= end]
     return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+def _window_starts(length: int, room: int, lead: int) -> list[int]:
+    """
+    Where the windows after the first begin, in tokens of the passage: each overlaps the one before by a quarter of the
+    room, and the last one ends with the passage.
+    """
+    size, overlap = room - lead, room // 4
+    if length <= room or size <= overlap:
+        return []
+    last = length - size
+    return [*range(room - overlap, last, size - overlap), last]
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -1,7 +1,10 @@
 """Checks of what users pass in, done before any compute; each error names the position and what was expected."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
+from itertools import chain, islice
 from typing import Any
+
+import numpy as np
 
 NOT_COLLECTIONS = (str, bytes, bytearray, Mapping)
 UNORDERED = (set, frozenset)
@@ -13,16 +16,16 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def check_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
+def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]:
     """
-    Reads pairs as users give them.
+    Reads pairs as users give them. Those in a list, a tuple or an array are checked now, others as they are read.
 
     Args:
         pairs: one (query, passage) pair of strings, or an iterable of them (list, tuple, generator, numpy array,
             column).
 
     Returns:
-        the pairs as a list, and whether it was a single one.
+        the pairs, how many they are (None for a generator), and whether it was a single one.
 
     Raises:
         TypeError: something is neither a pair nor a string where one is expected.
@@ -30,10 +33,15 @@ def check_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
     """
     if isinstance(pairs, NOT_COLLECTIONS) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs must be a (query, passage) pair or an iterable of such pairs, got {describe(pairs)}")
-    items = list(pairs)
-    if len(items) == 2 and all(isinstance(item, str) for item in items):
-        return [(items[0], items[1])], True
-    return [_check_pair(index, item) for index, item in enumerate(items)], False
+    iterator = iter(pairs)
+    first = list(islice(iterator, 3))
+    if len(first) == 2 and all(isinstance(item, str) for item in first):
+        return [_check_pair(0, first)], 1, True
+    checked = (_check_pair(index, item) for index, item in enumerate(chain(first, iterator)))
+    if isinstance(pairs, (list, tuple, np.ndarray)):
+        checked_list = list(checked)
+        return checked_list, len(checked_list), False
+    return checked, len(pairs) if isinstance(pairs, Sized) else None, False
 
 
 def _check_pair(index: int, pair: Any) -> tuple[str, str]:

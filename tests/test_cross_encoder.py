@@ -295,20 +295,26 @@ def test_dtype_of_a_loaded_model_leaves_the_rotary_frequencies_alone(model, toke
 def test_packed_and_padded_scores_are_one(tokenizer):
     padded = CrossEncoder(make_model(attn_implementation="eager"), tokenizer)
     packed = CrossEncoder(make_model(), tokenizer, device="cpu")
-    assert (padded._is_packed, packed._is_packed) == (False, True)
+    assert (padded._engine().is_packed, packed._engine().is_packed) == (False, True)
     np.testing.assert_allclose(packed.predict(PAIRS), padded.predict(PAIRS), rtol=1e-5, atol=1e-6)
 
 
-def test_batches_keep_to_the_budget(reranker, monkeypatch):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_batches_keep_to_the_budget(tokenizer, monkeypatch, implementation):
+    reranker = CrossEncoder(make_model(attn_implementation=implementation), tokenizer)
     sizes = []
-    forward = reranker._forward
-    monkeypatch.setattr(reranker, "_forward", lambda ids: sizes.append([len(i) for i in ids]) or forward(ids))
-    monkeypatch.setattr("llama_bidir.cross_encoder.PACKED_TOKENS", 60)
-    reranker.predict(PAIRS * 3)
-    assert max(len(batch) for batch in sizes) > 1
-    assert all(sum(batch) <= 60 or len(batch) == 1 for batch in sizes)
+    engine = reranker._engine()
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda ids: sizes.append([len(i) for i in ids]) or forward(ids))
+    pairs = [(f"{number}", passage) for number in range(3) for _, passage in PAIRS]
+    expected = reranker.predict(pairs)
     sizes.clear()
-    reranker.predict(PAIRS * 3, batch_size=1)
+    np.testing.assert_allclose(reranker.predict(pairs, max_tokens_per_batch=60), expected, rtol=1e-5, atol=1e-6)
+    assert max(len(batch) for batch in sizes) > 1
+    used = [sum(batch) if implementation == "sdpa" else len(batch) * max(batch) for batch in sizes]
+    assert all(tokens <= 60 or len(batch) == 1 for tokens, batch in zip(used, sizes, strict=True))
+    sizes.clear()
+    reranker.predict(pairs, batch_size=1)
     assert [len(batch) for batch in sizes] == [1] * 12
 
 

@@ -3,7 +3,7 @@ import torch
 from conftest import make_model
 from test_modeling import SEQUENCES, logits_by_layout
 
-from llama_bidir.packing import PACKED_SDPA, batches_by_tokens, pack
+from llama_bidir.packing import PACKED_ATTENTION, batches_by_tokens, pack
 
 
 def test_pack_by_hand():
@@ -41,8 +41,8 @@ def test_packed_attention_equals_padded_sdpa(pooling, is_causal):
     sequences = [*SEQUENCES, [9, 9, 9, 9, 9], [4] * 17]
     expected = logits_by_layout(make_model(pooling=pooling, is_causal=is_causal), sequences)["alone"]
     model = make_model(pooling=pooling, is_causal=is_causal)
-    model.set_attn_implementation(PACKED_SDPA)
-    assert model.config._attn_implementation == PACKED_SDPA
+    model.set_attn_implementation(PACKED_ATTENTION)
+    assert model.config._attn_implementation == PACKED_ATTENTION
     for name, logits in logits_by_layout(model, sequences).items():
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5, msg=name)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_packed_attention_equals_padded_sdpa(pooling, is_causal):
 def test_gradients_of_packed_input_equal_those_of_padded_input():
     batch = pack(SEQUENCES)
     gradients = []
-    for implementation in ("sdpa", PACKED_SDPA):
+    for implementation in ("sdpa", PACKED_ATTENTION):
         model = make_model(attn_implementation=implementation).train()
         model(**batch).logits.square().sum().backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
@@ -63,7 +63,7 @@ def test_gradients_of_packed_input_equal_those_of_padded_input():
 def test_no_mask_is_made_for_packed_input(monkeypatch):
     """A mask would be quadratic in the stream."""
     seen = []
-    model = make_model(attn_implementation=PACKED_SDPA)
+    model = make_model(attn_implementation=PACKED_ATTENTION)
     layer = model.model.layers[0]
     monkeypatch.setattr(
         layer, "forward", lambda hidden, attention_mask, **kwargs: seen.append(attention_mask) or hidden

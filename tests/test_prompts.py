@@ -107,18 +107,20 @@ def encode(tokenizer, query, passage, *, template=TEMPLATE, max_length=512):
 def test_ids_are_those_of_the_tokenizer(any_tokenizer, passage, max_length):
     query = "why: what?"
     rendered = TEMPLATE.format(query=query, passage=passage)
-    (ids,), num_truncated = encode(any_tokenizer, query, passage, max_length=max_length)
+    (ids,), _, (is_truncated,) = encode(any_tokenizer, query, passage, max_length=max_length)
     whole = any_tokenizer(rendered, verbose=False).input_ids
     assert ids == any_tokenizer(rendered, truncation=True, max_length=max_length).input_ids
-    assert num_truncated == (len(whole) > max_length)
+    assert is_truncated == (len(whole) > max_length)
 
 
 def test_text_after_the_passage_and_the_query_stay_whole(any_tokenizer):
     template = "Passage: {passage}\n\nQuery: {query}\nRelevant ({{yes}}/no):"
-    (ids,), num_truncated = encode(any_tokenizer, "where do bees go?", LONG + "end", template=template, max_length=80)
+    (ids,), _, (is_truncated,) = encode(
+        any_tokenizer, "where do bees go?", LONG + "end", template=template, max_length=80
+    )
     text = any_tokenizer.decode(ids, skip_special_tokens=True)
     assert len(ids) == 80
-    assert num_truncated == 1
+    assert is_truncated
     assert text.endswith("\n\nQuery: where do bees go?\nRelevant ({yes}/no):")
     kept = text.removeprefix("Passage: ").removesuffix("\n\nQuery: where do bees go?\nRelevant ({yes}/no):")
     assert len(kept) > 10
@@ -129,23 +131,23 @@ def test_a_query_that_leaves_no_room_is_cut_to_three_quarters(byte_level):
     template_length = len(byte_level(TEMPLATE.format(query="", passage="")).input_ids)
     max_length = template_length + 40
     query, passage = "z" * 31, "w" * 100  # one token a letter in this vocabulary
-    (ids,), _ = encode(byte_level, query, passage, max_length=max_length)
+    (ids,), _, _ = encode(byte_level, query, passage, max_length=max_length)
     assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 30, passage="w" * 10)
-    (ids,), _ = encode(byte_level, "z" * 30, passage, max_length=max_length)
+    (ids,), _, _ = encode(byte_level, "z" * 30, passage, max_length=max_length)
     assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 30, passage="w" * 10)
-    (ids,), _ = encode(byte_level, "z" * 500, "ww", max_length=max_length)
+    (ids,), _, _ = encode(byte_level, "z" * 500, "ww", max_length=max_length)
     assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 30, passage="ww")
 
 
 def test_a_long_query_that_fits_with_its_passage_is_left_alone(byte_level):
     max_length = len(byte_level(TEMPLATE.format(query="", passage="")).input_ids) + 40
-    (ids,), num_truncated = encode(byte_level, "z" * 38, "ww", max_length=max_length)
+    (ids,), _, (is_truncated,) = encode(byte_level, "z" * 38, "ww", max_length=max_length)
     assert byte_level.decode(ids) == TEMPLATE.format(query="z" * 38, passage="ww")
-    assert num_truncated == 0
+    assert not is_truncated
 
 
 def test_a_query_of_any_length_never_pushes_the_passage_out(any_tokenizer):
-    (ids,), _ = encode(any_tokenizer, LONG, "The hive was painted white.", max_length=64)
+    (ids,), _, _ = encode(any_tokenizer, LONG, "The hive was painted white.", max_length=64)
     assert len(ids) == 64 or "painted white." in any_tokenizer.decode(ids)
     assert "passage" in any_tokenizer.decode(ids)
     assert len(ids) <= 64
@@ -157,7 +159,7 @@ def test_braces_and_markers_in_texts_are_text(byte_level):
 
 
 def test_no_pairs_are_no_ids(byte_level):
-    assert PromptEncoder(byte_level, prompt_template=TEMPLATE, max_length=512).encode([]) == ([], 0)
+    assert PromptEncoder(byte_level, prompt_template=TEMPLATE, max_length=512).encode([]) == ([], [], [])
 
 
 def test_a_length_below_the_template_is_refused(byte_level):
