@@ -18,9 +18,12 @@ logger = logging.getLogger(__name__)
 CHUNK_PAIRS = 4096
 CHUNK_CHARACTERS = 4_000_000
 PADDED_PAIRS = 32
+# More would wait for Python's lock.
+MAX_COMPUTE_THREADS = 4
 
 Pair = tuple[str, str]
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Engine(Protocol):
@@ -54,6 +57,30 @@ class Engine(Protocol):
         """
 
 
+class ComputeThreads:
+    """
+    Calls a function side by side on `count` threads, among which the threads of torch's operations are divided.
+
+    On several cores that leaves no core to wait for the others after every operation.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The results, in the order of the items. The rest is not started once one has failed."""
+        if self.count == 1:
+            yield from map(function, items)
+            return
+        total = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.count, "compute", torch.set_num_threads, (total // self.count,))
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(total)  # for threads that start later; those of the pool have set it for themselves
+
+
 class LocalEngine:
     """Computes logits in this process, where the model is."""
 
@@ -81,35 +108,54 @@ class LocalEngine:
         on_tokens: Callable[[int], Any] = lambda tokens: None,
     ) -> torch.Tensor:
         """See [`Engine.logits`]. A batch that does not fit in memory halves the budget, from then on."""
+        lengths = [len(ids) for ids in sequences]
+        threads = self._threads()
         if max_tokens is None:
-            max_tokens = token_budget(self.model.device, self.model.dtype, self.model.config)
+            budget = token_budget(self.model.device, self.model.dtype, self.model.config)
+            max_tokens = max(1, min(budget, -(-sum(lengths) // threads.count)))
         if not self.is_packed:
             max_sequences = max_sequences or PADDED_PAIRS
-        order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+        order: list[int] = []
         outputs: list[torch.Tensor] = []
-        num_done = 0
-        while num_done < len(order):
-            for batch in batches_by_tokens(
-                [len(sequences[index]) for index in order[num_done:]],
-                max_tokens=min(max_tokens, self._tokens_that_fit or max_tokens),
-                max_sequences=max_sequences,
-                padded=not self.is_packed,
-            ):
-                ids = [sequences[index] for index in order[num_done : num_done + len(batch)]]
-                output = self._forward_if_it_fits(ids)
+        waiting = list(range(len(sequences)))
+        while waiting:
+            batches = [
+                [waiting[position] for position in batch]
+                for batch in batches_by_tokens(
+                    [lengths[index] for index in waiting],
+                    max_tokens=min(max_tokens, self._tokens_that_fit or max_tokens),
+                    max_sequences=max_sequences,
+                    padded=not self.is_packed,
+                )
+            ]
+            waiting = []
+            results = threads.map(
+                self._forward_if_it_fits, ([sequences[index] for index in batch] for batch in batches)
+            )
+            for batch, output in zip(batches, results, strict=True):
                 if output is None:
-                    self._tokens_that_fit = self._halve(ids)
-                    break
-                outputs.append(output)
-                num_done += len(batch)
-                on_tokens(sum(map(len, ids)))
+                    waiting += batch
+                else:
+                    order += batch
+                    outputs.append(output)
+                    on_tokens(sum(lengths[index] for index in batch))
         logits = torch.empty(len(sequences), self.model.config.num_labels)
         if outputs:
             logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
         return logits
 
+    def _threads(self) -> "ComputeThreads":
+        """A CPU is busier with several batches side by side than with the threads of one operation."""
+        is_compiled = self.model._compiled_call_impl is not None
+        if self.model.device.type != "cpu" or is_compiled:
+            return ComputeThreads(1)
+        return ComputeThreads(min(MAX_COMPUTE_THREADS, torch.get_num_threads()))
+
     def _forward_if_it_fits(self, ids: list[Sequence[int]]) -> torch.Tensor | None:
         """Logits, or None where memory did not suffice. The traceback, which holds tensors, is gone by the return."""
+        num_tokens = sum(map(len, ids))
+        if num_tokens > (self._tokens_that_fit or num_tokens):
+            return None  # a batch before this one has shown it
         try:
             return self._forward(ids)
         except RuntimeError as error:
@@ -118,17 +164,16 @@ class LocalEngine:
                 raise
             if len(ids) == 1:
                 raise torch.OutOfMemoryError(
-                    f"one pair of {len(ids[0])} tokens does not fit in the memory of {self.model.device}: lower "
+                    f"one pair of {num_tokens} tokens does not fit in the memory of {self.model.device}: lower "
                     f"max_length or use a smaller dtype ({error})"
                 ) from None
-        return None
-
-    def _halve(self, ids: list[Sequence[int]]) -> int:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        tokens = sum(map(len, ids))
-        logger.warning(f"{self.model.device} has no memory for {tokens} tokens at once: going on with {tokens // 2}")
-        return tokens // 2
+        self._tokens_that_fit = num_tokens // 2
+        logger.warning(
+            f"{self.model.device} has no memory for {num_tokens} tokens at once: going on with {num_tokens // 2}"
+        )
+        return None
 
     @torch.inference_mode()
     def _forward(self, ids: list[Sequence[int]]) -> torch.Tensor:

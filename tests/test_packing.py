@@ -1,9 +1,12 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import make_model
+from packaging.version import Version
 from test_modeling import SEQUENCES, logits_by_layout
 
-from llama_bidir.packing import PACKED_ATTENTION, batches_by_tokens, pack
+from llama_bidir.packing import PACKED_ATTENTION, batches_by_tokens, pack, pad, token_budget
 
 
 def test_pack_by_hand():
@@ -71,3 +74,80 @@ def test_no_mask_is_made_for_packed_input(monkeypatch):
     with torch.no_grad():
         model(**pack(SEQUENCES))
     assert seen == [None]
+
+
+def fake_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, enable_gqa=False):
+    """What torch documents for `varlen_attn`, which has no kernel on a CPU."""
+    assert (max_q, cu_seq_q.dtype) == (int(cu_seq_q.diff().max()), torch.int32)
+    outputs = []
+    for start, end in pairwise(cu_seq_q.tolist()):
+        q, k, v = (states[start:end].transpose(0, 1) for states in (query, key, value))
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("torch_version", ["2.11.0", "2.13.0"])
+def test_layout_of_the_varlen_kernel(monkeypatch, torch_version):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    model = make_model(attn_implementation=PACKED_ATTENTION)
+    inputs = pack(SEQUENCES)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
+        monkeypatch.setattr("llama_bidir.packing._TORCH", Version(torch_version))
+        monkeypatch.setattr("llama_bidir.packing._has_varlen_kernel", lambda device, dtype: True)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+        causal = make_model(attn_implementation=PACKED_ATTENTION, is_causal=True)
+        one_by_one = [causal(**pack([ids])).logits for ids in SEQUENCES]
+        torch.testing.assert_close(causal(**inputs).logits, torch.cat(one_by_one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_attention_on_a_gpu(dtype):
+    model = make_model(attn_implementation="sdpa", hidden_size=256).to("cuda", dtype)
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([ids], device="cuda")).logits for ids in SEQUENCES])
+        model.set_attn_implementation(PACKED_ATTENTION)
+        logits = model(**pack(SEQUENCES, "cuda")).logits
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_bfloat16_attention_by_matmul_is_as_close_to_float32_as_the_fused_kernel(monkeypatch):
+    sequences = [*SEQUENCES, [4] * 17, [7, 8, 9] * 30]
+    inputs = pack(sequences)
+    errors = {}
+    for length in (0, 512):
+        monkeypatch.setattr("llama_bidir.packing.MATMUL_LENGTH", length)
+        squared = []
+        for seed in range(8):
+            model = make_model(seed=seed, attn_implementation=PACKED_ATTENTION)
+            with torch.inference_mode():
+                expected = model(**inputs).logits
+                squared.append((model.to(torch.bfloat16)(**inputs).logits - expected).square().mean())
+        errors[length] = torch.stack(squared).mean().sqrt().item()
+    assert errors[0] != errors[512]
+    assert errors[512] < 1.3 * errors[0]
+
+
+def test_pad_by_hand():
+    padded = pad([[5, 6], [7], [8, 9, 10]])
+    assert padded["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 10]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+
+
+def test_padded_batches_count_their_padding():
+    batches = list(batches_by_tokens([4, 9, 3, 8, 4], max_tokens=18, padded=True))
+    assert batches == [[1, 3], [0, 4, 2]]
+    assert list(batches_by_tokens([4, 9, 3, 8, 4], max_tokens=18)) == [[1, 3], [0, 4, 2]]
+    assert list(batches_by_tokens([9, 2, 2, 2, 2], max_tokens=18, padded=True)) == [[0, 1], [2, 3, 4]]
+    assert list(batches_by_tokens([9, 2, 2, 2, 2], max_tokens=18)) == [[0, 1, 2, 3, 4]]
+
+
+def test_budgets():
+    cpu = torch.device("cpu")
+    config = make_model().config
+    assert token_budget(cpu, torch.float32, config) > token_budget(cpu, torch.bfloat16, config)

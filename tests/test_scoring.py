@@ -1,0 +1,281 @@
+"""The pipeline behind `predict`: chunks, memory, windows, precision, CPU kernels."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, make_model, make_tokenizer
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from llama_bidir import CrossEncoder
+from llama_bidir.loading import cpu_dtype
+from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
+from llama_bidir.prompts import PromptEncoder
+from llama_bidir.scoring import LocalEngine, one_ahead, split_into_chunks
+
+PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
+
+
+@pytest.fixture
+def reranker(model, tokenizer):
+    return CrossEncoder(model, tokenizer, device="cpu")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(LocalEngine, "chunk_pairs", 8)
+
+
+def test_chunks_hold_every_pair_once_and_end_where_texts_are_long(monkeypatch):
+    monkeypatch.setattr("llama_bidir.scoring.CHUNK_CHARACTERS", 10)
+    pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"), ("i" * 9, "j"), ("k", "l")]
+    assert list(split_into_chunks(iter(pairs), 3)) == [pairs[:3], pairs[3:5], pairs[5:]]
+    assert list(split_into_chunks([], 3)) == []
+
+
+def test_scores_do_not_depend_on_chunks(reranker, small_chunks, monkeypatch):
+    chunked = reranker.predict(PAIRS)
+    monkeypatch.setattr(LocalEngine, "chunk_pairs", 1000)
+    np.testing.assert_allclose(chunked, reranker.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_generator_is_read_as_it_is_scored(reranker, small_chunks, monkeypatch, ahead):
+    """At most the chunk in work and the one that is tokenized meanwhile are in memory."""
+    monkeypatch.setattr(LocalEngine, "tokenizes_ahead", ahead)
+    read, distances = 0, []
+
+    def stream():
+        nonlocal read
+        for pair in PAIRS:
+            read += 1
+            yield pair
+
+    engine = reranker._engine()
+    forward, scored = engine._forward, 0
+
+    def counting_forward(ids):
+        nonlocal scored
+        distances.append(read - scored)
+        scored += len(ids)
+        return forward(ids)
+
+    monkeypatch.setattr(engine, "_forward", counting_forward)
+    scores = reranker.predict(stream())
+    assert np.array_equal(scores, reranker.predict(PAIRS))
+    assert max(distances) <= (24 if ahead else 11)  # chunks of 8, and 3 pairs that tell whether it is a single one
+
+
+def test_a_wrong_pair_in_a_generator_is_named(reranker, small_chunks):
+    with pytest.raises(TypeError, match="the passage of pair 37 must be a string, got NoneType None"):
+        reranker.predict(("q", None) if number == 37 else pair for number, pair in enumerate(PAIRS))
+
+
+def test_one_ahead_keeps_order_and_errors_and_works_on_a_thread():
+    threads = set()
+
+    def numbers():
+        for number in range(5):
+            threads.add(threading.current_thread().name)
+            yield number
+        raise KeyError("five")
+
+    stream = one_ahead(numbers())
+    assert [next(stream) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match="five"):
+        list(stream)
+    assert threads == {"tokenizer_0"}
+
+
+def test_twins_tie_and_runs_repeat(reranker):
+    pairs = [PAIRS[5], *PAIRS, PAIRS[5], *PAIRS]
+    scores = reranker.predict(pairs)
+    assert scores[0] == scores[6] == scores[61]
+    assert np.array_equal(scores[1:61], scores[62:])
+    assert np.array_equal(reranker.predict(pairs), scores)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_budget_and_goes_on(tokenizer, implementation, error, monkeypatch, caplog):
+    reranker = CrossEncoder(make_model(attn_implementation=implementation), tokenizer, device="cpu")
+    expected = reranker.predict(PAIRS)
+    engine = reranker._engine()
+    forward, sizes = engine._forward, []
+
+    def small_memory(ids):
+        sizes.append(sum(map(len, ids)))
+        if sizes[-1] > 200:
+            raise error
+        return forward(ids)
+
+    monkeypatch.setattr(engine, "_forward", small_memory)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
+    assert f"cpu has no memory for {sizes[0]} tokens at once: going on with {sizes[0] // 2}" in caplog.text
+    sizes.clear()
+    reranker.predict(PAIRS)
+    assert max(sizes) <= 200  # remembered
+
+
+def test_other_errors_and_pairs_that_never_fit_are_raised(reranker, monkeypatch):
+    def fail(ids):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(reranker._engine(), "_forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"one pair of \d+ tokens does not fit in the memory of cpu"):
+        reranker.predict(PAIRS)
+
+    def break_down(ids):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(reranker._engine(), "_forward", break_down)
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        reranker.predict(PAIRS)
+
+
+def test_windows_by_hand():
+    letters = make_tokenizer()
+    encoder = PromptEncoder(letters, prompt_template="{query}|{passage}|", max_length=3 + 16)
+    passage = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # one token a character in this vocabulary
+
+    def windows(long_document, passage=passage):
+        encoded = encoder.encode([("q", passage), ("q", "x")], long_document=long_document)
+        assert encoded.num_windows[1] == 1
+        assert len(encoded.input_ids) == sum(encoded.num_windows)
+        return [letters.decode(ids)[2:-1] for ids in encoded.input_ids[:-1]], encoded.is_truncated
+
+    assert windows("truncate") == (["ABCDEFGHIJKLMNOP"], [True, False])
+    # 16 tokens of room, of which 4 overlap; the last window ends with the passage.
+    assert windows("max") == (["ABCDEFGHIJKLMNOP", "MNOPQRSTUVWXYZ01", "UVWXYZ0123456789"], [False, False])
+    assert windows("first_max") == (
+        ["ABCDEFGHIJKLMNOP", "ABMNOPQRSTUVWXYZ", "ABWXYZ0123456789"],
+        [False, False],
+    )
+    assert windows("max", passage[:17]) == (["ABCDEFGHIJKLMNOP", "BCDEFGHIJKLMNOPQ"], [False, False])
+    assert windows("max", passage[:16]) == (["ABCDEFGHIJKLMNOP"], [False, False])
+
+
+def test_every_token_of_a_passage_is_in_a_window(tokenizer):
+    encoder = PromptEncoder(tokenizer, prompt_template="{query} {passage}", max_length=32)
+    for length in range(1, 400, 13):
+        passage = "".join(chr(97 + (7 * number) % 26) for number in range(length))
+        for mode in ("max", "first_max"):
+            sequences = encoder.encode([("q", passage)], long_document=mode).input_ids
+            whole = tokenizer(f"q {passage}").input_ids
+            assert all(len(ids) <= 32 for ids in sequences)
+            assert {token for ids in sequences for token in ids} == set(whole)
+
+
+@pytest.mark.parametrize("mode", ["max", "first_max"])
+def test_the_best_window_counts_and_windows_are_reported(reranker, mode, caplog):
+    reranker.config.rerank_max_length = 64
+    long = " ".join(TEXTS)
+    encoder = PromptEncoder(reranker.tokenizer, prompt_template=reranker.config.prompt_template, max_length=64)
+    windows = encoder.encode([("bees", long)], long_document=mode).input_ids
+    with torch.no_grad():
+        expected = max(reranker.model(torch.tensor([ids])).logits.item() for ids in windows)
+    pairs = [("q", "p"), ("bees", long), ("q", "x")]
+    scores = reranker.predict(pairs, long_document=mode)
+    assert scores[1] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(scores[[0, 2]], reranker.predict(pairs)[[0, 2]], rtol=1e-5)
+    assert (
+        f"1 of 3 pairs were longer than 64 tokens and were scored in {len(windows)} windows, the best of which counts"
+        in caplog.text
+    )
+    ranking = reranker.rank("bees", [long, "x"], long_document=mode)
+    assert {result["corpus_id"]: result["score"] for result in ranking}[0] == pytest.approx(expected, rel=1e-5)
+    assert CrossEncoder(reranker.model, reranker.tokenizer, long_document=mode).predict(pairs)[1] == scores[1]
+
+
+def test_wrong_modes_and_budgets_are_named(reranker):
+    with pytest.raises(ValueError, match="long_document must be one of 'truncate', 'max' or 'first_max', got 'mean'"):
+        reranker.predict(PAIRS, long_document="mean")
+    with pytest.raises(ValueError, match="max_tokens_per_batch must be None or an int above 0, got 0"):
+        CrossEncoder(reranker.model, reranker.tokenizer, max_tokens_per_batch=0)
+
+
+def test_long_pairs_score_as_with_a_padded_model(tokenizer):
+    """8,192 tokens: a mask or a matrix of attention weights would take 1 GB a layer here."""
+    reranker = CrossEncoder(make_model(max_position_embeddings=8192), tokenizer, device="cpu", max_length=8192)
+    pairs = [("bees", "the hive was white " * 2500), ("bees", "clover " * 400), ("q", "p")]
+    scores = reranker.predict(pairs)
+    for (query, passage), score in zip(pairs, scores, strict=True):
+        text = reranker.config.prompt_template.format(query=query, passage=passage)
+        inputs = tokenizer(text, truncation=True, max_length=8192, return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(reranker.model(**inputs).logits.item(), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "stored", "expected"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, torch.bfloat16, torch.float32),
+        ({"avx512_bf16": True}, torch.float32, torch.float32),
+        ({"avx512_bf16": True}, torch.float16, torch.float32),
+    ],
+)
+def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, tokenizer, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert cpu_dtype(stored) == expected
+    make_model().to(stored).save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
+        reranker = CrossEncoder(tmp_path, tokenizer, device="cpu")
+    assert reranker.model.dtype == expected
+    assert reranker.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert [record.message for record in caplog.records] == [f"scoring in {expected} on this CPU"]
+    assert CrossEncoder(tmp_path, tokenizer, device="cpu", dtype="auto").model.dtype == stored
+
+
+def test_onednn_layers_compute_what_they_replace(reranker, reranker_checkpoint):
+    stock = AutoModelForSequenceClassification.from_pretrained(reranker_checkpoint).eval()
+    fused = CrossEncoder(reranker_checkpoint, device="cpu").model
+    kinds = {type(module) for module in fused.modules()}
+    assert {OneDNNLinear, OneDNNMLP} <= kinds
+    assert nn.Linear not in kinds
+    assert fused.state_dict().keys() == stock.state_dict().keys()
+    ids = torch.randint(0, 320, (3, 40))
+    states = torch.randn(2, 7, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-6)
+        for mine, theirs in zip(fused.model.layers, stock.model.layers, strict=True):
+            torch.testing.assert_close(mine.mlp(states), theirs.mlp(states), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_onednn_with_bias_and_with_gradients(tokenizer, bias):
+    model = make_model(attention_bias=bias, mlp_bias=bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    ids = torch.randint(0, 320, (2, 9))
+    expected = model(ids).logits
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(ids).logits, expected, rtol=1e-5, atol=1e-6)
+    fused(ids).logits.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in fused.parameters())
+
+
+def test_layers_of_another_type_are_left_alone(base_checkpoint, tokenizer):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=["up_proj"])
+    model = peft.get_peft_model(make_model(), lora).eval()
+    ids = torch.randint(0, 320, (2, 9))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        fused = CrossEncoder(model, tokenizer, device="cpu").model
+        torch.testing.assert_close(fused(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_model_gives_the_same_scores(reranker):
+    expected = reranker.predict(PAIRS)
+    reranker.model.compile(backend="eager", dynamic=True)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
