@@ -17,7 +17,7 @@ def use_onednn(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         return
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and type(module.weight.data) is torch.Tensor:  # not the packed one of a quantizer
             module.__class__ = OneDNNLinear
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
             module.__class__ = OneDNNMLP

@@ -16,8 +16,10 @@ PACKED_ATTENTION = "packed_attention"
 # Implementations that read the cu_seq_lens keywords, so that their input needs no padding.
 PACKED_IMPLEMENTATIONS = (PACKED_ATTENTION, "flash_attention_2", "flash_attention_3")
 
-# Tokens of a sequence up to which a CPU computes its attention weights at once; they take 2 bytes a head and token pair.
+# Tokens of a sequence up to which a CPU computes its bfloat16 attention weights at once.
 MATMUL_LENGTH = 512
+# The widest activation of a batch that stays in the caches of a CPU, in bytes.
+CPU_CACHE = 3 * 2**20
 
 _TORCH = Version(torch.__version__)
 
@@ -227,7 +229,7 @@ def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
         config: with `hidden_size` and `intermediate_size`.
     """
     if device.type == "cpu":
-        return 2048 if dtype.itemsize >= 4 else 1024
+        return max(512, min(2048, CPU_CACHE // (config.intermediate_size * dtype.itemsize)))
     if device.type != "cuda":
         return 8192
     # What is alive at once in a layer, in bytes a token: residual, norm, query, key, value, output; gate, up, product.

@@ -5,6 +5,7 @@ import torch
 from conftest import make_model
 from packaging.version import Version
 from test_modeling import SEQUENCES, logits_by_layout
+from transformers import LlamaConfig
 
 from llama_bidir.packing import PACKED_ATTENTION, batches_by_tokens, pack, pad, token_budget
 
@@ -147,7 +148,10 @@ def test_padded_batches_count_their_padding():
     assert list(batches_by_tokens([9, 2, 2, 2, 2], max_tokens=18)) == [[0, 1, 2, 3, 4]]
 
 
-def test_budgets():
-    cpu = torch.device("cpu")
-    config = make_model().config
-    assert token_budget(cpu, torch.float32, config) > token_budget(cpu, torch.bfloat16, config)
+def test_budget_of_a_cpu_follows_the_width_of_the_model():
+    budgets = [
+        token_budget(torch.device("cpu"), dtype, LlamaConfig(intermediate_size=intermediate_size))
+        for intermediate_size, dtype in ((8192, torch.bfloat16), (1536, torch.float32), (768, torch.float32))
+    ]
+    assert budgets == [512, 512, 1024]
+    assert token_budget(torch.device("cpu"), torch.float32, LlamaConfig(intermediate_size=8)) == 2048
