@@ -57,28 +57,24 @@ class Engine(Protocol):
         """
 
 
-class ComputeThreads:
+def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int) -> Iterator[Result]:
     """
-    Calls a function side by side on `count` threads, among which the threads of torch's operations are divided.
+    Calls `function` for each item, several at once. The threads of torch's operations are divided among the calls: on
+    a CPU that leaves no core to wait for the others after every operation.
 
-    On several cores that leaves no core to wait for the others after every operation.
+    Yields:
+        the results, in the order of the items. What has not started when a call fails is not started any more.
     """
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results, in the order of the items. The rest is not started once one has failed."""
-        if self.count == 1:
-            yield from map(function, items)
-            return
-        total = torch.get_num_threads()
-        pool = ThreadPoolExecutor(self.count, "compute", torch.set_num_threads, (total // self.count,))
-        try:
-            yield from pool.map(function, items)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(total)  # for threads that start later; those of the pool have set it for themselves
+    if num_threads == 1:
+        yield from map(function, items)
+        return
+    total = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, "compute", torch.set_num_threads, (total // num_threads,))
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(total)  # threads that start later take it from here
 
 
 class LocalEngine:
@@ -109,10 +105,10 @@ class LocalEngine:
     ) -> torch.Tensor:
         """See [`Engine.logits`]. A batch that does not fit in memory halves the budget, from then on."""
         lengths = [len(ids) for ids in sequences]
-        threads = self._threads()
+        num_threads = self._num_threads()
         if max_tokens is None:
             budget = token_budget(self.model.device, self.model.dtype, self.model.config)
-            max_tokens = max(1, min(budget, -(-sum(lengths) // threads.count)))
+            max_tokens = max(1, min(budget, -(-sum(lengths) // num_threads)))
         if not self.is_packed:
             max_sequences = max_sequences or PADDED_PAIRS
         order: list[int] = []
@@ -129,9 +125,8 @@ class LocalEngine:
                 )
             ]
             waiting = []
-            results = threads.map(
-                self._forward_if_it_fits, ([sequences[index] for index in batch] for batch in batches)
-            )
+            inputs = ([sequences[index] for index in batch] for batch in batches)
+            results = side_by_side(self._forward_if_it_fits, inputs, num_threads=min(num_threads, len(batches)))
             for batch, output in zip(batches, results, strict=True):
                 if output is None:
                     waiting += batch
@@ -144,17 +139,17 @@ class LocalEngine:
             logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
         return logits
 
-    def _threads(self) -> "ComputeThreads":
-        """A CPU is busier with several batches side by side than with the threads of one operation."""
+    def _num_threads(self) -> int:
+        """How many batches to compute side by side."""
         is_compiled = self.model._compiled_call_impl is not None
         if self.model.device.type != "cpu" or is_compiled:
-            return ComputeThreads(1)
-        return ComputeThreads(min(MAX_COMPUTE_THREADS, torch.get_num_threads()))
+            return 1
+        return min(MAX_COMPUTE_THREADS, torch.get_num_threads())
 
     def _forward_if_it_fits(self, ids: list[Sequence[int]]) -> torch.Tensor | None:
         """Logits, or None where memory did not suffice. The traceback, which holds tensors, is gone by the return."""
         num_tokens = sum(map(len, ids))
-        if num_tokens > (self._tokens_that_fit or num_tokens):
+        if len(ids) > 1 and num_tokens > (self._tokens_that_fit or num_tokens):
             return None  # a batch before this one has shown it
         try:
             return self._forward(ids)

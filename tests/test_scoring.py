@@ -2,19 +2,20 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, make_model, make_tokenizer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TorchAoConfig
 
 from llama_bidir import CrossEncoder
 from llama_bidir.loading import cpu_dtype
 from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
-from llama_bidir.scoring import LocalEngine, one_ahead, split_into_chunks
+from llama_bidir.scoring import LocalEngine, one_ahead, side_by_side, split_into_chunks
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
 
@@ -110,7 +111,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tokenizer, implementation, 
 
     def small_memory(ids):
         sizes.append(sum(map(len, ids)))
-        if sizes[-1] > 200:
+        if len(ids) > 1 and sizes[-1] > 200:
             raise error
         return forward(ids)
 
@@ -120,6 +121,8 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tokenizer, implementation, 
     sizes.clear()
     reranker.predict(PAIRS)
     assert max(sizes) <= 200  # remembered
+    long = [*PAIRS[:5], ("q", "0123456789" * 24)]
+    assert reranker.predict(long)[5] == pytest.approx(reranker.predict(long[5:])[0], rel=1e-5)
 
 
 def test_other_errors_and_pairs_that_never_fit_are_raised(reranker, monkeypatch):
@@ -273,6 +276,37 @@ def test_layers_of_another_type_are_left_alone(base_checkpoint, tokenizer):
         expected = model(ids).logits
         fused = CrossEncoder(model, tokenizer, device="cpu").model
         torch.testing.assert_close(fused(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_int8_weights_by_torchao(tmp_path, tokenizer):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = make_model(hidden_size=64, intermediate_size=96)
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["score"])
+    reranker = CrossEncoder(tmp_path, tokenizer, device="cpu", model_kwargs={"quantization_config": config})
+    assert type(reranker.model.model.layers[0].mlp.up_proj.weight) is not nn.Parameter
+    assert type(reranker.model.score.weight) is nn.Parameter
+    exact = CrossEncoder(model, tokenizer, device="cpu").predict(PAIRS)
+    scores = reranker.predict(PAIRS)
+    assert 1e-5 < np.abs(scores - exact).max() < 0.1 * exact.std()
+
+
+def test_threads_divide_the_cores_and_give_them_back():
+    total = torch.get_num_threads()
+    seen = list(side_by_side(lambda item: (item, torch.get_num_threads()), range(5), num_threads=2))
+    assert seen == [(item, max(1, total // 2)) for item in range(5)]
+    assert torch.get_num_threads() == total
+    started = []
+
+    def fail(item):
+        started.append(item)
+        raise KeyError(item)
+
+    with pytest.raises(KeyError, match="0"):
+        list(side_by_side(fail, range(100), num_threads=2))
+    assert len(started) < 100
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == total
 
 
 def test_compiled_model_gives_the_same_scores(reranker):

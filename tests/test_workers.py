@@ -112,7 +112,7 @@ np.savez(f"{output}/{task}-{rank}.npz", scores=reranker.predict(iter(pairs)), sc
 def run_ranks(tmp_path, folder, task):
     script = tmp_path / "script.py"
     script.write_text(RANK_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "--standalone", str(script), str(folder), str(tmp_path), task],

@@ -1,0 +1,120 @@
+"""The machine: its description, a clock, how fast it multiplies matrices, and the memory of a process."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+import llama_bidir
+
+PACKAGES = ("torch", "transformers", "tokenizers", "sentence-transformers", "nemo-automodel", "FlagEmbedding")
+CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8"}
+MATMUL_ROWS = 2048
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Versions, processor, GPU and threads, and the date; `hardware` is the one line that names them in a table."""
+    cpuinfo = _read("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    cpu = fields.get("model name", platform.processor() or platform.machine())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name(device) if is_cuda(device) else None
+    return {
+        "hardware": gpu or f"{cpu}, {cores} cores",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "gpu": gpu,
+        "cpu": cpu,
+        "cpu_cores": cores,
+        "cpu_flags": sorted(CPU_FLAGS & set(fields.get("flags", "").split())),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {"llama-bidir": llama_bidir.__version__, **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def is_cuda(device: str) -> bool:
+    """Whether a device is a CUDA one."""
+    return torch.device(device).type == "cuda"
+
+
+def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Calls `function`; returns the seconds until the device has finished its work, and the result."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+@torch.inference_mode()
+def matmul_speed(config: LlamaConfig, dtype: str, device: str) -> float:
+    """
+    The best speed of `torch.nn.functional.linear` over a few shapes, in floating point operations per second.
+
+    The shapes are 2048 x 2048 x 2048 and those of the model's MLP at 2,048 rows; on CUDA also 8192 x 8192 x 8192, as a
+    GPU is not busy with less. Each is called twice, on CUDA 20 times, after one call that is not counted.
+
+    Args:
+        config: the shape of the model.
+        dtype: of the matrices.
+        device: where they are.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    shapes = [(MATMUL_ROWS, 2048, 2048), (MATMUL_ROWS, hidden, intermediate), (MATMUL_ROWS, intermediate, hidden)]
+    calls = 2
+    if is_cuda(device):
+        shapes.append((8192, 8192, 8192))
+        calls = 20
+    return max(_linear_speed(*shape, calls=calls, dtype=getattr(torch, dtype), device=device) for shape in shapes)
+
+
+def _linear_speed(rows: int, inputs: int, outputs: int, *, calls: int, dtype: torch.dtype, device: str) -> float:
+    states = torch.randn(rows, inputs, dtype=dtype, device=device)
+    weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
+
+    def multiply() -> None:
+        for _ in range(calls):
+            torch.nn.functional.linear(states, weight)
+
+    torch.nn.functional.linear(states, weight)
+    seconds, _ = timed(multiply, device)
+    return 2 * calls * rows * inputs * outputs / seconds
+
+
+def peak_memory(device: str) -> int:
+    """
+    The most memory that this process has held, in bytes: of the GPU on CUDA (`max_memory_allocated`), else of the
+    machine (resident, with the code and the mapped pages of files).
+    """
+    if is_cuda(device):
+        return torch.cuda.max_memory_allocated(device)
+    # On Linux `ru_maxrss` of a new process starts at the peak of its parent; the kernel's VmHWM starts anew.
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

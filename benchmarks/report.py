@@ -1,0 +1,169 @@
+"""Tables and the plot of what was measured."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+
+COLORS = {
+    "llama-bidir": "#2f6fb0",
+    "reference": "#8a94a3",
+    "stock-llama": "#c3cad3",
+    "FlagEmbedding": "#d9a441",
+}
+
+
+def _number(name: str, pattern: str, scale: float = 1) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(name) is None else pattern.format(row[name] * scale)
+
+
+_SUBJECT: Columns = {
+    "model": lambda row: row["model"],
+    "dtype": lambda row: row["dtype"],
+    "workload": lambda row: row["workload"],
+    "implementation": lambda row: row["implementation"],
+    "pairs": _number("pairs", "{:,}"),
+}
+SPEED: Columns = {
+    **_SUBJECT,
+    "tokens": _number("tokens", "{:,}"),
+    "ms": _number("seconds", "{:,.1f}", 1000),
+    "pairs/s": _number("pairs_per_second", "{:.1f}"),
+    "median": _number("median_pairs_per_second", "{:.1f}"),
+    "tokens/s": _number("tokens_per_second", "{:,.0f}"),
+    "vs ST": _number("ratio", "{:.2f}"),
+    "median vs ST": _number("median_ratio", "{:.2f}"),
+    "score error": _number("score_error", "{:.1e}"),
+    "of peak": _number("peak_share", "{:.1%}"),
+}
+MEMORY: Columns = {
+    **_SUBJECT,
+    "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
+    "vs ST": _number("ratio", "{:.2f}"),
+}
+STREAM: Columns = {
+    "dtype": lambda row: row["dtype"],
+    "pairs": _number("pairs", "{:,}"),
+    "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
+    "seconds": _number("seconds", "{:.1f}"),
+}
+SECTIONS: dict[str, tuple[str, Columns]] = {
+    "speed": (
+        "Speed: the best of the rounds; vs ST is pairs/s relative to sentence-transformers, and its median is that of "
+        "the ratios within each round; score error is the largest difference from a padded float32 pass, relative to "
+        "the largest absolute score; of peak is the share of the machine's fastest matrix product that is spent on "
+        "real tokens.",
+        SPEED,
+    ),
+    "memory": (
+        "Peak memory of a process of its own, before (loaded) and after scoring: resident on a CPU, else allocated.",
+        MEMORY,
+    ),
+    "stream": ("Peak memory of CrossEncoder.predict on a generator, with a model of one layer.", STREAM),
+}
+
+
+def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
+    """Prints rows in columns that stay where they are from one call to the next."""
+    widths = {title: max(len(title), 9) for title in columns}
+    widths.update({title: width for title, width in {"workload": 12, "implementation": 21}.items() if title in widths})
+    if header:
+        print("  ".join(f"{title:>{width}}" for title, width in widths.items()))
+    for row in rows:
+        print("  ".join(f"{cell(row):>{widths[title]}}" for title, cell in columns.items()), flush=True)
+
+
+def write_markdown(path: str | os.PathLike[str], results: Mapping[str, list[Row]]) -> None:
+    """Writes GitHub tables, one a section and machine; of rows that were measured again, the last."""
+    lines = []
+    for name, (caption, columns) in SECTIONS.items():
+        for hardware, rows in _by(latest(results.get(name, [])), "hardware"):
+            lines += [f"{caption} {hardware}.", "", _markdown_line(columns), _markdown_line("---" for _ in columns)]
+            lines += [_markdown_line(cell(row) for cell in columns.values()) for row in rows]
+            lines.append("")
+    machines = {}
+    for machine in results.get("machines", []):
+        versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
+        flags = " ".join(machine["cpu_flags"])
+        line = (
+            f"- {machine['date'][:10]}: {machine['hardware']} ({flags}), {machine['torch_threads']} threads; {versions}"
+        )
+        machines[line] = None
+    lines += machines
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each machine, model, dtype, workload, implementation and number of pairs."""
+    key = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
+    return list({tuple(row.get(name) for name in key): row for row in rows}.values())
+
+
+def _by(rows: list[Row], *names: str) -> list[tuple[str, list[Row]]]:
+    """Rows in groups of equal values, each with those values as its title, in the order of first appearance."""
+    titles = [", ".join(row[name] for name in names) for row in rows]
+    ordered = sorted(zip(titles, rows, strict=True), key=lambda item: titles.index(item[0]))
+    return [(title, [row for _, row in group]) for title, group in groupby(ordered, key=lambda item: item[0])]
+
+
+def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """
+    Writes a PNG of pairs per second relative to sentence-transformers: one panel a machine, model and dtype, one group
+    a workload, one bar an implementation.
+
+    Raises:
+        ValueError: no row has a ratio.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in latest(rows) if row["ratio"] is not None and row["implementation"] in COLORS]
+    panels = _by(rows, "model", "dtype", "hardware")
+    if not panels:
+        raise ValueError("nothing to plot: no row has a ratio to sentence-transformers")
+    num_columns = min(2, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure = Figure(figsize=(6.5 * num_columns, 0.7 + 2.9 * num_rows), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(num_rows, num_columns, sharey="row", squeeze=False).flatten()
+    for axes, (title, panel) in zip(grid, panels, strict=False):
+        _plot_panel(axes, title, panel)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    handles = {label: bar for axes in grid for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(
+        "Pairs scored per second relative to sentence-transformers, same weights and same pairs", fontsize=12
+    )
+    figure.savefig(path)
+
+
+def _plot_panel(axes: Any, title: str, rows: list[Row]) -> None:
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    implementations = [name for name in COLORS if any(row["implementation"] == name for row in rows)]
+    width = 0.88 / len(implementations)
+    for position, name in enumerate(implementations):
+        ratios = {row["workload"]: row["ratio"] for row in rows if row["implementation"] == name}
+        places = [workloads.index(workload) + (position + 0.5) * width - 0.44 for workload in ratios]
+        bars = axes.bar(places, ratios.values(), width * 0.92, color=COLORS[name], label=name)
+        axes.bar_label(bars, fmt="{:.2f}", fontsize=6.5, padding=2)
+    line = axes.axhline(1.0, color="#333333", linewidth=1, linestyle="--")
+    line.set_label("sentence-transformers")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xticks(range(len(workloads)), workloads)
+    axes.set_xlabel("workload")
+    axes.set_ylabel("ratio of pairs/s")
+    axes.margins(y=0.12)
+    axes.yaxis.grid(visible=True, color="#e4e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
