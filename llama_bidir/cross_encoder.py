@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -113,7 +114,8 @@ class CrossEncoder:
             if dtype is None and getattr(self.model, "hf_quantizer", None) is None:
                 devices = self._devices or [model_device or self.model.device]
                 if all(torch.device(name).type == "cpu" for name in devices):
-                    cast_parameters(self.model, cpu_dtype(self.model.dtype))
+                    if cpu_dtype(self.model.dtype) != self.model.dtype:
+                        cast_parameters(self.model, cpu_dtype(self.model.dtype))
                     logger.info(f"scoring in {self.model.dtype} on this CPU")
             if tokenizer is None:
                 # A GGUF file holds its tokenizer, and a subfolder has one of its own.
@@ -133,6 +135,7 @@ class CrossEncoder:
         self.model.eval()
         self._local_engine = LocalEngine(self.model)
         self._pool: WorkerPool | None = None
+        self._lock = threading.Lock()
 
         self.tokenizer = tokenizer
         self.activation_fn = activation_fn
@@ -227,7 +230,7 @@ class CrossEncoder:
                 max_sequences=batch_size,
                 long_document=long_document,
             )
-            if self.distributed and is_shared():
+            if self.distributed and is_shared(self.device):
                 logits = score_shared(checked_pairs, scorer)
             else:
                 logits = scorer.score(checked_pairs)
@@ -421,11 +424,15 @@ class CrossEncoder:
             self._pool.close()
 
     def _engine(self) -> Engine:
-        if not self._devices:
-            return self._local_engine
-        if self._pool is None or not self._pool.is_open:
-            self._pool = WorkerPool(self.model, self._devices)
-        return self._pool
+        with self._lock:
+            if self._local_engine.model is not self.model:  # set by the user, to a merged one for example
+                self.close()
+                self._local_engine = LocalEngine(self.model)
+            if not self._devices:
+                return self._local_engine
+            if self._pool is None or not self._pool.is_open:
+                self._pool = WorkerPool(self.model, self._devices)
+            return self._pool
 
     def _move(self, device: Devices) -> None:
         devices, single = _split_devices(device)
@@ -437,6 +444,6 @@ class CrossEncoder:
 
 def _split_devices(device: Any) -> tuple[list[str], Any]:
     """The devices of worker processes, if there are several, and the device of the model in this process."""
-    if device is None or isinstance(device, (str, torch.device)):
+    if device is None or isinstance(device, (str, int, torch.device)):
         return [], None if device is None else torch.device(device)
     return check_devices(device), torch.device("cpu")

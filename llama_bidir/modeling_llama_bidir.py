@@ -39,25 +39,23 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str
     return hidden_states.float().masked_fill(~selected, 0.0).sum(dim=1) / selected.sum(dim=1)
 
 
-def unpack(
-    hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, max_length: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling: str) -> torch.Tensor:
     """
-    Splits one stream of tokens into right-padded sequences.
+    What [`pool`] computes, of sequences that are laid end to end.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(total_tokens, hidden_size)`): sequences laid end to end.
+        hidden_states (`torch.Tensor` of shape `(total_tokens, hidden_size)`): any floating dtype.
         cu_seq_lens (`torch.Tensor` of shape `(num_sequences + 1,)`): where each starts, from 0 to `total_tokens`.
-        max_length (`int`, *optional*): tokens of the longest; read from `cu_seq_lens` (a device sync) when not given.
+        pooling (`str`): `"avg"`, `"cls"` or `"last"`.
 
     Returns:
-        hidden states of shape `(num_sequences, max_length, hidden_size)` and their bool mask of shape
-        `(num_sequences, max_length)`.
+        `torch.FloatTensor` of shape `(num_sequences, hidden_size)`, computed in float32.
     """
-    starts, lengths = cu_seq_lens[:-1, None], cu_seq_lens.diff()[:, None]
-    position_ids = torch.arange(int(lengths.max()) if max_length is None else max_length, device=cu_seq_lens.device)
-    mask = position_ids < lengths
-    return hidden_states[torch.where(mask, starts + position_ids, 0)], mask
+    if check_pooling(pooling) == "cls":
+        return hidden_states[cu_seq_lens[:-1]].float()
+    if pooling == "last":
+        return hidden_states[cu_seq_lens[1:] - 1].float()
+    return torch.segment_reduce(hidden_states.float(), "mean", lengths=cu_seq_lens.diff(), axis=0)
 
 
 def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_tokens: int) -> None:
@@ -266,13 +264,11 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
         )
         hidden_states = outputs.last_hidden_state
         if (cu_seq_lens := kwargs.get("cu_seq_lens_q")) is not None:
-            hidden_states, attention_mask = unpack(
-                hidden_states[0], cu_seq_lens.to(hidden_states.device), kwargs.get("max_length_q")
-            )
-        elif attention_mask is None:
-            attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
-
-        pooled = pool(hidden_states, attention_mask.to(hidden_states.device), self.config.pooling)
+            pooled = pool_packed(hidden_states[0], cu_seq_lens.to(hidden_states.device), self.config.pooling)
+        else:
+            if attention_mask is None:
+                attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+            pooled = pool(hidden_states, attention_mask.to(hidden_states.device), self.config.pooling)
         logits = self.score(pooled) / self.config.temperature
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
         return SequenceClassifierOutput(

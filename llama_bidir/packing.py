@@ -18,6 +18,8 @@ PACKED_IMPLEMENTATIONS = (PACKED_ATTENTION, "flash_attention_2", "flash_attentio
 
 # Tokens of a sequence up to which a CPU computes its bfloat16 attention weights at once.
 MATMUL_LENGTH = 512
+# Fewer tokens are not worth the start of a batch, by the type of the device.
+SMALLEST_BATCH = {"cpu": 64, "cuda": 4096}
 # The widest activation of a batch that stays in the caches of a CPU, in bytes.
 CPU_CACHE = 3 * 2**20
 
@@ -191,7 +193,13 @@ def pad(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = 
 
 
 def batches_by_tokens(
-    lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None, padded: bool = False
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    max_sequences: int | None = None,
+    padded: bool = False,
+    num_workers: int = 1,
+    device_type: str = "cpu",
 ) -> Iterator[list[int]]:
     """
     Indices of sequences in batches, the longest first, so that the first batch needs the most memory.
@@ -201,17 +209,24 @@ def batches_by_tokens(
         max_tokens: of a batch; a longer sequence is a batch of its own.
         max_sequences: of a batch, where given.
         padded: count each sequence as long as the longest of its batch.
+        device_type: where batches are computed.
+        num_workers: how many take batches at the same time. Where there are several, batches shrink towards the end, to
+            half of a worker's share of what is left, so that none has to wait long for the last one.
     """
     batch: list[int] = []
-    total = 0
+    used, left = 0, sum(lengths)
+    limit = max_tokens
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[batch[0]] if padded and batch else lengths[index]
-        if batch and (total + length > max_tokens or len(batch) == max_sequences):
+        if batch and (used + length > limit or len(batch) == max_sequences):
             yield batch
-            batch, total = [], 0
+            batch, used = [], 0
             length = lengths[index]
+        if not batch and num_workers > 1:
+            limit = min(max_tokens, max(SMALLEST_BATCH.get(device_type, 1024), left // (2 * num_workers)))
         batch.append(index)
-        total += length
+        used += length
+        left -= lengths[index]
     if batch:
         yield batch
 
@@ -221,7 +236,7 @@ def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
     Tokens of a batch that keep a device busy.
 
     On a CPU the activations of a small batch stay in its caches, and larger ones fall out of them. A GPU wants many
-    tokens, within a quarter of the memory that is free.
+    tokens, within a quarter of the memory that is free or held by torch for reuse.
 
     Args:
         device: where the model is.
@@ -235,4 +250,5 @@ def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
     # What is alive at once in a layer, in bytes a token: residual, norm, query, key, value, output; gate, up, product.
     bytes_per_token = (8 * config.hidden_size + 3 * config.intermediate_size) * max(dtype.itemsize, 2)
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1024, min(65536, free // 4 // bytes_per_token))

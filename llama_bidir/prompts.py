@@ -2,7 +2,7 @@
 
 import logging
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -129,16 +129,12 @@ class PromptEncoder:
                 "raise max_length (rerank_max_length) or shorten the template"
             )
         lead = passage_room // 8 if long_document == "first_max" else 0
-        starts = [0]
-        if long_document != "truncate":
-            starts += _window_starts(len(passage_tokens), passage_room, lead)
-        sequences = []
-        for start in starts:
-            kept = set(passage_tokens[start : start + passage_room])
-            if start:
-                kept = {*passage_tokens[:lead], *passage_tokens[start : start + passage_room - lead]}
-            dropped = {*query_tokens[query_room:], *passage_tokens} - kept
-            sequences.append([token_id for index, token_id in enumerate(ids) if index not in dropped])
+        starts = [] if long_document == "truncate" else _window_starts(len(passage_tokens), passage_room, lead)
+        query_ids = ids[query_tokens.start : query_tokens.start + query_room]
+        passage_ids = ids[passage_tokens.start : passage_tokens.stop]
+        windows = [passage_ids[:passage_room]]
+        windows += [passage_ids[:lead] + passage_ids[start : start + passage_room - lead] for start in starts]
+        sequences = [_replace(ids, {query_tokens: query_ids, passage_tokens: window}) for window in windows]
         return sequences, query_room < len(query_tokens) or len(sequences) == 1
 
     def _character_spans(self, **values: str) -> dict[str, tuple[int, int]]:
@@ -156,6 +152,15 @@ def _tokens_within(offsets: Sequence[tuple[int, int] | None], start: int, end: i
     """Indices of the tokens that lie between two characters; one that reaches over a border is not among them."""
     inside = [index for index, span in enumerate(offsets) if span is not None and start <= span[0] and span[1] <= end]
     return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+def _replace(ids: list[int], replacements: Mapping[range, list[int]]) -> list[int]:
+    """Token ids with others in the place of some ranges, which do not overlap."""
+    result, position = [], 0
+    for span in sorted(filter(None, replacements), key=lambda span: span.start):
+        result += ids[position : span.start] + replacements[span]
+        position = span.stop
+    return result + ids[position:]
 
 
 def _window_starts(length: int, room: int, lead: int) -> list[int]:

@@ -1,9 +1,11 @@
 """From pairs to logits: a stream of chunks, each tokenized, scored in batches by tokens, and put back in order."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,7 +21,7 @@ CHUNK_PAIRS = 4096
 CHUNK_CHARACTERS = 4_000_000
 PADDED_PAIRS = 32
 # More would wait for Python's lock.
-MAX_COMPUTE_THREADS = 4
+MAX_SIDE_BY_SIDE = 4
 
 Pair = tuple[str, str]
 Item = TypeVar("Item")
@@ -50,31 +52,43 @@ class Engine(Protocol):
             sequences: token ids.
             max_tokens: of a batch; chosen for the device when None.
             max_sequences: of a batch, where given.
-            on_tokens: called with the number of tokens that have just been scored.
+            on_tokens: called with the number of tokens that have just been scored, or queued on a GPU.
 
         Returns:
             float32 logits on the CPU, of shape `(num_sequences, num_labels)`, in the order of `sequences`.
         """
 
 
-def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int) -> Iterator[Result]:
+# `torch.set_num_threads` is for the whole process: one call of many threads at a time.
+_side_by_side_lock = threading.Lock()
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_calls: int, num_threads: int
+) -> Iterator[Result]:
     """
-    Calls `function` for each item, several at once. The threads of torch's operations are divided among the calls: on
-    a CPU that leaves no core to wait for the others after every operation.
+    Calls `function` for each item, `num_calls` at once, each with its share of the threads of torch's operations. On a
+    CPU that leaves no core to wait for the others after every operation.
+
+    Args:
+        function: called on threads of a pool, or on this one where `num_calls` is 1.
+        items: its arguments.
+        num_calls: how many at once.
+        num_threads: threads of all torch operations together, which are set again in the end.
 
     Yields:
         the results, in the order of the items. What has not started when a call fails is not started any more.
     """
-    if num_threads == 1:
+    if num_calls == 1:
         yield from map(function, items)
         return
-    total = torch.get_num_threads()
-    pool = ThreadPoolExecutor(num_threads, "compute", torch.set_num_threads, (total // num_threads,))
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(total)  # threads that start later take it from here
+    with _side_by_side_lock:
+        pool = ThreadPoolExecutor(num_calls, "compute", torch.set_num_threads, (num_threads // num_calls,))
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)
 
 
 class LocalEngine:
@@ -84,7 +98,10 @@ class LocalEngine:
 
     def __init__(self, model: Any):
         self.model = model
+        self._num_threads = torch.get_num_threads()
+        self._budgets: dict[torch.device, int] = {}
         self._tokens_that_fit: int | None = None
+        self._is_short_of_memory = False
 
     @property
     def tokenizes_ahead(self) -> bool:
@@ -105,16 +122,15 @@ class LocalEngine:
     ) -> torch.Tensor:
         """See [`Engine.logits`]. A batch that does not fit in memory halves the budget, from then on."""
         lengths = [len(ids) for ids in sequences]
-        num_threads = self._num_threads()
         if max_tokens is None:
-            budget = token_budget(self.model.device, self.model.dtype, self.model.config)
-            max_tokens = max(1, min(budget, -(-sum(lengths) // num_threads)))
+            max_tokens = self.token_budget()
         if not self.is_packed:
-            max_sequences = max_sequences or PADDED_PAIRS
+            max_sequences = min(max_sequences or PADDED_PAIRS, PADDED_PAIRS)
         order: list[int] = []
         outputs: list[torch.Tensor] = []
         waiting = list(range(len(sequences)))
         while waiting:
+            num_calls = self._num_calls()
             batches = [
                 [waiting[position] for position in batch]
                 for batch in batches_by_tokens(
@@ -122,12 +138,18 @@ class LocalEngine:
                     max_tokens=min(max_tokens, self._tokens_that_fit or max_tokens),
                     max_sequences=max_sequences,
                     padded=not self.is_packed,
+                    num_workers=num_calls,
                 )
             ]
             waiting = []
-            inputs = ([sequences[index] for index in batch] for batch in batches)
-            results = side_by_side(self._forward_if_it_fits, inputs, num_threads=min(num_threads, len(batches)))
-            for batch, output in zip(batches, results, strict=True):
+            num_calls = min(num_calls, len(batches))
+            outcomes = side_by_side(
+                partial(self._forward_if_it_fits, is_alone=num_calls == 1),
+                ([sequences[index] for index in batch] for batch in batches),
+                num_calls=num_calls,
+                num_threads=self._num_threads,
+            )
+            for batch, output in zip(batches, outcomes, strict=True):
                 if output is None:
                     waiting += batch
                 else:
@@ -139,16 +161,25 @@ class LocalEngine:
             logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
         return logits
 
-    def _num_threads(self) -> int:
-        """How many batches to compute side by side."""
-        is_compiled = self.model._compiled_call_impl is not None
-        if self.model.device.type != "cpu" or is_compiled:
-            return 1
-        return min(MAX_COMPUTE_THREADS, torch.get_num_threads())
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many; the same for all calls on a device."""
+        device = self.model.device
+        if device not in self._budgets:
+            self._budgets[device] = token_budget(device, self.model.dtype, self.model.config)
+        return self._budgets[device]
 
-    def _forward_if_it_fits(self, ids: list[Sequence[int]]) -> torch.Tensor | None:
+    def _num_calls(self) -> int:
+        """How many batches to compute side by side: as many as leave no thread idle, up to four."""
+        is_compiled = self.model._compiled_call_impl is not None
+        is_offloaded = getattr(self.model, "hf_device_map", None) is not None
+        if self.model.device.type != "cpu" or is_compiled or is_offloaded or self._is_short_of_memory:
+            return 1
+        counts = range(1, min(MAX_SIDE_BY_SIDE, self._num_threads) + 1)
+        return max(counts, key=lambda count: (self._num_threads // count * count, count))
+
+    def _forward_if_it_fits(self, ids: list[Sequence[int]], *, is_alone: bool) -> torch.Tensor | None:
         """Logits, or None where memory did not suffice. The traceback, which holds tensors, is gone by the return."""
-        num_tokens = sum(map(len, ids))
+        num_tokens = sum(map(len, ids)) if self.is_packed else len(ids) * max(map(len, ids))
         if len(ids) > 1 and num_tokens > (self._tokens_that_fit or num_tokens):
             return None  # a batch before this one has shown it
         try:
@@ -157,17 +188,17 @@ class LocalEngine:
             # The allocator of the CPU raises no type of its own.
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
-            if len(ids) == 1:
+            if len(ids) == 1 and is_alone:
                 raise torch.OutOfMemoryError(
                     f"one pair of {num_tokens} tokens does not fit in the memory of {self.model.device}: lower "
                     f"max_length or use a smaller dtype ({error})"
                 ) from None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._tokens_that_fit = num_tokens // 2
-        logger.warning(
-            f"{self.model.device} has no memory for {num_tokens} tokens at once: going on with {num_tokens // 2}"
-        )
+        self._is_short_of_memory = True
+        if len(ids) > 1:
+            self._tokens_that_fit = min(num_tokens // 2, self._tokens_that_fit or num_tokens)
+        logger.warning(f"{self.model.device} has no memory for {num_tokens} tokens at once: going on with half of it")
         return None
 
     @torch.inference_mode()
@@ -221,26 +252,17 @@ class EncodedChunk:
 
 def split_into_chunks(pairs: Iterable[Pair], chunk_pairs: int) -> Iterator[list[Pair]]:
     """Pairs in lists of at most `chunk_pairs`, and of fewer where texts are long."""
+    most_characters = CHUNK_CHARACTERS * max(1, chunk_pairs // CHUNK_PAIRS)
     chunk: list[Pair] = []
     characters = 0
     for pair in pairs:
         chunk.append(pair)
         characters += len(pair[0]) + len(pair[1])
-        if len(chunk) == chunk_pairs or characters >= CHUNK_CHARACTERS:
+        if len(chunk) == chunk_pairs or characters >= most_characters:
             yield chunk
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-def encode_chunks(
-    pairs: Iterable[Pair], encoder: PromptEncoder, *, chunk_pairs: int, long_document: str
-) -> Iterator[EncodedChunk]:
-    """Tokenizes pairs, at most `chunk_pairs` at a time. Equal pairs are one, so that their scores tie."""
-    for chunk in split_into_chunks(pairs, chunk_pairs):
-        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(chunk))}
-        encoded = encoder.encode(list(numbers), long_document=long_document)
-        yield EncodedChunk(encoded, [numbers[pair] for pair in chunk])
 
 
 class Scorer:
@@ -273,12 +295,15 @@ class Scorer:
 
     def score(self, pairs: Iterable[Pair]) -> torch.Tensor:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
-        chunks = encode_chunks(
-            pairs, self.encoder, chunk_pairs=self.engine.chunk_pairs, long_document=self.long_document
-        )
-        if self.engine.tokenizes_ahead:
-            chunks = one_ahead(chunks)
-        return torch.cat([torch.empty(0, self.num_labels), *map(self._score_chunk, chunks)])
+        chunks = split_into_chunks(pairs, self.engine.chunk_pairs)
+        mapped = map_ahead if self.engine.tokenizes_ahead else map
+        return torch.cat([torch.empty(0, self.num_labels), *map(self._score_chunk, mapped(self._encode_chunk, chunks))])
+
+    def _encode_chunk(self, chunk: list[Pair]) -> EncodedChunk:
+        """Equal pairs are one, so that their scores tie."""
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(chunk))}
+        encoded = self.encoder.encode(list(numbers), long_document=self.long_document)
+        return EncodedChunk(encoded, [numbers[pair] for pair in chunk])
 
     def _score_chunk(self, chunk: EncodedChunk) -> torch.Tensor:
         """The best window of a pair counts, label by label."""
@@ -307,11 +332,14 @@ class _ChunkProgress:
         self.pairs_shown = pairs
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made on a thread while the one before it is in use."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
-        future = thread.submit(next, items, end)
-        while (item := future.result()) is not end:
-            future = thread.submit(next, items, end)
-            yield item  # type: ignore[misc]
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `map` yields, each result computed on a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, "tokenizer") as thread:
+        pending: Future[Result] | None = None
+        for item in items:
+            following = thread.submit(function, item)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()

@@ -18,7 +18,7 @@ def describe(value: Any) -> str:
 
 def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]:
     """
-    Reads pairs as users give them. Those in a list, a tuple or an array are checked now, others as they are read.
+    Reads pairs as users give them. A generator is checked as it is read, all else now.
 
     Args:
         pairs: one (query, passage) pair of strings, or an iterable of them (list, tuple, generator, numpy array,
@@ -41,7 +41,10 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
     if isinstance(pairs, (list, tuple, np.ndarray)):
         checked_list = list(checked)
         return checked_list, len(checked_list), False
-    return checked, len(pairs) if isinstance(pairs, Sized) else None, False
+    if isinstance(pairs, Sized):  # a column, which may not fit in memory: read once to check it, and once to score it
+        num_pairs = sum(1 for _ in checked)
+        return (_check_pair(index, item) for index, item in enumerate(pairs)), num_pairs, False
+    return checked, None, False
 
 
 def _check_pair(index: int, pair: Any) -> tuple[str, str]:

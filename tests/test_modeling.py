@@ -22,7 +22,7 @@ from llama_bidir import (
     LlamaBidirectionalForSequenceClassification,
     LlamaBidirectionalModel,
 )
-from llama_bidir.modeling_llama_bidir import pool, sequence_classification_loss, unpack
+from llama_bidir.modeling_llama_bidir import pool, pool_packed, sequence_classification_loss
 
 SEQUENCES = [[5], [7, 9, 11, 2, 3], list(range(20, 37)), list(range(40, 80))]
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()) if GOLDEN.is_dir() else []
@@ -94,11 +94,14 @@ def test_pool_refuses_other_names():
         pool(torch.ones(1, 1, 1), torch.ones(1, 1), "max")
 
 
-def test_unpack_by_hand():
-    hidden, mask = unpack(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([0, 1, 4]))
-    assert mask.tolist() == [[True, False, False], [True, True, True]]
-    assert hidden[0, 0].tolist() == [1.0]
-    assert hidden[1, :, 0].tolist() == [2.0, 3.0, 4.0]
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("avg", [[1.0], [3.0]]), ("cls", [[1.0], [2.0]]), ("last", [[1.0], [4.0]])]
+)
+def test_pool_packed_by_hand(pooling, expected):
+    states = torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.bfloat16)
+    pooled = pool_packed(states, torch.tensor([0, 1, 4], dtype=torch.int32), pooling)
+    assert pooled.dtype == torch.float32
+    assert pooled.tolist() == expected
 
 
 # Golden logits of the reference

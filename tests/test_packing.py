@@ -148,6 +148,13 @@ def test_padded_batches_count_their_padding():
     assert list(batches_by_tokens([9, 2, 2, 2, 2], max_tokens=18)) == [[0, 1, 2, 3, 4]]
 
 
+def test_batches_shrink_towards_the_end_for_several_workers():
+    lengths = [100] * 40
+    sizes = [len(batch) for batch in batches_by_tokens(lengths, max_tokens=1000, num_workers=2)]
+    assert sizes == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(batch) for batch in batches_by_tokens(lengths, max_tokens=1000)] == [10, 10, 10, 10]
+
+
 def test_budget_of_a_cpu_follows_the_width_of_the_model():
     budgets = [
         token_budget(torch.device("cpu"), dtype, LlamaConfig(intermediate_size=intermediate_size))

@@ -1,8 +1,8 @@
 """The pipeline behind `predict`: chunks, memory, windows, precision, CPU kernels."""
 
 import logging
+import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from llama_bidir import CrossEncoder
 from llama_bidir.loading import cpu_dtype
 from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
-from llama_bidir.scoring import LocalEngine, one_ahead, side_by_side, split_into_chunks
+from llama_bidir.scoring import LocalEngine, map_ahead, side_by_side, split_into_chunks
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
 
@@ -75,20 +75,22 @@ def test_a_wrong_pair_in_a_generator_is_named(reranker, small_chunks):
         reranker.predict(("q", None) if number == 37 else pair for number, pair in enumerate(PAIRS))
 
 
-def test_one_ahead_keeps_order_and_errors_and_works_on_a_thread():
-    threads = set()
+def test_map_ahead_keeps_order_and_errors_and_works_on_a_thread():
+    names = set()
 
-    def numbers():
-        for number in range(5):
-            threads.add(threading.current_thread().name)
-            yield number
-        raise KeyError("five")
+    def double(number):
+        names.add(threading.current_thread().name)
+        if number == 5:
+            raise KeyError("five")
+        return 2 * number
 
-    stream = one_ahead(numbers())
-    assert [next(stream) for _ in range(4)] == [0, 1, 2, 3]
+    assert list(map_ahead(double, [])) == []
+    assert list(map_ahead(double, iter(range(5)))) == [0, 2, 4, 6, 8]
+    stream = map_ahead(double, range(9))
+    assert [next(stream) for _ in range(5)] == [0, 2, 4, 6, 8]
     with pytest.raises(KeyError, match="five"):
-        list(stream)
-    assert threads == {"tokenizer_0"}
+        next(stream)
+    assert names == {"tokenizer_0"}
 
 
 def test_twins_tie_and_runs_repeat(reranker):
@@ -110,17 +112,19 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tokenizer, implementation, 
     forward, sizes = engine._forward, []
 
     def small_memory(ids):
-        sizes.append(sum(map(len, ids)))
+        sizes.append(len(ids) * max(map(len, ids)))
         if len(ids) > 1 and sizes[-1] > 200:
             raise error
         return forward(ids)
 
     monkeypatch.setattr(engine, "_forward", small_memory)
     np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
-    assert f"cpu has no memory for {sizes[0]} tokens at once: going on with {sizes[0] // 2}" in caplog.text
+    assert re.search(r"cpu has no memory for \d+ tokens at once: going on with half of it", caplog.text)
     sizes.clear()
+    caplog.clear()
     reranker.predict(PAIRS)
     assert max(sizes) <= 200  # remembered
+    assert caplog.text == ""
     long = [*PAIRS[:5], ("q", "0123456789" * 24)]
     assert reranker.predict(long)[5] == pytest.approx(reranker.predict(long[5:])[0], rel=1e-5)
 
@@ -226,7 +230,7 @@ def test_long_pairs_score_as_with_a_padded_model(tokenizer):
     ],
 )
 def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, tokenizer, caplog):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert cpu_dtype(stored) == expected
     make_model().to(stored).save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
@@ -288,25 +292,43 @@ def test_int8_weights_by_torchao(tmp_path, tokenizer):
     assert type(reranker.model.score.weight) is nn.Parameter
     exact = CrossEncoder(model, tokenizer, device="cpu").predict(PAIRS)
     scores = reranker.predict(PAIRS)
-    assert 1e-5 < np.abs(scores - exact).max() < 0.1 * exact.std()
+    assert 1e-5 < np.abs(scores - exact).max() < 0.5 * exact.std()
 
 
 def test_threads_divide_the_cores_and_give_them_back():
     total = torch.get_num_threads()
-    seen = list(side_by_side(lambda item: (item, torch.get_num_threads()), range(5), num_threads=2))
-    assert seen == [(item, max(1, total // 2)) for item in range(5)]
-    assert torch.get_num_threads() == total
-    started = []
+    seen = list(side_by_side(lambda item: (item, torch.get_num_threads()), range(5), num_calls=2, num_threads=4))
+    assert seen == [(item, 2) for item in range(5)]
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(total)
+    started, may_go_on = [], threading.Event()
 
     def fail(item):
         started.append(item)
-        raise KeyError(item)
+        if item == 0:
+            raise KeyError(item)
+        may_go_on.wait(timeout=10)
 
+    threading.Timer(0.5, may_go_on.set).start()
     with pytest.raises(KeyError, match="0"):
-        list(side_by_side(fail, range(100), num_threads=2))
-    assert len(started) < 100
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == total
+        list(side_by_side(fail, range(100), num_calls=2, num_threads=total))
+    assert len(started) <= 3
+
+
+def test_a_new_model_is_the_one_that_scores(reranker):
+    other = make_model(seed=7)
+    expected = CrossEncoder(other, reranker.tokenizer, device="cpu").predict(PAIRS)
+    assert np.abs(reranker.predict(PAIRS) - expected).max() > 1e-2
+    reranker.model = other
+    np.testing.assert_array_equal(reranker.predict(PAIRS), expected)
+
+
+def test_hooks_of_inner_layers_are_called(reranker):
+    calls = []
+    layer = reranker.model.model.layers[0].mlp.gate_proj
+    layer.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[-1]))
+    reranker.predict(PAIRS[:1])
+    assert calls == [48]
 
 
 def test_compiled_model_gives_the_same_scores(reranker):

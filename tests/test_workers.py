@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from llama_bidir import CrossEncoder
-from llama_bidir.distributed import share_of
+from llama_bidir.distributed import shares_of
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
 
@@ -61,14 +62,38 @@ def test_an_error_of_a_worker_comes_with_its_traceback_and_the_next_call_starts_
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_told_and_does_not_hang(pooled, single):
-    pooled.predict(PAIRS)
-    victim = pooled._engine()._processes[1]
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.join()
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_worker_that_dies_is_told_and_does_not_hang(pooled, single, is_busy):
+    pool = pooled._engine()
+    victim = pool._processes[1]
+
+    def kill(tokens=0):
+        os.kill(victim.pid, signal.SIGKILL)
+
+    if not is_busy:
+        kill()
+        victim.join()
     with pytest.raises(RuntimeError, match="the worker on cpu failed: its process ended with exit code -9"):
-        pooled.predict(PAIRS)
+        pool.logits([[number % 300] * 50 for number in range(2000)], on_tokens=kill)
     np.testing.assert_allclose(pooled.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_error_between_two_batches_leaves_no_answer_behind(pooled, single):
+    def fail(tokens):
+        raise KeyError(tokens)
+
+    with pytest.raises(KeyError):
+        pooled._engine().logits([[number % 300] * 50 for number in range(200)], on_tokens=fail)
+    np.testing.assert_allclose(pooled.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_threads_share_a_pool(pooled, single):
+    with ThreadPoolExecutor(4) as threads:
+        scores = list(threads.map(lambda start: pooled.predict(PAIRS[start:]), range(8)))
+    for start, part in enumerate(scores):
+        np.testing.assert_allclose(part, single.predict(PAIRS[start:]), rtol=1e-5, atol=1e-6)
 
 
 def test_devices_are_checked(model, tokenizer):
@@ -81,7 +106,8 @@ def test_devices_are_checked(model, tokenizer):
 def test_shares_hold_every_pair_once_and_like_amounts_of_text():
     pairs = [("q", "x" * (number * 37 % 500)) for number in range(101)]
     for world_size in (1, 2, 3, 8):
-        shares = [share_of(pairs, rank, world_size) for rank in range(world_size)]
+        shares = shares_of(pairs, world_size)
+        assert len(shares) == world_size
         assert sorted(index for share in shares for index in share) == list(range(101))
         sizes = [sum(len(pairs[index][1]) for index in share) for share in shares]
         assert max(sizes) - min(sizes) <= 500
@@ -105,6 +131,8 @@ if task == "other pairs" and rank == "1":
     pairs = pairs[:30]
 if task == "alone" and rank == "1":
     pairs = pairs[:3]
+if task == "failure" and rank == "1":
+    reranker._local_engine._forward = lambda ids: 1 / 0
 np.savez(f"{output}/{task}-{rank}.npz", scores=reranker.predict(iter(pairs)), scored=sum(scored))
 """
 
@@ -143,7 +171,15 @@ def test_ranks_share_the_pairs_and_all_get_all_scores(tmp_path, reranker_checkpo
 
 
 @pytest.mark.slow
-def test_ranks_with_other_pairs_are_told(tmp_path, reranker_checkpoint):
-    result = run_ranks(tmp_path, reranker_checkpoint, "other pairs")
+@pytest.mark.parametrize(
+    ("task", "messages"),
+    [
+        ("other pairs", ["every process must score the same pairs"]),
+        ("failure", ["ZeroDivisionError: division by zero", "RuntimeError: process 1 failed: ZeroDivisionError"]),
+    ],
+)
+def test_ranks_fail_together(tmp_path, reranker_checkpoint, task, messages):
+    result = run_ranks(tmp_path, reranker_checkpoint, task)
     assert result.returncode != 0
-    assert "every process must score the same pairs" in result.stderr
+    for message in messages:
+        assert message in result.stderr
