@@ -188,8 +188,8 @@ class CrossEncoder:
         Scores pairs.
 
         Args:
-            pairs: one (query, passage) pair, or an iterable of them. Either text may be empty. What is no list, tuple
-                or array, such as a generator, is read and checked chunk by chunk, so that memory stays bounded.
+            pairs: one (query, passage) pair, or an iterable of them. Either text may be empty. A generator is read and
+                checked chunk by chunk, so that memory stays bounded; anything else is checked before any compute.
             batch_size: at most so many pairs a forward pass.
             show_progress_bar: shown when not given and this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .scoring import Pair, Scorer, split_into_chunks
+from .scoring import Pair, Scorer, Tally, split_into_chunks
 
 Result = TypeVar("Result")
 
@@ -49,7 +49,7 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
     """
     Args:
         pairs: the same in every process.
-        scorer: scores the share of this process; counts in its tally the pairs of all. Its bar is shown by the first.
+        scorer: scores the share of this process. That of the first shows the bar and counts the pairs of all.
 
     Returns:
         float32 logits of shape `(num_pairs, num_labels)` on the CPU, of all pairs, in every process.
@@ -83,7 +83,8 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
         logits.append(scores[[positions[pair] for pair in chunk]])
         num_done += len(chunk)
         scorer.progress.update(num_done - scorer.progress.n)
-    scorer.tally = reduce(add, _gather(scorer.tally))
+    tallies = _gather(scorer.tally)
+    scorer.tally = reduce(add, tallies) if rank == 0 else Tally()
     return torch.cat(logits)
 
 

@@ -55,7 +55,8 @@ def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling:
         return hidden_states[cu_seq_lens[:-1]].float()
     if pooling == "last":
         return hidden_states[cu_seq_lens[1:] - 1].float()
-    return torch.segment_reduce(hidden_states.float(), "mean", lengths=cu_seq_lens.diff(), axis=0)
+    # Lengths are checked in `check_packing`; checked again here, they would be waited for on a GPU.
+    return torch.segment_reduce(hidden_states.float(), "mean", lengths=cu_seq_lens.diff(), axis=0, unsafe=True)
 
 
 def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_tokens: int) -> None:

@@ -1,11 +1,12 @@
 """From pairs to logits: a stream of chunks, each tokenized, scored in batches by tokens, and put back in order."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -83,12 +84,20 @@ def side_by_side(
         yield from map(function, items)
         return
     with _side_by_side_lock:
-        pool = ThreadPoolExecutor(num_calls, "compute", torch.set_num_threads, (num_threads // num_calls,))
         try:
-            yield from pool.map(function, items)
+            yield from _compute_pool(num_calls, num_threads // num_calls).map(function, items)
         finally:
-            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
+
+
+@cache
+def _compute_pool(num_calls: int, num_threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: what torch's libraries allocate for a thread is not freed with it."""
+    return ThreadPoolExecutor(num_calls, "compute", torch.set_num_threads, (num_threads,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_pool.cache_clear)  # a forked process has none of them
 
 
 class LocalEngine:
@@ -319,7 +328,7 @@ class Scorer:
 
 
 class _ChunkProgress:
-    """Moves a bar of pairs in step with the tokens that are scored, so that its rate is steady."""
+    """Moves a bar of pairs in step with the tokens that are scored."""
 
     def __init__(self, progress: "tqdm[Any]", num_pairs: int, num_tokens: int):
         self.progress, self.num_pairs, self.num_tokens = progress, num_pairs, num_tokens
@@ -327,7 +336,7 @@ class _ChunkProgress:
 
     def advance(self, tokens: int) -> None:
         self.tokens_done += tokens
-        pairs = self.num_pairs * self.tokens_done // self.num_tokens
+        pairs = self.num_pairs * self.tokens_done // max(1, self.num_tokens)
         self.progress.update(pairs - self.pairs_shown)
         self.pairs_shown = pairs
 
