@@ -137,6 +137,8 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         llama = LlamaModel.from_pretrained(
             pretrained_model_name_or_path, gguf_file=gguf_file, dtype=kwargs.get("dtype", "auto"), **source
         )
+        if kwargs.get("dtype") == "auto":
+            kwargs["dtype"] = llama.dtype
         if not isinstance(config := kwargs.pop("config", None), LlamaBidirectionalConfig):
             config, kwargs = LlamaBidirectionalConfig.from_pretrained(
                 pretrained_model_name_or_path, gguf_file=gguf_file, return_unused_kwargs=True, **source, **kwargs

@@ -107,7 +107,7 @@ trainer.push_to_hub()
 
 def test_code_beside_the_checkpoint_serves_people_without_the_package(reranker_checkpoint, tmp_path):
     saved = tmp_path / "with_code"
-    scores = json.loads(
+    scores, logits = json.loads(
         run(
             f"""
 import json
@@ -119,7 +119,10 @@ LlamaBidirectionalModel.register_for_auto_class("AutoModel")
 LlamaBidirectionalForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 reranker = CrossEncoder({str(reranker_checkpoint)!r})
 reranker.save_pretrained({str(saved)!r})
-print(json.dumps(reranker.predict({PAIRS!r}, batch_size=1).tolist()))
+texts = [reranker.config.prompt_template.format(query=query, passage=passage) for query, passage in {PAIRS!r}]
+# With gradients, and so by the same kernels as without the package.
+logits = [reranker.model(**reranker.tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+print(json.dumps([reranker.predict({PAIRS!r}, batch_size=1).tolist(), logits]))
 """,
             tmp_path,
         )
@@ -147,7 +150,8 @@ print(json.dumps([scores, type(model).__module__]))
             tmp_path,
         )
     )
-    assert without[0] == pytest.approx(scores, rel=1e-6)
+    assert without[0] == pytest.approx(logits, rel=1e-6)
+    assert logits == pytest.approx(scores, rel=1e-5)
     assert without[1].startswith("transformers_modules.")
     assert (tmp_path / "again" / "modeling_llama_bidir.py").is_file()
     local = json.loads(
