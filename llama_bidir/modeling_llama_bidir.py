@@ -63,8 +63,8 @@ def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_token
     """Raises ValueError where lengths do not add up to the stream. Lengths on a GPU are trusted: reading them waits."""
     if cu_seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    longest = int(cu_seq_lens.diff().max())
-    if cu_seq_lens[0] != 0 or cu_seq_lens[-1] != total_tokens or longest > (max_length or longest):
+    shortest, longest = (int(length) for length in cu_seq_lens.diff().aminmax())
+    if shortest < 0 or cu_seq_lens[0] != 0 or cu_seq_lens[-1] != total_tokens or longest > (max_length or longest):
         raise ValueError(
             f"cu_seq_lens_q must go from 0 to the {total_tokens} tokens of the input in steps of at most max_length_q "
             f"({max_length}), got {cu_seq_lens.tolist()}"

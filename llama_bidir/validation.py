@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping, Sized
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-
 NOT_COLLECTIONS = (str, bytes, bytearray, Mapping)
 UNORDERED = (set, frozenset)
 
@@ -38,12 +36,10 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
     if len(first) == 2 and all(isinstance(item, str) for item in first):
         return [_check_pair(0, first)], 1, True
     checked = (_check_pair(index, item) for index, item in enumerate(chain(first, iterator)))
-    if isinstance(pairs, (list, tuple, np.ndarray)):
+    if isinstance(pairs, Sized):
+        # Read once: a bar around a generator has a length too, and would be empty the second time.
         checked_list = list(checked)
         return checked_list, len(checked_list), False
-    if isinstance(pairs, Sized):  # a column, which may not fit in memory: read once to check it, and once to score it
-        num_pairs = sum(1 for _ in checked)
-        return (_check_pair(index, item) for index, item in enumerate(pairs)), num_pairs, False
     return checked, None, False
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalForSequenceClassification
@@ -48,6 +49,11 @@ def test_every_kind_of_input_gives_the_same_scores(reranker):
     assert expected.shape == (4,)
     for pairs in (tuple(PAIRS), iter(PAIRS), (list(pair) for pair in PAIRS), np.array(PAIRS), np.array(PAIRS, object)):
         assert np.array_equal(reranker.predict(pairs), expected)
+
+
+def test_a_bar_around_a_generator_is_read_once(reranker):
+    scores = reranker.predict(tqdm(iter(PAIRS), total=len(PAIRS), disable=True))
+    assert np.array_equal(scores, reranker.predict(PAIRS))
 
 
 def test_column_of_a_dataset(reranker):

@@ -203,6 +203,8 @@ def test_wrong_inputs_are_refused():
         model()
     with pytest.raises(ValueError, match=r"one row of tokens without an attention_mask, got 2 rows"):
         model(torch.ones(2, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"from 0 to the 3 tokens of the input .* got \[0, 4, 2, 3\]"):
+        model(torch.ones(1, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 4, 2, 3]))
     with pytest.raises(ValueError, match=r"from 0 to the 3 tokens of the input .* got \[0, 2\]"):
         model(torch.ones(1, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"at most max_length_q \(2\), got \[0, 3\]"):
