@@ -1,35 +1,185 @@
-"""Listwise losses: pure functions on the scores of groups of passages."""
+"""
+Training losses: pure functions on the scores of groups of passages.
 
+All take the same arguments and return a `torch.FloatTensor` of shape `()`: the mean over groups of a loss per group, so
+that equal numbers of groups may be accumulated. Computed in float32, or in float64 for float64 scores.
+
+Args:
+    scores (`torch.FloatTensor` of shape `(groups, group_size)`): logits.
+    labels (`torch.Tensor` of shape `(groups, group_size)`): relevance, above 0 where the passage is relevant (higher is
+        more relevant) and 0 where it is not.
+    mask (`torch.BoolTensor` of shape `(groups, group_size)`, *optional*): True where there is a passage, by default
+        everywhere. What the other tensors hold elsewhere changes neither the loss nor the gradients.
+    teacher_scores (`torch.FloatTensor` of shape `(groups, group_size)`, *optional*): what a teacher scored the same
+        pairs. Only the losses in `TEACHER_LOSSES` read them.
+
+Raises:
+    ValueError: the shapes differ, or a loss in `TEACHER_LOSSES` was given no `teacher_scores`.
+
+A group without what a loss compares (no relevant passage, no pair) contributes 0.
+"""
+
+import difflib
+import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
+# Fills labels and scores where there is no passage.
 IGNORED = -100.0
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Weight of NDCG-Loss2 beside LambdaRank in NDCG-Loss2++.
+LAMBDA_MU = 10.0
+
+# Called as loss(scores, labels, mask=None, teacher_scores=None).
+Loss = Callable[..., torch.Tensor]
 
 
-def listwise_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def listwise_cross_entropy(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
-    Cross entropy of the softmax over each group against its relevant passage, averaged over the groups.
+    Cross entropy of the softmax over each group against its relevant passages, which share the target evenly.
 
-    With the positive first this is the objective of NeMo AutoModel's cross-encoder recipe, and the ListNet top-one loss
-    (Cao et al., Learning to Rank: From Pairwise Approach to Listwise Approach, ICML 2007) for one-hot relevance.
-    Several relevant passages of a group share the target evenly.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(groups, group_size)`): logits.
-        labels (`torch.FloatTensor` of shape `(groups, group_size)`): above 0 where the passage is relevant, 0 where it
-            is not, -100 where there is none. Each group has a relevant passage.
-
-    Returns:
-        `torch.FloatTensor` of shape `()`, independent of how far groups are padded.
+    With one positive this is the objective of NeMo AutoModel's cross-encoder recipe, and the ListNet top-one loss (Cao
+    et al., Learning to Rank: From Pairwise Approach to Listwise Approach, ICML 2007) for one-hot relevance.
     """
-    log_probabilities = scores.masked_fill(labels == IGNORED, -torch.inf).log_softmax(dim=1)
-    relevant = labels > 0
-    return -(log_probabilities.masked_fill(~relevant, 0.0).sum(dim=1) / relevant.sum(dim=1)).mean()
+    mask, scores, labels = _prepare(mask, scores, labels)
+    return _mean(-_log_probabilities(scores, mask), where=labels > 0)
 
 
-LOSSES: dict[str, Loss] = {"listwise_cross_entropy": listwise_cross_entropy}
+def binary_cross_entropy(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross entropy of the sigmoid of each score against whether the passage is relevant, averaged over each group."""
+    mask, scores, labels = _prepare(mask, scores, labels)
+    relevant = (labels > 0).to(scores.dtype)
+    return _mean(nn.functional.binary_cross_entropy_with_logits(scores, relevant, reduction="none"), where=mask)
+
+
+def ranknet(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    -log2(sigmoid(s_i - s_j)), averaged over the pairs of each group in which i is more relevant than j.
+
+    RankNet (Burges et al., Learning to Rank using Gradient Descent, ICML 2005) in bits.
+    """
+    mask, scores, labels = _prepare(mask, scores, labels)
+    return _mean(_pair_losses(scores), where=_preferences(labels, mask))
+
+
+def lambda_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    NDCG-Loss2++: RankNet with each pair weighted by what its order is worth in NDCG.
+
+    The mean is over the pairs of a group, as in RankNet. The weight of a pair is (rho_ij + mu delta_ij) |G_i - G_j|,
+    where G is the gain 2^label - 1 over the ideal DCG of the group, D(r) = log2(1 + r) the discount of rank r, rho_ij =
+    |1 / D(r_i) - 1 / D(r_j)|, delta_ij = |1 / D(d) - 1 / D(d + 1)| for ranks d = |r_i - r_j| apart, and mu = 10
+    (Wang et al., The LambdaLoss Framework for Ranking Metric Optimization, CIKM 2018).
+
+    Of passages with the same score the less relevant ranks first, so that every pair has a weight; those that are
+    equally relevant as well share the first of their ranks. The order of the input thus never matters.
+    """
+    mask, scores, labels = _prepare(mask, scores, labels)
+    order, relevance = _differences(scores), _differences(labels)
+    is_behind = ((order < 0) | ((order == 0) & (relevance > 0))) & mask[:, None, :]
+    ranks = 1 + is_behind.sum(dim=2, dtype=scores.dtype)
+
+    gains = torch.exp2(labels) - 1
+    ideal_ranks = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+    ideal = (gains.sort(dim=1, descending=True).values * _discounted(ideal_ranks)).sum(dim=1, keepdim=True)
+    gains = gains / ideal.clamp(min=torch.finfo(ideal.dtype).tiny)
+
+    rho = _differences(_discounted(ranks)).abs()
+    # Only what is no pair is 0 ranks apart.
+    distances = _differences(ranks).abs().clamp(min=1)
+    delta = _discounted(distances) - _discounted(distances + 1)
+    weights = (rho + LAMBDA_MU * delta) * _differences(gains).abs()
+    return _mean(weights * _pair_losses(scores), where=_preferences(labels, mask))
+
+
+def list_mle(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Negative log likelihood of the order of the labels, drawing passages one by one from the softmax of those left.
+
+    ListMLE (Xia et al., Listwise Approach to Learning to Rank: Theory and Algorithm, ICML 2008). Passages with the same
+    label are each drawn from all whose label is not above their own (Breslow, Covariance Analysis of Censored Survival
+    Data, 1974), so that their order in the input does not matter. A group with one label throughout has no order.
+    """
+    mask, scores, labels = _prepare(mask, scores, labels)
+    is_left = (_differences(labels) >= 0) & mask[:, None, :]
+    left = scores[:, None, :].masked_fill(~is_left, torch.finfo(scores.dtype).min)
+    losses = (left.logsumexp(dim=2) - scores).masked_fill(~mask, 0.0).sum(dim=1)
+    has_order = _preferences(labels, mask).any(dim=2).any(dim=1)
+    return losses.masked_fill(~has_order, 0.0).mean()
+
+
+def margin_mse(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    ((s_p - s_n) - (t_p - t_n))^2 for the teacher's scores t, averaged over the pairs of a positive p and a negative n.
+
+    Margin-MSE (Hofstätter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
+    Distillation, 2020).
+    """
+    teacher_scores = _require_teacher(teacher_scores, "margin_mse")
+    mask, scores, labels, teacher_scores = _prepare(mask, scores, labels, teacher_scores)
+    relevant = (labels > 0).to(scores.dtype)
+    errors = _differences(scores) - _differences(teacher_scores)
+    return _mean(errors.square(), where=_preferences(relevant, mask))
+
+
+def kl_div(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Kullback-Leibler divergence of the softmax of the scores from the softmax of the teacher's, each over the group.
+
+    The labels are not read.
+    """
+    teacher_scores = _require_teacher(teacher_scores, "kl_div")
+    mask, scores, _, teacher_scores = _prepare(mask, scores, labels, teacher_scores)
+    teacher, student = _log_probabilities(teacher_scores, mask), _log_probabilities(scores, mask)
+    return (teacher.exp() * (teacher - student)).sum(dim=1).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    "listwise_cross_entropy": listwise_cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "ranknet": ranknet,
+    "lambda": lambda_loss,
+    "list_mle": list_mle,
+    "margin_mse": margin_mse,
+    "kl_div": kl_div,
+}
+TEACHER_LOSSES = frozenset({"margin_mse", "kl_div"})
 
 
 def get_loss(loss: str | Loss) -> Loss:
@@ -37,5 +187,62 @@ def get_loss(loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
     if loss not in LOSSES:
-        raise ValueError(f"loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}")
+        nearest = difflib.get_close_matches(str(loss), LOSSES, n=1)
+        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+        raise ValueError(f"loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}{hint}")
     return LOSSES[loss]
+
+
+def _require_teacher(teacher_scores: torch.Tensor | None, name: str) -> torch.Tensor:
+    if teacher_scores is None:
+        raise ValueError(f"{name} needs teacher_scores: give every row pos_score and neg_score")
+    return teacher_scores
+
+
+def _prepare(mask: torch.Tensor | None, scores: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """
+    Returns the mask, and the scores and the others in the dtype to compute in, 0 where there is no passage.
+
+    Later steps may thus multiply a gradient by 0 without making a NaN of an infinity.
+    """
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    shapes = [tuple(tensor.shape) for tensor in (scores, *others, mask)]
+    if scores.ndim != 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            "scores, labels, teacher_scores and mask must have one shape (groups, group_size), "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return mask, *(tensor.to(dtype).masked_fill(~mask, 0.0) for tensor in (scores, *others))
+
+
+def _mean(losses: torch.Tensor, *, where: torch.Tensor) -> torch.Tensor:
+    """Mean over groups (dimension 0) of the mean of a group's losses, of which only those count that `where` marks."""
+    sums = losses.masked_fill(~where, 0.0).flatten(1).sum(dim=1)
+    return (sums / where.flatten(1).sum(dim=1).clamp(min=1)).mean()
+
+
+def _log_probabilities(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Log of the softmax over the passages of each group; finite where there is none."""
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).log_softmax(dim=1)
+
+
+def _differences(values: torch.Tensor) -> torch.Tensor:
+    """From shape `(groups, group_size)` to `(groups, group_size, group_size)`: [g, i, j] is value i less value j."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def _preferences(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Of shape `(groups, group_size, group_size)`: [g, i, j] says whether passage i has a higher label than j."""
+    return (_differences(labels) > 0) & mask[:, :, None] & mask[:, None, :]
+
+
+def _pair_losses(scores: torch.Tensor) -> torch.Tensor:
+    """[g, i, j] is the RankNet loss, in bits, of passage i being preferred to passage j."""
+    return -nn.functional.logsigmoid(_differences(scores)) / math.log(2)
+
+
+def _discounted(ranks: torch.Tensor) -> torch.Tensor:
+    """DCG's weight of a rank (1-based)."""
+    return 1 / torch.log2(1 + ranks)
