@@ -1,8 +1,11 @@
 """Fixtures that every test may use: tiny seeded checkpoints, a tokenizer, and no network."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="llama-bidir-tests-")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -25,6 +28,10 @@ TEXTS = [
     "The hive was painted white, and the garden was full of clover; nobody counted the flowers.",
     "What is the capital of France? Paris is the capital and largest city of France, on the river Seine.",
 ]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:

@@ -1,13 +1,10 @@
-import gzip
-import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
-from llama_bidir.data import GroupCollator, load_rows, parse_row
-from llama_bidir.prompts import PromptEncoder
-
-ROW = {"query": "q", "pos_doc": ["p"], "neg_doc": ["n1", "n2"]}
+from llama_bidir.data import parse_row
 
 
 @pytest.mark.parametrize(
@@ -15,12 +12,32 @@ ROW = {"query": "q", "pos_doc": ["p"], "neg_doc": ["n1", "n2"]}
     [
         {"query": "q", "pos_doc": "p", "neg_doc": ["n"]},
         {"question": "q", "pos_doc": ["p"], "neg_doc": "n"},
-        {"query": None, "question": "q", "pos_doc": ["p"], "neg_doc": ["n"]},
-        {"query": "q", "pos_doc": [{"text": "p"}], "neg_doc": [{"text": "n", "id": 3}], "other": 1},
+        {"query": None, "question": "q", "pos_doc": ("p",), "neg_doc": ["n"], "pos_score": None},
+        {"query": "q", "pos_doc": [{"text": "p"}], "neg_doc": [{"text": "n", "id": 3, "image": ""}], "other": 1},
+        {"query": np.str_("q"), "pos_doc": {"text": "p", "image": None}, "neg_doc": np.array(["n"])},
+        {"query": "q", "pos_doc": np.array([{"text": "p"}]), "neg_doc": np.array(["n"], dtype=object)},
     ],
 )
 def test_every_form_of_a_row(row):
-    assert parse_row(row, "here") == ("q", ["p"], ["n"])
+    assert parse_row(row, "here") == ("q", ["p"], ["n"], None, None)
+
+
+@pytest.mark.parametrize(
+    ("pos_doc", "pos_score", "neg_doc", "neg_score", "scores"),
+    [
+        ("p", 2, ["n", "m"], [0.5, -1], ([2.0], [0.5, -1.0])),
+        ("p", [2], "n", 0.5, ([2.0], [0.5])),
+        ({"text": "p"}, np.float32(0.25), ["n"], np.array([0.5], dtype=np.float32), ([0.25], [0.5])),
+        (["p", "o"], torch.tensor([1.0, 2.0]), ["n"], [np.int64(3)], ([1.0, 2.0], [3.0])),
+        ("p", 2, None, None, ([2.0], [])),
+        ("p", None, [], [], (None, None)),
+        ("p", None, "n", None, (None, None)),
+    ],
+)
+def test_teacher_scores_are_aligned_with_the_passages(pos_doc, pos_score, neg_doc, neg_score, scores):
+    fields = {"pos_doc": pos_doc, "pos_score": pos_score, "neg_doc": neg_doc, "neg_score": neg_score}
+    row = parse_row({"query": "q", **fields}, "here")
+    assert (row.positive_scores, row.negative_scores) == scores
 
 
 def test_negatives_are_optional():
@@ -30,88 +47,73 @@ def test_negatives_are_optional():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([], r"f:3: a row must be an object with query, pos_doc and neg_doc, got list"),
-        ({"pos_doc": "p"}, r"f:3: query \(or question\) must be a string, got NoneType None"),
-        ({"query": 5, "pos_doc": "p"}, r"f:3: query .* got int 5"),
-        ({"query": "q"}, r"f:3: pos_doc is missing; it must be a passage or a list"),
-        ({"query": "q", "pos_doc": []}, r"f:3: pos_doc must hold at least one passage"),
-        ({"query": "q", "pos_doc": 4}, r"f:3: pos_doc must be a string or a list of passages, got int 4"),
-        ({"query": "q", "pos_doc": "p", "neg_doc": ["n", None]}, r"f:3: neg_doc\[1\] must be a string .* got NoneType"),
-        ({"query": "q", "pos_doc": "p", "neg_doc": [{"id": 1}]}, r"f:3: neg_doc\[0\] must be a string or an object"),
+        ([], "a row must be an object with query, pos_doc and neg_doc, got list []"),
+        ({"pos_doc": "p"}, "query (or question) must be a string, got NoneType None"),
+        ({"query": 5, "pos_doc": "p"}, "query (or question) must be a string, got int 5"),
+        ({"query": "q"}, "pos_doc is missing; it must be a passage or a list of passages"),
+        ({"query": "q", "pos_doc": []}, "pos_doc must hold at least one passage, got list []"),
+        ({"query": "q", "pos_doc": 4}, "pos_doc must be a string or an object with a text, got int 4"),
+        (
+            {"query": "q", "pos_doc": "p", "neg_doc": ["n", None]},
+            "neg_doc[1] must be a string or an object with a text, got NoneType None",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "neg_doc": [{"id": 1}]},
+            "neg_doc[0] must be a string or an object with a text, got dict {'id': 1}",
+        ),
+        (
+            {"query": "q", "pos_doc": {"text": "", "image": "page.png"}},
+            "pos_doc has an image and no text: images are not supported, give the passage a text",
+        ),
+        (
+            {"query": "q", "pos_doc": ["p", {"image": np.zeros(2)}]},
+            "pos_doc[1] has an image and no text: images are not supported, give the passage a text",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "neg_doc": ["\ud800"]},
+            "neg_doc[0] must be Unicode text without lone surrogates: 'utf-8' codec can't encode character '\\ud800' "
+            "in position 0: surrogates not allowed",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "neg_doc": "n", "pos_score": 1.0},
+            "neg_score is missing although pos_score is given; teacher scores must cover pos_doc and neg_doc",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "neg_doc": "n", "neg_score": 1.0},
+            "pos_score is missing although neg_score is given; teacher scores must cover pos_doc and neg_doc",
+        ),
+        (
+            {"query": "q", "pos_doc": ["p"], "pos_score": 1.0},
+            "pos_score must be a list, as pos_doc is one, got float 1.0",
+        ),
+        (
+            {"query": "q", "pos_doc": ["p", "o"], "pos_score": [1.0]},
+            "pos_score must hold one number for each of the 2 passages of pos_doc, got 1",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "pos_score": 1, "neg_score": [1]},
+            "neg_score must hold one number for each of the 0 passages of neg_doc, got 1",
+        ),
+        ({"query": "q", "pos_doc": "p", "pos_score": True}, "pos_score must be a finite number, got bool True"),
+        ({"query": "q", "pos_doc": "p", "pos_score": "1"}, "pos_score must be a finite number, got str '1'"),
+        (
+            {"query": "q", "pos_doc": "p", "pos_score": [float("nan")]},
+            "pos_score[0] must be a finite number, got float nan",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "pos_score": -float("inf")},
+            "pos_score must be a finite number, got float -inf",
+        ),
+        (
+            {"query": "q", "pos_doc": ["p", "o"], "pos_score": [1, None]},
+            "pos_score[1] must be a finite number, got NoneType None",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "pos_score": 10**400},
+            f"pos_score must be a finite number, got int 1{'0' * 56}...",
+        ),
     ],
 )
 def test_malformed_rows_are_named(row, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^f:3: {re.escape(message)}$"):
         parse_row(row, "f:3")
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
-def test_rows_are_read_from_jsonl(name, tmp_path):
-    content = "".join(json.dumps({**ROW, "query": query}) + "\n\n" for query in ("q1", "q2"))
-    opener = gzip.open if name.endswith(".gz") else open
-    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
-        file.write(content)
-    dataset = load_rows(tmp_path / name)
-    assert dataset["query"][:] == ["q1", "q2"]
-    assert dataset[0] == {"query": "q1", "pos_doc": ["p"], "neg_doc": ["n1", "n2"]}
-
-
-def test_malformed_files_are_named_with_the_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROW) + '\n{"query": \n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: a line must be one JSON object"):
-        load_rows(path)
-    path.write_text(json.dumps(ROW) + '\n{"query": "q"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: pos_doc"):
-        load_rows(path)
-    path.write_bytes(json.dumps(ROW).encode() + b'\n{"query": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"must be whole UTF-8 text"):
-        load_rows(path)
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="the file has no rows"):
-        load_rows(path)
-    whole = gzip.compress(json.dumps(ROW).encode() * 500)
-    (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"torn\.jsonl\.gz:1: the file must be whole"):
-        load_rows(tmp_path / "torn.jsonl.gz")
-    (tmp_path / "torn.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
-    with pytest.raises(ValueError, match=r"torn\.jsonl\.gz:1: the file must be whole"):
-        load_rows(tmp_path / "torn.jsonl.gz")
-    with pytest.raises(ValueError, match=r"from a \.jsonl or \.jsonl\.gz file, got 'rows\.csv'"):
-        load_rows("rows.csv")
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.jsonl"):
-        load_rows(tmp_path / "gone.jsonl")
-
-
-def test_groups_become_exact_tensors(tokenizer):
-    encoder = PromptEncoder(tokenizer, prompt_template="{query}>{passage}", max_length=64)
-    tokenizer.padding_side = "right"
-    rows = [
-        {"query": "q", "pos_doc": ["p", "unused"], "neg_doc": ["a", "b", "c"]},
-        {"query": "z", "pos_doc": ["yy"], "neg_doc": ["x"]},
-    ]
-    batch = GroupCollator(encoder, group_size=3)(rows)
-    texts = [
-        tokenizer.decode(ids[mask.bool()])
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-    assert texts == ["q>p", "q>a", "q>b", "z>yy", "z>x"]
-    assert torch.equal(batch["labels"], torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, -100.0]]))
-    assert batch["input_ids"].shape == (5, 4)
-
-
-def test_truncation_is_said_once(tokenizer, caplog):
-    collator = GroupCollator(PromptEncoder(tokenizer, prompt_template="{query}>{passage}", max_length=8), group_size=2)
-    for _ in range(2):
-        collator([{"query": "q", "pos_doc": "p" * 20, "neg_doc": "n"}])
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        "1 of the 2 pairs of a batch were longer than 8 tokens and were cut to fit"
-    ]
-
-
-def test_groups_without_negatives_are_refused_unless_they_are_of_one(tokenizer):
-    encoder = PromptEncoder(tokenizer, prompt_template="{query}>{passage}", max_length=64)
-    rows = [{"query": "q", "pos_doc": "p"}]
-    with pytest.raises(ValueError, match="the row of query 'q' has no neg_doc: groups of 2 need some"):
-        GroupCollator(encoder, group_size=2)(rows)
-    assert GroupCollator(encoder, group_size=1)(rows)["labels"].tolist() == [[1.0]]

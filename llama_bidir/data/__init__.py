@@ -1,7 +1,20 @@
 """Training data: rows, where they come from, and how they become batches of groups."""
 
 from .collators import GroupCollator
+from .groups import Group, GroupDataset, Grouping, GroupStream
 from .rows import TrainingRow, parse_row
-from .sources import load_rows
+from .sources import Source, load_rows, parse_source, read_rows
 
-__all__ = ["GroupCollator", "TrainingRow", "load_rows", "parse_row"]
+__all__ = [
+    "Group",
+    "GroupCollator",
+    "GroupDataset",
+    "GroupStream",
+    "Grouping",
+    "Source",
+    "TrainingRow",
+    "load_rows",
+    "parse_row",
+    "parse_source",
+    "read_rows",
+]

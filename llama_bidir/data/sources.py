@@ -1,72 +1,177 @@
-"""Where training rows come from."""
+"""Where training rows come from: one function for every kind of source, told apart by name."""
 
-import gzip
-import json
+import difflib
+import logging
+import math
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from ..extras import require
-from .rows import TrainingRow, parse_row
+from ..validation import check_positive_int, describe
+from .arrow import DocumentTexts, split_errors
+from .beir_folder import load_beir
+from .corpus_id import load_corpus_id
+from .hub import PREFIX, load_hub
+from .jsonl import load_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
 
-def load_rows(source: str | os.PathLike[str]) -> "Dataset":
+BEIR_OPTIONS = ("qrels", "run", "depth")
+READABLE = (
+    "a .jsonl or .jsonl.gz file (rows inline), a .json or .json.gz file (rows that name documents of a corpus), "
+    "hf://org/repo/subset, or a BEIR folder"
+)
+SHOWN_ERRORS = 10
+
+
+@dataclass(frozen=True)
+class Source:
     """
-    Reads a file of training rows.
+    An entry of `data.train` or `data.eval`.
 
     Args:
-        source: a `*.jsonl` or `*.jsonl.gz` file with one row a line (see [`parse_row`]).
+        path: what names the rows: a file, a folder or `hf://org/repo/subset`.
+        weight: how often an epoch shows each of its rows (see [`GroupDataset`]).
+        options: of a BEIR folder: `qrels` and `run`, paths in the folder, and `depth`, how many documents of the run
+            may become negatives of a query.
+    """
 
-    Returns:
-        a `datasets.Dataset` with the columns `query` (string), `pos_doc` and `neg_doc` (lists of strings).
+    path: str
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_source(entry: Any, where: str = "a source of rows") -> Source:
+    """
+    Reads an entry of `data.train`.
+
+    Args:
+        entry: a path, a mapping with `path` and, optionally, `weight`, `qrels`, `run` and `depth`, or a [`Source`].
+        where: what errors call the entry, such as `data.train[0]`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the name has another ending, the file has no rows, or a line is malformed, with file, line and
-            field.
+        ValueError: a key is unknown, with the nearest known one, or a value breaks its rule.
     """
-    path = Path(source)
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"training rows are read from a .jsonl or .jsonl.gz file, got {os.fspath(source)!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(source)!r} to read training rows from")
-    rows = list(_read_jsonl(path))
-    if not rows:
-        raise ValueError(
-            f"{path}: the file has no rows; it needs one JSON object a line, with query, pos_doc and neg_doc"
-        )
-    dataset = require("datasets", "train").Dataset
-    return dataset.from_dict(
-        {
-            "query": [row.query for row in rows],
-            "pos_doc": [row.positives for row in rows],
-            "neg_doc": [row.negatives for row in rows],
-        }
+    if isinstance(entry, Source):
+        return entry
+    values = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+    known = ("path", "weight", *BEIR_OPTIONS)
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {nearest!r}")
+    options = {key: values[key] for key in BEIR_OPTIONS if values.get(key) is not None}
+    for key in ("qrels", "run"):
+        if key in options:
+            options[key] = _read_path(options[key], f"{where}: {key}")
+    check_positive_int(f"{where}: depth", options.get("depth"))
+    return Source(
+        _read_path(values.get("path"), f"{where}: path"), _read_weight(values.get("weight", 1.0), where), options
     )
 
 
-def _read_jsonl(path: Path) -> Iterator[TrainingRow]:
-    number = 0
-    try:
-        with _open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield parse_row(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: the file must be whole UTF-8 text ({error})") from error
+def load_rows(
+    source: "str | os.PathLike[str] | Mapping[str, Any] | Source",
+    *,
+    skip_bad_rows: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> "Dataset":
+    """
+    Reads training rows.
+
+    Rows are kept in memory-mapped files of the cache, written when a source is new or has changed, and shared by the
+    processes that read them. Where a source names documents of a corpus, rows hold their row numbers, and the texts
+    are looked up when a row is read (`dataset.with_transform`). `datasets.concatenate_datasets` drops that look-up, as
+    it drops every transform that its parts do not share: join such datasets in another way, such as
+    `torch.utils.data.ConcatDataset`.
+
+    Args:
+        source: a `*.jsonl` or `*.jsonl.gz` file with one row a line (see [`parse_row`]); a `*.json` or `*.json.gz` file
+            in NeMo AutoModel's corpus-id layout (see [`load_corpus_id`]); `hf://org/repo/subset` (see [`load_hub`]); a
+            BEIR folder (see [`load_beir`]); or a mapping of a path and options (see [`parse_source`]).
+        skip_bad_rows: leave out rows that break their rule, with one warning, instead of raising. All of them cannot
+            be left out.
+        cache_dir: where the files are kept; None is the cache of `datasets`.
+
+    Returns:
+        a `datasets.Dataset` whose rows have `query` (string), `pos_doc` and `neg_doc` (lists of strings), `pos_score`
+        and `neg_score` (lists of numbers, or None).
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        OSError: a dataset on the Hub cannot be read.
+        ValueError: the source is of no known kind, or a row or file breaks its rule, with file, line and field.
+    """
+    dataset, errors = read_rows(source, cache_dir=cache_dir)
+    if errors and not skip_bad_rows:
+        more = f" (and {len(errors) - 1} more; --skip-bad-rows leaves them out)" if len(errors) > 1 else ""
+        raise ValueError(errors[0] + more)
+    if not dataset.num_rows:
+        raise ValueError(f"{parse_source(source).path}: none of the {len(errors)} rows can be read; {errors[0]}")
+    if errors:
+        shown = "".join(f"\n  {error}" for error in errors[:SHOWN_ERRORS])
+        more = f"\n  and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
+        logger.warning(f"{parse_source(source).path}: left out {len(errors)} bad rows:{shown}{more}")
+    return dataset
 
 
-def _open_text(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def read_rows(
+    source: "str | os.PathLike[str] | Mapping[str, Any] | Source",
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple["Dataset", list[str]]:
+    """
+    Reads training rows, and the errors of those that break their rule.
+
+    Args:
+        source, cache_dir: see [`load_rows`].
+
+    Returns:
+        the rows of [`load_rows`], without the bad ones, and one message for each bad one, in the order of the source.
+
+    Raises:
+        FileNotFoundError, OSError: as [`load_rows`] does.
+        ValueError: as [`load_rows`] does, except for bad rows.
+    """
+    source = parse_source(source)
+    records, documents = _load(source, cache_dir)
+    dataset, errors = split_errors(records)
+    return (dataset if documents is None else dataset.with_transform(DocumentTexts(documents))), errors
 
 
-def _parse_json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}") from error
+def _load(source: Source, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset | None"]:
+    path, name = Path(source.path), source.path.lower()
+    is_folder = path.is_dir() and not source.path.startswith(PREFIX)
+    if source.options and not is_folder:
+        raise ValueError(
+            f"{source.path}: {', '.join(source.options)} can be given for a BEIR folder only, and this is none"
+        )
+    if source.path.startswith(PREFIX):
+        return load_hub(source.path, cache_dir)
+    if is_folder:
+        return load_beir(path, **source.options, cache_dir=cache_dir)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return load_jsonl(path, cache_dir), None
+    if name.endswith((".json", ".json.gz")):
+        return load_corpus_id(path, cache_dir)
+    if not path.exists() and not path.suffix:
+        raise FileNotFoundError(f"there is no folder {source.path!r}; training rows are read from {READABLE}")
+    raise ValueError(f"training rows are read from {READABLE}; got {source.path!r}")
+
+
+def _read_path(value: Any, where: str) -> str:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{where} must be a path, got {describe(value)}")
+    return path
+
+
+def _read_weight(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{where}: weight must be a finite number above 0, got {describe(value)}")
+    return float(value)

@@ -167,7 +167,7 @@ def _average_over_shuffles(test_set: TestSet) -> dict[str, float]:
 
 
 def _split(train_file: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    rows = load_rows(train_file).shuffle(seed=42).to_list()
+    rows = list(load_rows(train_file).shuffle(seed=42))
     num_test = min(MAX_TEST_ROWS, len(rows) // 10)
     if num_test == 0:
         raise ValueError(f"{os.fspath(train_file)} has {len(rows)} rows, but a tenth is held out: it needs at least 10")

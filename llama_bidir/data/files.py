@@ -1,0 +1,115 @@
+"""Text files as the sources of training rows read them: lines and JSON, with errors that name file and line."""
+
+import codecs
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..validation import check_text, describe
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file; raises FileNotFoundError where there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    return Path(path)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """
+    Yields number (from 1) and text of each line of a UTF-8 file that is not blank, one line in memory at a time.
+
+    A byte order mark at the start is dropped; a name that ends in `.gz` is decompressed.
+
+    Raises:
+        ValueError: the bytes are not UTF-8 or not a whole gzip file, with file and line.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                # Decoded line by line: a text file decodes far ahead and so cannot tell the line of a bad byte.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield number, text.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{number}: the file must be UTF-8 text: {error.reason} at byte {error.start + 1} of the line"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _not_gzip(path, number + 1, error) from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """
+    Yields number (from 1) and object of each line of a JSON Lines file.
+
+    Raises:
+        ValueError: a line is not one JSON object, or as [`read_lines`] does.
+    """
+    for number, line in read_lines(path):
+        value = parse_json(line, f"{path}:{number}")
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}:{number}: a line must be one JSON object, got {describe(value)}")
+        yield number, value
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Returns the JSON value of a line; raises ValueError, naming it, where there is not exactly one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # an int of thousands of digits
+        raise ValueError(f"{where}: a line must be one JSON object: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: a line must be one JSON object: it is nested too deep") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Returns the object that a JSON file holds (UTF-8; `.gz` is decompressed).
+
+    Raises:
+        ValueError: the file is not one JSON object in UTF-8, or not a whole gzip file, with file and line.
+    """
+    try:
+        with _open(path) as file:
+            content = file.read().removeprefix(codecs.BOM_UTF8)
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: the file must be UTF-8 text: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: the file must hold one JSON object: {error.msg} at column {error.colno}"
+        ) from None
+    except ValueError as error:  # an int of thousands of digits
+        raise ValueError(f"{path}: the file must hold one JSON object: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: the file must hold one JSON object: it is nested too deep") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _not_gzip(path, 1, error) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: the file must hold one JSON object, got {describe(value)}")
+    return value
+
+
+def read_id(row: Mapping[str, Any], field: str, where: str) -> str:
+    """Returns an identifier as a string; raises ValueError unless the field holds a string or an int."""
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{where}: {field} must be a string or an int, got {describe(value)}")
+    return check_text(f"{where}: {field}", str(value))
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _not_gzip(path: Path, line: int, error: Exception) -> ValueError:
+    return ValueError(f"{path}:{line}: the file must be whole gzip data: {error}")

@@ -1,0 +1,235 @@
+"""From rows to groups: which positive and which negatives of a row are shown in which epoch."""
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from .rows import TrainingRow, parse_row
+
+logger = logging.getLogger(__name__)
+
+POSITIVES = ("cycle", "expand")
+NEGATIVES = ("sample", "first")
+SHORT_GROUPS = ("mask", "repeat")
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Group(TypedDict):
+    """A query and its passages, the positives first.
+
+    Keys:
+        labels: 1.0 for a positive, 0.0 for a negative, aligned with `passages`.
+        teacher_scores: aligned with `passages`, None where the row has none.
+    """
+
+    query: str
+    passages: list[str]
+    labels: list[float]
+    teacher_scores: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """
+    How a row becomes a group.
+
+    Args:
+        group_size: passages a group; None takes all positives and negatives of a row.
+        positives: of a row with several: `cycle` takes the next one each epoch, `expand` makes a group of each.
+        negatives: of a row with more than fit: `sample` draws them anew each epoch, `first` takes the first.
+        short_groups: of a row with fewer than fit: `mask` makes a smaller group, `repeat` shows them again in turn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a value is none of these.
+    """
+
+    group_size: int | None
+    positives: str = "cycle"
+    negatives: str = "sample"
+    short_groups: str = "mask"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1 (passages a query), got {self.group_size!r}")
+        for name, known in (("positives", POSITIVES), ("negatives", NEGATIVES), ("short_groups", SHORT_GROUPS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def group(self, row: TrainingRow, where: str, *, epoch: int, key: str, positive: int | None = None) -> Group:
+        """
+        Makes the group of a row.
+
+        Args:
+            row: the row; a passage that is a positive of it is never one of the negatives.
+            where: what errors call the row.
+            epoch: decides the positive and the draw of the negatives.
+            key: tells rows apart in the draw: the same key gives the same negatives in the same epoch.
+            positive: which positive; by the epoch when None.
+
+        Raises:
+            ValueError: the row has no negative, and `group_size` needs some.
+        """
+        known = set(row.positives)
+        negatives = [index for index, passage in enumerate(row.negatives) if passage not in known]
+        if self.group_size is None:
+            positives = list(range(len(row.positives)))
+        else:
+            positives = [epoch % len(row.positives) if positive is None else positive]
+            negatives = self._choose(negatives, self.group_size - 1, where, f"{self.seed} {epoch} {key}")
+        scores = None
+        if row.positive_scores is not None and (row.negative_scores is not None or not negatives):
+            scores = [row.positive_scores[index] for index in positives]
+            scores += [row.negative_scores[index] for index in negatives] if row.negative_scores is not None else []
+        return {
+            "query": row.query,
+            "passages": [row.positives[index] for index in positives] + [row.negatives[index] for index in negatives],
+            "labels": [1.0] * len(positives) + [0.0] * len(negatives),
+            "teacher_scores": scores,
+        }
+
+    def _choose(self, negatives: list[int], count: int, where: str, draw: str) -> list[int]:
+        if count and not negatives:
+            raise ValueError(
+                f"{where}: the row has no neg_doc that is not one of its positives, but groups of {self.group_size} "
+                "need at least one"
+            )
+        if len(negatives) > count:
+            if self.negatives == "first":
+                return negatives[:count]
+            return sorted(random.Random(draw).sample(negatives, count))
+        if self.short_groups == "repeat":
+            return [negatives[index % len(negatives)] for index in range(count)]
+        return negatives
+
+
+class GroupDataset(Dataset[Group]):
+    """
+    Groups of several sources of rows, mixed by weight.
+
+    A source of n rows gives `round(weight * n)` groups an epoch: all rows as often as the weight has wholes, and for
+    the rest of the weight as many rows as it takes, others each epoch. Every draw depends on the seed, the epoch and
+    the row alone, so that a run can be resumed and any number of processes see the same groups.
+
+    Args:
+        sources: (rows, weight) pairs; rows are any sequence of mappings of the training schema (see [`parse_row`]).
+        grouping: how rows become groups.
+
+    Raises:
+        ValueError: a weight is not above 0, or there is no row.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Sequence[Mapping[str, Any]], float]], grouping: Grouping):
+        self.sources = list(sources)
+        self.grouping = grouping
+        for _, weight in self.sources:
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"the weight of a source must be above 0, got {weight!r}")
+        # In shared memory, so that the worker processes of a DataLoader follow.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if len(self) == 0:
+            raise ValueError("there is no row to make a group of: give at least one source of rows")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the positives, the negatives and the shares of sources of this epoch (from 0)."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that items are of."""
+        return int(self._epoch)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.sources else 0
+
+    def __getitem__(self, index: int) -> Group:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no group {index}: the dataset has {len(self)}")
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        offset = index - int(self._ends[source - 1] if source else 0)
+        entries = self._num_entries[source]
+        repetition, entry = divmod(offset, entries)
+        if repetition == int(self.sources[source][1]):  # the part of the weight behind the point
+            entry = int(_permutation((self.grouping.seed, self.epoch, source), entries)[entry])
+        rows, positive = self.sources[source][0], None
+        row_index = entry
+        if self.grouping.positives == "expand" and self.grouping.group_size is not None:
+            row_index = int(np.searchsorted(self._positive_ends[source], entry, side="right"))
+            positive = entry - int(self._positive_ends[source][row_index - 1] if row_index else 0)
+        where = f"row {row_index} of source {source}"
+        return self.grouping.group(
+            parse_row(rows[row_index], where),
+            where,
+            epoch=self.epoch,
+            key=f"{source} {entry} {repetition}",
+            positive=positive,
+        )
+
+    def num_characters(self) -> list[int]:
+        """Characters of the longest pair of each group in this epoch, for batches of groups of like lengths."""
+        groups = (self[index] for index in range(len(self)))
+        return [len(group["query"]) + max(map(len, group["passages"])) for group in groups]
+
+    @cached_property
+    def _ends(self) -> Integers:
+        sizes = [round(weight * n) for (_, weight), n in zip(self.sources, self._num_entries, strict=True)]
+        return np.cumsum(sizes, dtype=np.int64)
+
+    @cached_property
+    def _num_entries(self) -> list[int]:
+        if self.grouping.positives == "expand" and self.grouping.group_size is not None:
+            return [int(ends[-1]) if len(ends) else 0 for ends in self._positive_ends]
+        return [len(rows) for rows, _ in self.sources]
+
+    @cached_property
+    def _positive_ends(self) -> list[Integers]:
+        counts = (
+            [len(parse_row(row, f"row {number} of source {source}").positives) for number, row in enumerate(rows)]
+            for source, (rows, _) in enumerate(self.sources)
+        )
+        return [np.cumsum(count, dtype=np.int64) for count in counts]
+
+
+@lru_cache(maxsize=16)
+def _permutation(seed: tuple[int, ...], length: int) -> Integers:
+    return np.random.default_rng(seed).permutation(length)
+
+
+class GroupStream(IterableDataset[Group]):
+    """
+    Groups of a stream of rows, in the order of the stream.
+
+    Args:
+        rows: an iterable of mappings that can be read again each epoch, such as a `datasets.IterableDataset`.
+        grouping: how rows become groups; a row is told apart in the draws by its query.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], grouping: Grouping):
+        self.rows = rows
+        self.grouping = grouping
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the positives and the negatives of this epoch (from 0), and the shuffle of a `datasets` stream."""
+        self._epoch.fill_(epoch)
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Group]:
+        epoch = int(self._epoch)
+        for number, item in enumerate(self.rows):
+            where = f"row {number} of the stream"
+            row = parse_row(item, where)
+            expand = self.grouping.positives == "expand" and self.grouping.group_size is not None
+            for positive in range(len(row.positives)) if expand else [None]:
+                key = f"{row.query} {positive}"
+                yield self.grouping.group(row, where, epoch=epoch, key=key, positive=positive)
