@@ -53,3 +53,11 @@ def _check_free(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{os.fspath(target)!r} exists: pass overwrite (--overwrite) to replace it, or choose another output"
         )
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file beside `path` and renames it, so that `path` is never half written."""
+    target = Path(path)
+    working = target.with_name(f".{target.name}.tmp")
+    working.write_text(text, encoding="utf-8")
+    working.replace(target)

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from training import ROWS as ALL_ROWS
+from training import arguments, losses
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 pytest.importorskip("accelerate")
@@ -15,37 +17,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
 from llama_bidir.training import DataArguments, ModelArguments, train  # noqa: E402
 
-WORDS = ["bees", "hive", "clover", "sun", "Paris", "France", "Seine", "garden", "flowers", "white"]
-ROWS = [
-    {
-        "query": f"where is the {word}?",
-        "pos_doc": [f"The {word} is here."],
-        "neg_doc": [f"The {other} is here." for other in WORDS if other != word][:3],
-    }
-    for word in WORDS * 2
-][:16]
-
-
-def arguments(cls, path, **kwargs):
-    fields = {
-        "output_dir": str(path),
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return cls(**{**fields, **kwargs})
-
-
-def losses(trainer):
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+ROWS = ALL_ROWS[:16]
 
 
 def assert_equal_runs(runs):
@@ -124,7 +96,7 @@ def test_group_trainer_equals_a_plain_loop(tmp_path, tokenizer):
     )
     model = make_model()
     trainer = CrossEncoderTrainer(
-        model, args, datasets.Dataset.from_list(rows), processing_class=tokenizer, group_size=3
+        model, args, datasets.Dataset.from_list(rows), processing_class=tokenizer, group_size=3, negatives="first"
     )
     trainer.train()
 
@@ -170,8 +142,8 @@ def test_checkpoints_reload_with_tokenizer_and_card(tmp_path):
     assert "pipeline_tag: text-ranking" in (tmp_path / "checkpoint-2" / "README.md").read_text()
     metrics = trainer.evaluate()
     scores = [reloaded.predict([(row["query"], text) for text in row["pos_doc"] + row["neg_doc"]]) for row in ROWS[:3]]
-    by_hand = -torch.tensor(np.stack(scores)).log_softmax(1)[:, 0].mean()
-    assert metrics["eval_loss"] == pytest.approx(by_hand.item(), rel=1e-4)
+    by_hand = [-torch.tensor(group).log_softmax(0)[0].item() for group in scores]
+    assert metrics["eval_loss"] == pytest.approx(np.mean(by_hand), rel=1e-4)
 
 
 def test_columns_in_any_spelling_reach_the_collator(tmp_path, tokenizer):
@@ -185,7 +157,7 @@ def test_columns_in_any_spelling_reach_the_collator(tmp_path, tokenizer):
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["labels"].tolist() == [[1.0, 0.0], [1.0, 0.0]]
-    assert batch["input_ids"].shape[0] == 4
+    assert len(batch["cu_seq_lens_q"]) == 5
 
 
 def test_wrong_arguments(tmp_path, tokenizer):
@@ -216,5 +188,5 @@ def test_run_trains_and_saves(base_checkpoint, tmp_path):
     assert (model.config.pooling, model.config.temperature) == ("last", 0.5)
     assert model.config.prompt_template == "{query} | {passage}"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<|end|>"
-    with pytest.raises(ValueError, match=r"data\.train must name at least one file"):
+    with pytest.raises(ValueError, match=r"data\.train must name at least one source"):
         train(trainer.args, DataArguments(), trainer.args)

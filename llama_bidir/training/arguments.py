@@ -1,9 +1,14 @@
 """What a training run is told: the model, the data, and the Trainer's arguments."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -13,16 +18,21 @@ class ModelArguments:
 
     Args:
         model_name_or_path: a folder or a Hub id, a plain Llama or a reranker.
+        revision: branch, tag or commit of the Hub repository.
         pooling, temperature: see [`LlamaBidirectionalConfig`].
-        dtype: of the weights while training; float32 unless told otherwise, because small updates vanish in bfloat16.
+        dtype: of the saved checkpoint, and of the frozen weights under an adapter. Weights that are trained are held in
+            float32 whatever it is, because small updates vanish in bfloat16; `training.bf16` computes in bfloat16.
         attn_implementation: such as `sdpa` or `flash_attention_2`.
+        load_in_4bit: quantize the frozen weights under an adapter (QLoRA); needs bitsandbytes and a `lora` block.
     """
 
     model_name_or_path: str
+    revision: str | None = None
     pooling: str | None = None
     temperature: float | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
+    load_in_4bit: bool = False
 
 
 @dataclass(kw_only=True)
@@ -31,14 +41,25 @@ class DataArguments:
     The rows to train on and how they become groups.
 
     Args:
-        train, eval: files of rows.
+        train, eval: sources of rows (see [`~data.load_rows`]), each a name or a mapping with `path` and `weight`: a
+            weight of 2 shows each row twice an epoch, 0.5 shows another half of them each epoch.
         group_size: passages a query, the positive first.
+        eval_group_size: the same in evaluation; None evaluates on all passages of each row.
+        positives: of a row with several: `cycle` takes the next one each epoch, `expand` makes a group of each.
+        negatives: of a row with more than a group needs: `sample` draws them anew each epoch, `first` takes the first.
+        short_groups: of a row with fewer: `mask` makes a smaller group, `repeat` shows them again.
+        skip_bad_rows: leave malformed rows out, and list them, instead of stopping.
         prompt_template, rerank_max_length: see [`LlamaBidirectionalConfig`]; None keeps the checkpoint's.
     """
 
-    train: list[str] = field(default_factory=list)
-    eval: list[str] = field(default_factory=list)
+    train: list[str | dict[str, Any]] = field(default_factory=list)
+    eval: list[str | dict[str, Any]] = field(default_factory=list)
     group_size: int = 5
+    eval_group_size: int | None = None
+    positives: str = "cycle"
+    negatives: str = "sample"
+    short_groups: str = "mask"
+    skip_bad_rows: bool = False
     prompt_template: str | None = None
     rerank_max_length: int | None = None
 
@@ -49,8 +70,14 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     [`TrainingArguments`] with the defaults that rerankers are trained with; a batch counts queries (groups).
 
     The defaults that differ: `learning_rate` 3e-6, `weight_decay` 0.01 and `warmup_steps` 100 (those of NeMo
-    AutoModel's Llama 3.2 1B recipe), `per_device_train_batch_size` 4, `logging_steps` 10, and `dataloader_pin_memory`
-    where there is an accelerator to pin it for.
+    AutoModel's Llama 3.2 1B recipe), `per_device_train_batch_size` 4, `logging_steps` 10,
+    `ddp_find_unused_parameters` False, because every weight is used, and `dataloader_pin_memory` where there is an
+    accelerator to pin it for. Passages of one query are never split between processes or batches.
+
+    Args:
+        loss: a name of [`~losses.LOSSES`].
+        global_batch_size: groups an optimizer step over all processes; sets `gradient_accumulation_steps`.
+        packing: lay the passages of a batch end to end, without padding; chosen by what is trained when None.
     """
 
     learning_rate: float = 3e-6
@@ -58,4 +85,36 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     warmup_steps: float = 100
     per_device_train_batch_size: int = 4
     logging_steps: float = 10
+    ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
+    loss: str = "listwise_cross_entropy"
+    global_batch_size: int | None = None
+    packing: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Passages of a packed batch are no rows that accelerate could cut: each process reads its own groups.
+        config: Any = self.accelerator_config
+        if config.dispatch_batches is None:
+            config.dispatch_batches = False
+        if self.global_batch_size is None:
+            return
+        local = self.per_device_train_batch_size * max(1, self.n_gpu) * self.world_size
+        if self.global_batch_size < local or self.global_batch_size % local:
+            raise ValueError(
+                f"global_batch_size must be a multiple of per_device_train_batch_size x devices = {local}, got "
+                f"{self.global_batch_size}: change one of them"
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // local
+
+
+def lora_config(fields: Mapping[str, Any]) -> Any:
+    """
+    Builds the [`peft.LoraConfig`] of a recipe's `lora` block.
+
+    The fields are those of `LoraConfig`; the defaults that differ are `r` 16, `lora_alpha` 32 and `target_modules`
+    `all-linear` (every linear layer of the body). The score head is always trained and saved.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **fields, "task_type": "SEQ_CLS"})

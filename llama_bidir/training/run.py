@@ -1,58 +1,163 @@
 """One training run, from arguments to a saved reranker."""
 
 import logging
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
 
-from ..data import load_rows
-from ..extras import require
+from ..data import GroupDataset, Grouping, load_rows, parse_source
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments
+from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
+from .checkpoints import check_same_run, is_finished, last_whole_checkpoint, run_arguments, write_run
+from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
 
+HALF_PRECISION = ("bfloat16", "float16")
+
 
 def train(
-    model_args: ModelArguments, data_args: DataArguments, training_args: CrossEncoderTrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: CrossEncoderTrainingArguments,
+    lora: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> CrossEncoderTrainer:
     """
     Trains a reranker and saves it, with tokenizer and model card, into `training_args.output_dir`.
+
+    A run that was stopped goes on from its last whole checkpoint when it is started again with the same arguments.
+
+    Args:
+        model_args, data_args, training_args: see there.
+        lora: fields of [`peft.LoraConfig`]; trains an adapter and the head, and saves those.
+        overwrite: start anew, and replace what a former run left in the output folder.
 
     Returns:
         the trainer, whose `model` is the trained one and whose `state.log_history` holds the losses.
 
     Raises:
-        ValueError: an argument, a row or the checkpoint breaks its rule.
+        FileExistsError: the output folder holds a finished reranker or something else, and `overwrite` is not set.
+        ValueError: an argument, a row or the checkpoint breaks its rule, or a stopped run had other arguments.
         OSError: a file or the checkpoint is not there.
     """
     if not data_args.train:
-        raise ValueError("data.train must name at least one file of training rows")
-    concatenate = require("datasets", "train").concatenate_datasets
-    train_dataset = concatenate([load_rows(source) for source in data_args.train])
-    eval_dataset = concatenate([load_rows(source) for source in data_args.eval]) if data_args.eval else None
-
-    config_fields = {
-        "pooling": model_args.pooling,
-        "temperature": model_args.temperature,
-        "prompt_template": data_args.prompt_template,
-        "rerank_max_length": data_args.rerank_max_length,
-        "attn_implementation": model_args.attn_implementation,
-    }
-    model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=model_args.dtype,
-        **{name: value for name, value in config_fields.items() if value is not None},
-    )
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+        raise ValueError("data.train must name at least one source of training rows")
+    if model_args.load_in_4bit and lora is None:
+        raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
+    output = Path(training_args.output_dir or "trainer_output")
+    with training_args.main_process_first(desc="looking at the output folder"):
+        if overwrite and training_args.should_save:
+            shutil.rmtree(output, ignore_errors=True)
+        elif is_finished(output):
+            raise FileExistsError(
+                f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
+                "choose another training.output_dir"
+            )
+    train_dataset = GroupDataset(load_sources(data_args.train, data_args), training_grouping(data_args, training_args))
+    eval_dataset = None
+    if data_args.eval:
+        grouping = Grouping(group_size=data_args.eval_group_size, negatives="first")
+        eval_dataset = GroupDataset(load_sources(data_args.eval, data_args), grouping)
+    model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
         model,
         training_args,
         train_dataset,
         eval_dataset,
-        tokenizer,
+        AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision),
         group_size=data_args.group_size,
+        peft_config=None if lora is None else lora_config(lora),
     )
-    trainer.train()
-    trainer.save_model()
+    arguments = run_arguments(model_args, data_args, training_args, lora, len(train_dataset))
+    checkpoint = last_whole_checkpoint(output)
+    if checkpoint is not None:
+        check_same_run(output, arguments)
+        logger.warning(f"going on from {checkpoint}")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        write_run(output, arguments, finished=False)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+
+    if model_args.dtype in HALF_PRECISION and lora is None:
+        trainer.save_dtype = getattr(torch, model_args.dtype)
+    _save_whole(trainer, output)
+    if trainer.is_world_process_zero():
+        write_run(output, arguments, finished=True)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(commit_message="End of training")
     return trainer
+
+
+def load_sources(entries: list[Any], data_args: DataArguments) -> list[tuple[Any, float]]:
+    """Reads sources of rows; returns (rows, weight) pairs."""
+    return [(load_rows(entry, skip_bad_rows=data_args.skip_bad_rows), parse_source(entry).weight) for entry in entries]
+
+
+def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:
+    """How rows become training groups."""
+    return Grouping(
+        group_size=data_args.group_size,
+        positives=data_args.positives,
+        negatives=data_args.negatives,
+        short_groups=data_args.short_groups,
+        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+    )
+
+
+def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adapter: bool) -> PreTrainedModel:
+    """
+    Loads the checkpoint to train: in float32, or in `model_args.dtype` where it stays frozen under an adapter.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    fields: dict[str, Any] = {
+        "pooling": model_args.pooling,
+        "temperature": model_args.temperature,
+        "prompt_template": data_args.prompt_template,
+        "rerank_max_length": data_args.rerank_max_length,
+        "attn_implementation": model_args.attn_implementation,
+        "revision": model_args.revision,
+    }
+    if model_args.load_in_4bit:
+        fields["quantization_config"] = _four_bits(model_args.dtype)
+    return LlamaBidirectionalForSequenceClassification.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype if has_adapter else "float32",
+        **{name: value for name, value in fields.items() if value is not None},
+    )
+
+
+def _four_bits(dtype: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("model.load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=[HEAD],
+    )
+
+
+def _save_whole(trainer: CrossEncoderTrainer, output: Path) -> None:
+    """Saves beside the checkpoints, then moves the files in: the folder loads only when all of them are there."""
+    working = output / ".saving"
+    trainer.save_model(os.fspath(working), _internal_call=True)
+    if trainer.is_world_process_zero():
+        trainer.write_card(working, os.fspath(output))
+        for path in sorted(working.iterdir(), key=lambda path: path.name.endswith("config.json")):
+            path.replace(output / path.name)
+        working.rmdir()
+    trainer.accelerator.wait_for_everyone()

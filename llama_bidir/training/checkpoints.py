@@ -1,0 +1,116 @@
+"""Going on with a stopped run: which checkpoint is whole, and whether the run is still the same."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..outputs import write_whole
+from .arguments import CrossEncoderTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = "training_run.json"
+
+# The training arguments that change what is learned; the others may differ when a run goes on.
+DECISIVE = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "data_seed",
+    "fp16",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "loss",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_steps",
+    "neftune_noise_alpha",
+    "num_train_epochs",
+    "optim",
+    "optim_args",
+    "per_device_train_batch_size",
+    "seed",
+    "train_sampling_strategy",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+
+
+def last_whole_checkpoint(output: Path) -> Path | None:
+    """Returns the newest `checkpoint-N` that was written to its end, or None. The Trainer writes its state last."""
+    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning(f"{path} is not whole, as a stop while it was written leaves it: it is not used")
+        else:
+            return path
+    return None
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+def run_arguments(
+    model: Any, data: Any, training: CrossEncoderTrainingArguments, lora: Mapping[str, Any] | None, num_groups: int
+) -> dict[str, Any]:
+    """
+    What decides the outcome of a run, by dotted name.
+
+    Args:
+        model, data, training, lora: the blocks of a recipe.
+        num_groups: an epoch, which tells when the training data has changed.
+    """
+    decisive = {name: getattr(training, name) for name in DECISIVE if hasattr(training, name)}
+    blocks = {
+        "model": dataclasses.asdict(model),
+        "data": {name: value for name, value in dataclasses.asdict(data).items() if not name.startswith("eval")},
+        "training": {**decisive, "world_size": training.world_size},
+        "lora": dict(lora or {}),
+        "rows": {"groups_an_epoch": num_groups},
+    }
+    named = {f"{block}.{name}": value for block, values in blocks.items() for name, value in values.items()}
+    return json.loads(json.dumps(named, default=str))
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run has ended there, or another reranker is there."""
+    if (output / RUN_NAME).is_file():
+        return bool(json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["finished"])
+    return (output / "config.json").exists() or (output / "adapter_config.json").exists()
+
+
+def check_same_run(output: Path, arguments: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a run that is to go on had other arguments, with what has changed.
+    """
+    if not (output / RUN_NAME).is_file():
+        return
+    former = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["arguments"]
+    changed = [
+        f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
+        for name in sorted({*former, *arguments})
+        if former.get(name) != arguments.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{os.fspath(output)!r} holds a stopped run with other arguments: {'; '.join(changed)}. Start with the "
+            "same ones to go on, with overwrite (--overwrite) to train anew, or with another training.output_dir"
+        )
+
+
+def write_run(output: Path, arguments: Mapping[str, Any], *, finished: bool) -> None:
+    """Notes the arguments of a run beside its checkpoints."""
+    output.mkdir(parents=True, exist_ok=True)
+    content = {"finished": finished, "arguments": dict(arguments)}
+    write_whole(output / RUN_NAME, json.dumps(content, indent=2) + "\n")

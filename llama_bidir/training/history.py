@@ -1,0 +1,105 @@
+"""What a training run leaves to look at: every log as a line of JSON, and the curves as a picture."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..extras import require
+from ..outputs import write_whole
+
+logger = logging.getLogger(__name__)
+
+HISTORY_NAME = "history.jsonl"
+PLOT_NAME = "training.png"
+
+
+class HistoryCallback(TrainerCallback):
+    """
+    Appends each log to `history.jsonl` in the output folder and draws `training.png` at the end.
+
+    A run that is resumed at step n keeps the lines up to n, so that no step is there twice.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or args.output_dir is None:
+            return
+        path = Path(args.output_dir) / HISTORY_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_history(path) if state.global_step and entry["step"] <= state.global_step]
+        write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or args.output_dir is None or not state.log_history:
+            return
+        path = Path(args.output_dir) / HISTORY_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or args.output_dir is None:
+            return
+        try:
+            plot_history(read_history(Path(args.output_dir) / HISTORY_NAME), Path(args.output_dir) / PLOT_NAME)
+        except ImportError as error:
+            logger.info(f"no {PLOT_NAME}: {error}")
+
+
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the logs of a run, [] where there are none; a last line that a kill has cut is left out."""
+    entries = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                logger.warning(f"{os.fspath(path)}: left out a line that is no JSON: {line[:80]!r}")
+    return entries
+
+
+def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """
+    Draws the losses, the measures of evaluation and the learning rate over the steps.
+
+    Args:
+        history: as [`read_history`] returns it.
+        path: of the PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require("matplotlib", "eval")
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("loss", [("loss", "training"), ("eval_loss", "evaluation")]),
+        ("measure", [(f"eval_{name}", name) for name in ("ndcg@10", "mrr@10", "accuracy@1")]),
+        ("learning rate", [("learning_rate", "learning rate")]),
+    ]
+    curves = {
+        key: [(entry["step"], float(entry[key])) for entry in history if entry.get(key) is not None]
+        for _, keys in panels
+        for key, _ in keys
+    }
+    panels = [(title, [item for item in keys if curves[item[0]]]) for title, keys in panels]
+    panels = [(title, keys) for title, keys in panels if keys]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key, label in keys:
+            steps, values = zip(*curves[key], strict=True)
+            axes.plot(steps, values, label=label, marker="." if len(steps) < 30 else None)
+        axes.set(xlabel="optimizer step", title=title)
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,69 @@
+"""Adapters (LoRA): made with a head that is trained and saved, and merged into a plain checkpoint."""
+
+import os
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..extras import require
+from ..loading import load_reranker
+from ..model_card import write_model_card
+from ..outputs import whole_folder
+
+HEAD = "score"
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+    """
+    Puts a new adapter on a reranker. The score head is trained in full and saved with the adapter.
+
+    Args:
+        model: a [`LlamaBidirectionalForSequenceClassification`]; quantized weights are prepared for training.
+        peft_config: a `peft.LoraConfig` or another configuration of PEFT; it is not changed. Its `target_modules` are
+            all linear layers of the body when it names none.
+
+    Raises:
+        ValueError: the task type is not `SEQ_CLS`, or the model has an adapter already.
+    """
+    peft = require("peft", "train")
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("the model has an adapter already: pass it without peft_config to train that one further")
+    if peft_config.task_type not in (None, peft.TaskType.SEQ_CLS):
+        raise ValueError(f"the task_type of a reranker's peft_config is SEQ_CLS, got {peft_config.task_type!r}")
+    fields = {**peft_config.to_dict(), "task_type": peft.TaskType.SEQ_CLS}
+    fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or []), HEAD})
+    if "target_modules" in fields and fields["target_modules"] is None:
+        fields["target_modules"] = "all-linear"
+    if getattr(model, "is_quantized", False):
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return peft.get_peft_model(model, type(peft_config)(**_accepted(type(peft_config), fields)))
+
+
+def _accepted(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    names = {name for name, field in config_class.__dataclass_fields__.items() if field.init}
+    return {name: value for name, value in fields.items() if name in names}
+
+
+def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """
+    Merges an adapter into its base model and writes an ordinary checkpoint with equal scores.
+
+    Args:
+        adapter: the folder or Hub id of an adapter, as [`CrossEncoderTrainer`] saves it.
+        output: the folder to write, whole or not at all.
+        overwrite: replace `output` when it exists.
+
+    Raises:
+        FileExistsError: there is something at `output`, and `overwrite` is not set.
+        ValueError: `adapter` is no adapter.
+    """
+    peft = require("peft", "train")
+    name = os.fspath(adapter)
+    model = load_reranker(name, {"dtype": "auto"})
+    if not isinstance(model, peft.PeftModel):
+        raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
+    with whole_folder(output, overwrite=overwrite) as folder:
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        write_model_card(folder, merged.config, os.fspath(output))

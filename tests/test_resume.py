@@ -1,0 +1,124 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import ROWS, arguments
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from llama_bidir.training import (
+    CrossEncoderTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    read_history,
+    train,
+)
+
+SCRIPT = Path(__file__).with_name("train_tiny.py")
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def run(base, rows, output, **kwargs):
+    torch.manual_seed(0)
+    return train(
+        ModelArguments(model_name_or_path=str(base), dtype=kwargs.pop("dtype", "float32")),
+        DataArguments(train=[str(rows)], group_size=kwargs.pop("group_size", 3)),
+        arguments(CrossEncoderTrainingArguments, output, **{"save_strategy": "steps", "save_steps": 2, **kwargs}),
+    )
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(base_checkpoint, rows_file, tmp_path):
+    command = [sys.executable, str(SCRIPT), str(base_checkpoint), str(rows_file), str(rows_file)]
+    fields = ["max_steps=12", 'save_strategy="steps"', "save_steps=1", "save_total_limit=2", "global_batch_size=8"]
+    subprocess.run([*command, str(tmp_path / "whole"), *fields], check=True, capture_output=True)
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [*command, str(stopped), *fields],
+        env={**os.environ, "STEP_SECONDS": "0.2"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    last_step = random.Random(os.getpid()).randrange(2, 10)
+    while process.poll() is None and not list(stopped.glob(f"checkpoint-{last_step}")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (stopped / "model.safetensors").exists()
+    result = subprocess.run([*command, str(stopped), *fields], check=True, capture_output=True, text=True)
+    assert "going on from" in result.stderr
+
+    expected, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    for name, weight in expected.items():
+        assert torch.equal(weight, resumed[name]), name
+    histories = [read_history(tmp_path / name / "history.jsonl") for name in ("whole", "stopped")]
+    whole, again = ([(entry["step"], entry["loss"]) for entry in history if "loss" in entry] for history in histories)
+    assert whole == again
+
+
+def test_a_torn_checkpoint_is_not_used(base_checkpoint, rows_file, tmp_path, caplog):
+    whole = run(base_checkpoint, rows_file, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(stopped / "checkpoint-2")
+    (stopped / "checkpoint-3").mkdir()
+    (stopped / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
+    resumed = run(base_checkpoint, rows_file, stopped)
+    assert any("checkpoint-3 is not whole" in record.getMessage() for record in caplog.records)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_other_arguments_are_refused_with_what_changed(base_checkpoint, rows_file, tmp_path):
+    run(base_checkpoint, rows_file, tmp_path)
+    run_file = tmp_path / "training_run.json"
+    run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "finished": False}))
+    with pytest.raises(
+        ValueError,
+        match=r"holds a stopped run with other arguments: data\.group_size was 3 and is 4; "
+        r"training\.learning_rate was 0\.01 and is 0\.001\. Start with the same ones to go on",
+    ):
+        run(base_checkpoint, rows_file, tmp_path, group_size=4, learning_rate=1e-3)
+    run(base_checkpoint, rows_file, tmp_path, logging_steps=2)
+
+
+def test_a_finished_run_is_not_replaced_unasked(base_checkpoint, rows_file, tmp_path):
+    run(base_checkpoint, rows_file, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds a finished reranker: pass overwrite \(--overwrite\)"):
+        run(base_checkpoint, rows_file, tmp_path, max_steps=1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    train(
+        ModelArguments(model_name_or_path=str(base_checkpoint)),
+        DataArguments(train=[str(rows_file)], group_size=3),
+        arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1),
+        overwrite=True,
+    )
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_trained_in_float32_and_saved_in_bfloat16(base_checkpoint, rows_file, tmp_path):
+    trainer = run(base_checkpoint, rows_file, tmp_path, dtype="bfloat16", bf16=True)
+    assert trainer.model.dtype == torch.float32
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(saved[name], weight.bfloat16()), name
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    checkpoint = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert {weight.dtype for weight in checkpoint.values()} == {torch.float32}

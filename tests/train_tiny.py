@@ -1,0 +1,52 @@
+"""Trains a tiny reranker, for tests that start it as a process of its own, alone or by torchrun.
+
+Usage: train_tiny.py BASE TRAIN EVAL OUTPUT [KEY=JSON ...], with fields of CrossEncoderTrainingArguments.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from training import arguments
+from transformers import TrainerCallback
+
+from llama_bidir.training import CrossEncoderTrainingArguments, DataArguments, ModelArguments, train
+from llama_bidir.training import run as training_run
+
+
+class SlowSteps(TrainerCallback):
+    """Leaves time for a kill to fall into any step."""
+
+    def on_step_end(self, *args, **kwargs):
+        time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+
+
+class SlowTrainer(training_run.CrossEncoderTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(SlowSteps())
+
+
+def main():
+    base, train_rows, eval_rows, output, *fields = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    training_run.CrossEncoderTrainer = SlowTrainer
+    given = {name: json.loads(value) for name, value in (field.split("=", 1) for field in fields)}
+    given = {"global_batch_size": 4, "per_device_train_batch_size": 2, "max_steps": 8, **given}
+    trainer = train(
+        ModelArguments(model_name_or_path=base),
+        DataArguments(train=[train_rows], eval=[eval_rows], group_size=3),
+        arguments(CrossEncoderTrainingArguments, output, eval_strategy="steps", eval_steps=4, **given),
+    )
+    if trainer.is_world_process_zero():
+        Path(output, "log_history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    main()
