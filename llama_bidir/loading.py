@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -29,13 +30,14 @@ def check_reranker(model: Any, num_labels: int | None) -> Any:
     return model
 
 
-def load_reranker(name_or_path: str, model_kwargs: dict[str, Any]) -> Any:
+def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize: bool = False) -> Any:
     """
     Loads a checkpoint, or an adapter (PEFT) on its base model with the configuration that was saved beside the adapter.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
         model_kwargs: for `from_pretrained`, those of the Hub included.
+        dequantize: under an adapter that was trained on quantized weights (QLoRA), give the same weights in full.
     """
     check_checkpoint_path(name_or_path)
     source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
@@ -54,8 +56,15 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any]) -> Any:
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
+        if (quantization := config.to_dict().get("quantization_config")) is not None:
+            # It says how the base was loaded, not how the files of the base are stored.
+            del config.quantization_config
+            fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
     with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the adapter brings the head
         model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, dtype=dtype, **base_source, **fields)
+    if dequantize and getattr(model, "is_quantized", False):
+        model = model.dequantize()
+    model.score.float()  # the saved head, which a base in half precision would round
     return peft.PeftModel.from_pretrained(model, name_or_path, **source)
 
 
@@ -95,7 +104,8 @@ def cpu_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if accelerated else torch.float32
 
 
-def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype, *, only_trained: bool = False) -> None:
     """Not `model.to(dtype)`, which would round the frequencies of the rotary embedding as well."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.requires_grad or not only_trained:
+            parameter.data = parameter.data.to(dtype)

@@ -70,19 +70,17 @@ def _attend_one_by_one(
     sequence_lengths: Sequence[int],
     **kwargs: Any,
 ) -> torch.Tensor:
-    outputs, start = [], 0
-    for length, run in groupby(sequence_lengths):  # neighbours of equal length share a call
-        count = len(list(run))
-        end = start + count * length
-        # (1, heads, count * length, head_dim) -> (count, heads, length, head_dim)
-        q, k, v = (
-            states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)
-        )
+    outputs = []
+    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths)]  # equal neighbours share a call
+    # Split, not sliced: the gradient of each slice would be as long as the stream.
+    parts = [states[0].split([length * count for length, count in runs], dim=1) for states in (query, key, value)]
+    for (length, count), *states in zip(runs, *parts, strict=True):
+        # (heads, count * length, head_dim) -> (count, heads, length, head_dim)
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in states)
         if length <= MATMUL_LENGTH and _matmul_applies(module, query, **kwargs):
             outputs.append(_attend_by_matmul(q, k, v).flatten(0, 1))
         else:
             outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0].flatten(0, 1))
-        start = end
     return torch.cat(outputs)[None]
 
 

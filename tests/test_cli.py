@@ -26,6 +26,9 @@ def test_version_and_help(capsys):
         "quickstart --max-step 3",
         "quickstart --learning-rate nan",
         "quickstart --batch-size -1",
+        "recipes --all",
+        "train",
+        "merge --adapter a",
     ],
 )
 def test_bad_arguments_exit_with_2(arguments):
@@ -40,6 +43,23 @@ def test_a_typo_is_answered_with_the_nearest_option(capsys):
     error = capsys.readouterr().err
     assert "--learning-rate LR" in error
     assert "unknown option '--lerning-rate'; the nearest is '--learning-rate'" in error
+
+
+def test_recipes_are_listed_with_what_they_do(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["llama3_1_8b", "llama3_2_1b", "llama3_2_1b_lora", "quickstart"]
+    name, _, summary = lines[1].partition("  ")
+    assert (name, summary.strip()) == (
+        "llama3_2_1b",
+        "Fine-tunes Llama 3.2 1B with the data and the values of NeMo AutoModel's cross-encoder recipe.",
+    )
+
+
+def test_other_processes_name_themselves_in_errors(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("llama-bidir: error (process 3): ")
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):

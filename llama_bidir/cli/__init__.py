@@ -1,16 +1,22 @@
-"""The command line: one module a verb."""
+"""
+The command line: one module a verb.
+
+A verb declares `add_arguments(parser)` and `run(arguments)`. One that has options beyond those of its parser declares
+`parse_unknown(arguments, unknown, options)`, which reads them; other verbs refuse what they do not know.
+"""
 
 import argparse
 import difflib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import quickstart
+from . import merge, quickstart, recipes, train
 
-VERBS = {"quickstart": quickstart}
+VERBS = {"quickstart": quickstart, "recipes": recipes, "train": train, "merge": merge}
 BAD_INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
 
 
@@ -31,22 +37,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         verb.add_arguments(verb_parser)
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        verb_parser = verb_parsers[arguments.verb]
-        options = [option for action in verb_parser._actions for option in action.option_strings]
+    verb, verb_parser = VERBS[arguments.verb], verb_parsers[arguments.verb]
+    options = [option for action in verb_parser._actions for option in action.option_strings]
+    if unknown and not hasattr(verb, "parse_unknown"):
         nearest = difflib.get_close_matches(unknown[0], options, n=1, cutoff=0.0)[0]
         verb_parser.error(f"unknown option {unknown[0]!r}; the nearest is {nearest!r}")
     # Like an interrupt, so that nothing half-made is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    rank = int(os.environ.get("RANK", 0))  # of this process, under torchrun and accelerate
+    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
-        VERBS[arguments.verb].run(arguments)
+        if hasattr(verb, "parse_unknown"):
+            verb.parse_unknown(arguments, unknown, options)
+        verb.run(arguments)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
         return 1
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"llama-bidir: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2 if isinstance(error, BAD_INPUT) else 1
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"llama-bidir: error{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
+        # transformers raises an OSError without a number of the system for a checkpoint that is not there.
+        is_input = isinstance(error, BAD_INPUT) or (isinstance(error, OSError) and error.errno is None)
+        return 2 if is_input else 1
     return 0

@@ -123,14 +123,22 @@ class GroupDataset(Dataset[Group]):
     Args:
         sources: (rows, weight) pairs; rows are any sequence of mappings of the training schema (see [`parse_row`]).
         grouping: how rows become groups.
+        names: what errors call the sources, such as their paths; by number when not given.
 
     Raises:
         ValueError: a weight is not above 0, or there is no row.
     """
 
-    def __init__(self, sources: Sequence[tuple[Sequence[Mapping[str, Any]], float]], grouping: Grouping):
+    def __init__(
+        self,
+        sources: Sequence[tuple[Sequence[Mapping[str, Any]], float]],
+        grouping: Grouping,
+        *,
+        names: Sequence[str] | None = None,
+    ):
         self.sources = list(sources)
         self.grouping = grouping
+        self.names = [f"source {number}" for number in range(len(self.sources))] if names is None else list(names)
         for _, weight in self.sources:
             if not 0 < weight < float("inf"):
                 raise ValueError(f"the weight of a source must be above 0, got {weight!r}")
@@ -165,7 +173,7 @@ class GroupDataset(Dataset[Group]):
         if self.grouping.positives == "expand" and self.grouping.group_size is not None:
             row_index = int(np.searchsorted(self._positive_ends[source], entry, side="right"))
             positive = entry - int(self._positive_ends[source][row_index - 1] if row_index else 0)
-        where = f"row {row_index} of source {source}"
+        where = f"row {row_index} of {self.names[source]}"
         return self.grouping.group(
             parse_row(rows[row_index], where),
             where,
@@ -193,7 +201,7 @@ class GroupDataset(Dataset[Group]):
     @cached_property
     def _positive_ends(self) -> list[Integers]:
         counts = (
-            [len(parse_row(row, f"row {number} of source {source}").positives) for number, row in enumerate(rows)]
+            [len(parse_row(row, f"row {number} of {self.names[source]}").positives) for number, row in enumerate(rows)]
             for source, (rows, _) in enumerate(self.sources)
         )
         return [np.cumsum(count, dtype=np.int64) for count in counts]

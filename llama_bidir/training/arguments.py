@@ -1,6 +1,5 @@
 """What a training run is told: the model, the data, and the Trainer's arguments."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-logger = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -33,6 +32,10 @@ class ModelArguments:
     dtype: str = "float32"
     attn_implementation: str | None = None
     load_in_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 @dataclass(kw_only=True)

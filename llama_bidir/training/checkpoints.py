@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def is_finished(output: Path) -> bool:
     if (output / RUN_NAME).is_file():
         return bool(json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["finished"])
     return (output / "config.json").exists() or (output / "adapter_config.json").exists()
+
+
+def remove_run(output: Path, *, is_main: bool) -> None:
+    """
+    Removes what a run has left in its output folder.
+
+    Args:
+        is_main: whether this process removes it; the others only check.
+
+    Raises:
+        FileExistsError: the folder holds something, and it is neither a run nor a reranker.
+    """
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not is_finished(output) and not (output / RUN_NAME).is_file() and not list(output.glob("checkpoint-*")):
+        raise FileExistsError(
+            f"{os.fspath(output)!r} holds something else than a training run, which overwrite does not remove: choose "
+            "another training.output_dir"
+        )
+    if is_main:
+        shutil.rmtree(output)
 
 
 def check_same_run(output: Path, arguments: Mapping[str, Any]) -> None:

@@ -3,10 +3,11 @@
 import os
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..extras import require
-from ..loading import load_reranker
+from ..loading import cast_parameters, load_reranker
 from ..model_card import write_model_card
 from ..outputs import whole_folder
 
@@ -15,7 +16,8 @@ HEAD = "score"
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """
-    Puts a new adapter on a reranker. The score head is trained in full and saved with the adapter.
+    Puts a new adapter on a reranker. The score head is trained in full and saved with the adapter; what is trained is
+    in float32.
 
     Args:
         model: a [`LlamaBidirectionalForSequenceClassification`]; quantized weights are prepared for training.
@@ -36,7 +38,9 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
         fields["target_modules"] = "all-linear"
     if getattr(model, "is_quantized", False):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return peft.get_peft_model(model, type(peft_config)(**_accepted(type(peft_config), fields)))
+    model = peft.get_peft_model(model, type(peft_config)(**_accepted(type(peft_config), fields)))
+    cast_parameters(model, torch.float32, only_trained=True)
+    return model
 
 
 def _accepted(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str
     """
     peft = require("peft", "train")
     name = os.fspath(adapter)
-    model = load_reranker(name, {"dtype": "auto"})
+    model = load_reranker(name, {"dtype": "auto"}, dequantize=True)
     if not isinstance(model, peft.PeftModel):
         raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
     with whole_folder(output, overwrite=overwrite) as folder:

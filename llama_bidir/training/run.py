@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +13,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..data import GroupDataset, Grouping, load_rows, parse_source
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
-from .checkpoints import check_same_run, is_finished, last_whole_checkpoint, run_arguments, write_run
+from .checkpoints import check_same_run, is_finished, last_whole_checkpoint, remove_run, run_arguments, write_run
 from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
-
-HALF_PRECISION = ("bfloat16", "float16")
 
 
 def train(
@@ -54,26 +51,28 @@ def train(
     if model_args.load_in_4bit and lora is None:
         raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
     output = Path(training_args.output_dir or "trainer_output")
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
     with training_args.main_process_first(desc="looking at the output folder"):
-        if overwrite and training_args.should_save:
-            shutil.rmtree(output, ignore_errors=True)
+        if overwrite:
+            remove_run(output, is_main=training_args.should_save)
         elif is_finished(output):
             raise FileExistsError(
                 f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
                 "choose another training.output_dir"
             )
-    train_dataset = GroupDataset(load_sources(data_args.train, data_args), training_grouping(data_args, training_args))
+    train_dataset = _load_groups(data_args.train, data_args, training_grouping(data_args, training_args))
     eval_dataset = None
     if data_args.eval:
-        grouping = Grouping(group_size=data_args.eval_group_size, negatives="first")
-        eval_dataset = GroupDataset(load_sources(data_args.eval, data_args), grouping)
+        eval_dataset = _load_groups(
+            data_args.eval, data_args, Grouping(group_size=data_args.eval_group_size, negatives="first")
+        )
     model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
         model,
         training_args,
         train_dataset,
         eval_dataset,
-        AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision),
+        tokenizer,
         group_size=data_args.group_size,
         peft_config=None if lora is None else lora_config(lora),
     )
@@ -87,7 +86,7 @@ def train(
         write_run(output, arguments, finished=False)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
 
-    if model_args.dtype in HALF_PRECISION and lora is None:
+    if model_args.dtype != "float32" and lora is None:
         trainer.save_dtype = getattr(torch, model_args.dtype)
     _save_whole(trainer, output)
     if trainer.is_world_process_zero():
@@ -97,9 +96,11 @@ def train(
     return trainer
 
 
-def load_sources(entries: list[Any], data_args: DataArguments) -> list[tuple[Any, float]]:
-    """Reads sources of rows; returns (rows, weight) pairs."""
-    return [(load_rows(entry, skip_bad_rows=data_args.skip_bad_rows), parse_source(entry).weight) for entry in entries]
+def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping) -> GroupDataset:
+    sources = [parse_source(entry) for entry in entries]
+    rows = [load_rows(source, skip_bad_rows=data_args.skip_bad_rows) for source in sources]
+    weighted = [(dataset, source.weight) for dataset, source in zip(rows, sources, strict=True)]
+    return GroupDataset(weighted, grouping, names=[source.path for source in sources])
 
 
 def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:

@@ -1,0 +1,135 @@
+"""A whole run on real data: fine-tune, rerank, and compare with BM25 before and after.
+
+    python -m benchmarks.fine_tuning --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --data path/to/data --output out
+
+from the root of the repository, after `pip install -e ".[train,eval]"`. The data folder has `train/*-train.jsonl.gz`
+(rows) and `eval/NAME` (BEIR folders with `qrels.tsv` and `run.bm25.trec`). The recipe is fine_tuning.yaml. A
+stopped run goes on when it is started again.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_bidir import CrossEncoder
+from llama_bidir.evaluation import evaluate_run
+from llama_bidir.recipes import load_recipe
+from llama_bidir.training import train
+
+from .machine import describe_machine
+from .precision import read_qrels
+from .workloads import read_collection
+
+TRAIN_SETS = ("squad", "nq", "scifact")
+EVAL_SETS = ("squad-dev", "nq", "scifact")
+MEASURES = ("nDCG@10", "RR@10")
+EVAL_ROWS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="plain Llama, folder or Hub id")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=6, help="first layers that are kept (default: 6)")
+    parser.add_argument("--depth", type=int, default=20, help="candidates of a query that are reranked (default: 20)")
+    parser.add_argument("--max-steps", type=int, help="of the optimizer; the recipe's when not given")
+    parser.add_argument("--queries", type=int, help="the first of each set; all when not given")
+    args = parser.parse_args()
+
+    base, model = args.output / "base", args.output / "model"
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not base.exists():
+        AutoModelForCausalLM.from_pretrained(
+            args.checkpoint, num_hidden_layers=args.layers, dtype="float32"
+        ).save_pretrained(base)
+        AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(base)
+    write_rows(args.data, args.output)
+    training = {"output_dir": os.fspath(model), **({"max_steps": args.max_steps} if args.max_steps else {})}
+    recipe = load_recipe(
+        Path(__file__).with_name("fine_tuning.yaml"),
+        {
+            "model": {"model_name_or_path": os.fspath(base)},
+            "data": {
+                "train": [os.fspath(args.output / "train.jsonl")],
+                "eval": [os.fspath(args.output / "eval.jsonl")],
+            },
+            "training": training,
+        },
+    )
+    result: dict[str, Any] = {"machine": describe_machine("cpu"), "depth": args.depth}
+    start = time.perf_counter()
+    trainer = train(*recipe)
+    result["training"] = {"minutes": (time.perf_counter() - start) / 60, "steps": trainer.state.global_step}
+    before = CrossEncoder(base, dtype="bfloat16", max_length=recipe.data.rerank_max_length)
+    after = CrossEncoder(model, dtype="bfloat16")
+    result["sets"] = {name: measure(args.data / "eval" / name, before, after, args) for name in EVAL_SETS}
+    (args.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+def write_rows(data: Path, output: Path) -> None:
+    """Mixes the rows of the train sets and holds some out for the curve."""
+    rows = []
+    for name in TRAIN_SETS:
+        with gzip.open(data / "train" / f"{name}-train.jsonl.gz", "rt", encoding="utf-8") as lines:
+            rows += list(lines)
+    random.Random(0).shuffle(rows)
+    (output / "eval.jsonl").write_text("".join(rows[:EVAL_ROWS]), encoding="utf-8")
+    (output / "train.jsonl").write_text("".join(rows[EVAL_ROWS:]), encoding="utf-8")
+
+
+def measure(folder: Path, before: CrossEncoder, after: CrossEncoder, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the first-stage run and both rerankers; candidates below the depth keep their order below."""
+    collection, qrels = read_collection(folder), read_qrels(folder)
+    query_ids = list(qrels)[: args.queries]
+    candidates = {query_id: collection.run.get(query_id, []) for query_id in query_ids}
+    runs = {"BM25": {query_id: _by_rank(doc_ids) for query_id, doc_ids in candidates.items()}}
+    for name, reranker in (("before", before), ("after", after)):
+        rankings = reranker.rank_batch(
+            [collection.queries[query_id] for query_id in query_ids],
+            [[collection.corpus[doc_id] for doc_id in candidates[query_id][: args.depth]] for query_id in query_ids],
+            show_progress_bar=True,
+        )
+        runs[name] = {
+            query_id: _by_rank(
+                [candidates[query_id][item["corpus_id"]] for item in ranking] + candidates[query_id][args.depth :]
+            )
+            for query_id, ranking in zip(query_ids, rankings, strict=True)
+        }
+    judged = {query_id: qrels[query_id] for query_id in query_ids}
+    return {
+        "queries": len(query_ids),
+        **{
+            name: {key: float(value) for key, value in evaluate_run(judged, run, MEASURES).items()}
+            for name, run in runs.items()
+        },
+    }
+
+
+def _by_rank(doc_ids: list[str]) -> dict[str, float]:
+    return {doc_id: -float(rank) for rank, doc_id in enumerate(doc_ids)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The measures as a table in Markdown."""
+    lines = [
+        "| set | queries | measure | BM25 | before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in result["sets"].items():
+        for measure_name in MEASURES:
+            shown = " | ".join(f"{values[system][measure_name]:.3f}" for system in ("BM25", "before", "after"))
+            lines.append(f"| {name} | {values['queries']} | {measure_name} | {shown} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""Groups trained per second: packed and padded batches of this package, and sentence-transformers, in one run.
+
+    python -m benchmarks.training --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --rows squad-train.jsonl.gz \\
+        --json training.json
+
+from the root of the repository, after `pip install -e ".[train]" -r benchmarks/requirements.txt`. All train the first
+`--layers` layers of the checkpoint on the same groups in the same order, on a CPU, with RankNet and the same optimizer,
+each run in a process of its own. They take turns, and the best round of each counts. sentence-transformers forwards as
+many pairs at a time as a batch has queries, or a whole batch at a time; the faster one is what the others are compared
+with. Equal losses, step by step, say that all do the same work.
+"""
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial, wraps
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch.utils.data import SequentialSampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+
+from llama_bidir import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    LlamaBidirectionalForSequenceClassification,
+)
+from llama_bidir.data import load_rows, parse_row
+from llama_bidir.losses import ranknet
+
+from .machine import describe_machine, peak_memory
+from .models import SEED, spread_scores
+from .peers import SENTENCE_TRANSFORMERS, prompt_halves, render
+from .report import Columns, print_rows
+
+PACKED, PADDED = "llama-bidir", "llama-bidir, padded"
+# With mini_batch_size=-1.
+WHOLE_BATCH = "ST, whole batch"
+PEERS = (SENTENCE_TRANSFORMERS, WHOLE_BATCH)
+
+COLUMNS: Columns = {
+    "implementation": lambda row: row["implementation"],
+    "groups/s": lambda row: f"{row['groups_per_second']:.3f}",
+    "median": lambda row: f"{row['median_groups_per_second']:.3f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "padding": lambda row: f"{row['padding']:.1%}",
+    "loaded MiB": lambda row: f"{row['loaded_bytes'] / 2**20:,.0f}",
+    "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:,.0f}",
+    "vs padded": lambda row: f"{row['ratio_to_padded']:.2f}",
+    "median vs padded": lambda row: f"{row['median_ratio_to_padded']:.2f}",
+    "vs ST": lambda row: f"{row['ratio_to_peer']:.2f}",
+    "median vs ST": lambda row: f"{row['median_ratio_to_peer']:.2f}",
+}
+
+
+class Group(NamedTuple):
+    """A query and its passages, the positive first, and the tokens of each rendered pair."""
+
+    query: str
+    passages: list[str]
+    lengths: list[int]
+
+
+class Task(NamedTuple):
+    """What every implementation trains: a checkpoint on `steps + 1` batches, of which the first is not timed."""
+
+    folder: str
+    batches: list[list[Group]]
+    steps: int
+    max_length: int
+    dtype: str
+
+
+class Run(NamedTuple):
+    """
+    Seconds of the timed steps, the loss of each step from the first, which is not timed, and the most memory that the
+    process held before and after training, in bytes.
+    """
+
+    seconds: float
+    losses: list[float]
+    loaded_bytes: int
+    peak_bytes: int
+
+
+def main() -> None:
+    """Measures, prints and saves what the command line asks for."""
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    machine = describe_machine("cpu")
+    print(json.dumps(machine))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = write_base(args.checkpoint, folder, layers=args.layers, max_length=args.max_length)
+        # One more than is trained: while a batch is trained the next one is made already.
+        count = (args.steps + 2) * args.groups
+        groups, rows = choose_groups(
+            args.rows, tokenizer, count=count, group_size=args.group_size, max_length=args.max_length
+        )
+        print(json.dumps(rows))
+        batches = [groups[start : start + args.groups] for start in range(0, count, args.groups)]
+        task = Task(folder, batches, args.steps, args.max_length, args.dtype)
+        runs = measure(task, args.rounds)
+    results = summarize(runs, task)
+    print_rows(results, COLUMNS, header=True)
+    difference = print_losses(runs)
+    if args.json:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        report = {
+            "machine": machine,
+            "settings": settings,
+            "rows": rows,
+            "results": results,
+            "largest_loss_difference": difference,
+            "rounds": {name: [run._asdict() for run in rounds] for name, rounds in runs.items()},
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="plain Llama, folder or Hub id")
+    parser.add_argument("--rows", type=Path, required=True, help="rows to train on (.jsonl or .jsonl.gz)")
+    parser.add_argument("--layers", type=int, default=4, help="first layers that are kept; 0 keeps all (default: 4)")
+    parser.add_argument("--steps", type=int, default=6, help="that are timed, after one that is not (default: 6)")
+    parser.add_argument("--groups", type=int, default=4, help="queries a step (default: 4)")
+    parser.add_argument("--group-size", type=int, default=8, help="passages a query (default: 8)")
+    parser.add_argument("--max-length", type=int, default=512, help="most tokens of a rendered pair (default: 512)")
+    parser.add_argument("--rounds", type=int, default=3, help="the best one counts (default: 3)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="to compute in; weights are float32 (default: float32)",
+    )
+    parser.add_argument("--json", type=Path, help="everything measured")
+    return parser.parse_args()
+
+
+def write_base(checkpoint: str, folder: str, *, layers: int, max_length: int) -> PreTrainedTokenizerBase:
+    """Saves the checkpoint's first layers (all with 0) and a seeded head in float32; returns the saved tokenizer."""
+    torch.manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # With one, sentence-transformers renders pairs as chat messages.
+    tokenizer.chat_template = None
+    kept = {"num_hidden_layers": layers} if layers else {}
+    model = LlamaBidirectionalForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32, **kept)
+    encoder = CrossEncoder(model.eval(), tokenizer, device="cpu", max_length=max_length)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    spread_scores(model, tokenizer)
+    encoder.save_pretrained(folder)
+    return tokenizer
+
+
+def choose_groups(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, count: int, group_size: int, max_length: int
+) -> tuple[list[Group], dict[str, Any]]:
+    """
+    Draws rows from a seed and makes a group of each: its first positive and its first negatives.
+
+    Only rows are taken that all implementations train alike: whole, because sentence-transformers truncates the longer
+    text of a pair and this package the passage; with equally many passages, because it averages over the pairs of a
+    batch and this package over groups; and with the same tokens whether a pair is rendered or given in two halves.
+
+    Returns:
+        `count` groups, and how many rows were looked at and left out for each reason.
+
+    Raises:
+        ValueError: there are too few such rows.
+    """
+    rows = load_rows(path)
+    order = random.Random(SEED).sample(range(len(rows)), len(rows))
+    groups: list[Group] = []
+    left_out: Counter[str] = Counter(too_few_negatives=0, too_long=0, other_tokens=0)
+    for index in order:
+        if len(groups) == count:
+            break
+        row = parse_row(rows[index], f"{path}, row {index}")
+        negatives = [passage for passage in row.negatives if passage not in row.positives][: group_size - 1]
+        if len(negatives) < group_size - 1:
+            left_out["too_few_negatives"] += 1
+            continue
+        passages = [row.positives[0], *negatives]
+        pairs = [(row.query, passage) for passage in passages]
+        input_ids = tokenizer([render(*pair) for pair in pairs], verbose=False)["input_ids"]
+        lengths = [len(ids) for ids in input_ids]
+        if max(lengths) > max_length:
+            left_out["too_long"] += 1
+        elif tokenizer(*map(list, zip(*prompt_halves(pairs), strict=True)))["input_ids"] != input_ids:
+            left_out["other_tokens"] += 1
+        else:
+            groups.append(Group(row.query, passages, lengths))
+    if len(groups) < count:
+        raise ValueError(
+            f"{path}: {count} groups are needed, but only {len(groups)} of {len(rows)} rows can be used "
+            f"(left out: {dict(left_out)}); lower steps, groups or group_size, or raise max_length"
+        )
+    return groups, {"looked_at": len(groups) + left_out.total(), "taken": len(groups), "left_out": dict(left_out)}
+
+
+def measure(task: Task, rounds: int) -> dict[str, list[Run]]:
+    """Trains with each implementation in turn, each round beginning with another one."""
+    names = list(TRAINERS)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                run = process.submit(train, name, task).result()
+            runs[name].append(run)
+            print(f"round {number + 1}: {name} took {run.seconds:.2f} s for {task.steps} steps", flush=True)
+    return runs
+
+
+def train(name: str, task: Task) -> Run:
+    """Trains with one implementation, in this process."""
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    clock = Clock()
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as output:
+        arguments = {
+            "output_dir": output,
+            # The optimizer is the Trainer's default, AdamW.
+            "learning_rate": 2e-5,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "max_steps": task.steps + 1,
+            "per_device_train_batch_size": len(task.batches[0]),
+            "bf16": task.dtype == "bfloat16",
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": SEED,
+        }
+        trainer = TRAINERS[name](task, arguments, losses)
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        loaded_bytes = peak_memory("cpu")
+        trainer.train()
+    return Run(clock.ends[-1] - clock.ends[0], losses, loaded_bytes, peak_memory("cpu"))
+
+
+class Clock(TrainerCallback):
+    """Remembers when each step ended, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def make_trainer(task: Task, arguments: dict[str, Any], losses: list[float], *, packing: bool) -> Trainer:
+    """This package's trainer, which appends the loss of each step to `losses`."""
+
+    @wraps(ranknet)
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = ranknet(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    rows = [
+        {"query": group.query, "pos_doc": group.passages[:1], "neg_doc": group.passages[1:]}
+        for batch in task.batches
+        for group in batch
+    ]
+    return CrossEncoderTrainer(
+        LlamaBidirectionalForSequenceClassification.from_pretrained(task.folder, dtype=torch.float32),
+        CrossEncoderTrainingArguments(**arguments, packing=packing, train_sampling_strategy="sequential"),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(task.folder),
+        loss=recorded,
+        group_size=len(rows[0]["neg_doc"]) + 1,
+        negatives="first",
+    )
+
+
+def make_peer(
+    task: Task, arguments: dict[str, Any], losses: list[float], *, mini_batch_size: int | None = None
+) -> Trainer:
+    """The trainer of sentence-transformers, which appends the loss of each step to `losses`."""
+    import sentence_transformers
+    from datasets import Dataset
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from sentence_transformers.cross_encoder import losses as peer_losses
+
+    model = sentence_transformers.CrossEncoder(
+        task.folder,
+        device="cpu",
+        max_length=task.max_length,
+        model_kwargs={"dtype": "float32"},
+        activation_fn=torch.nn.Identity(),
+    )
+    columns: dict[str, list[Any]] = {"query": [], "docs": [], "labels": []}
+    for batch in task.batches:
+        for group in batch:
+            halves = prompt_halves([(group.query, passage) for passage in group.passages])
+            columns["query"].append(halves[0][0])
+            columns["docs"].append([passage for _, passage in halves])
+            columns["labels"].append([1.0] + [0.0] * (len(halves) - 1))
+    loss = peer_losses.RankNetLoss(model, mini_batch_size=mini_batch_size)
+    loss.register_forward_hook(lambda module, inputs, output: losses.append(output.item()))
+
+    def in_order(dataset: Any, **kwargs: Any) -> DefaultBatchSampler:
+        return DefaultBatchSampler(SequentialSampler(dataset), **kwargs)
+
+    return sentence_transformers.CrossEncoderTrainer(
+        model=model,
+        args=sentence_transformers.CrossEncoderTrainingArguments(**arguments, batch_sampler=in_order),
+        train_dataset=Dataset.from_dict(columns),
+        loss=loss,
+    )
+
+
+TRAINERS: dict[str, Callable[[Task, dict[str, Any], list[float]], Trainer]] = {
+    PACKED: partial(make_trainer, packing=True),
+    PADDED: partial(make_trainer, packing=False),
+    SENTENCE_TRANSFORMERS: make_peer,
+    WHOLE_BATCH: partial(make_peer, mini_batch_size=-1),
+}
+
+
+def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
+    """
+    The rows of the table.
+
+    Args:
+        runs: those of each implementation, one a round.
+        task: what was trained.
+
+    Returns:
+        For each implementation the speed of its best round and the median one, the share of padding among the tokens
+        of the timed steps, the largest peaks of memory, and the ratios of its speed to that of this package's padded
+        batches and of the faster peer, of the best rounds and as the median of those within a round.
+    """
+    timed = task.batches[1 : task.steps + 1]
+    lengths = [[length for group in batch for length in group.lengths] for batch in timed]
+    num_groups, num_tokens = sum(map(len, timed)), sum(map(sum, lengths))
+    num_queries, num_pairs = len(timed[0]), len(lengths[0])
+    pairs_per_forward = {PADDED: num_pairs, SENTENCE_TRANSFORMERS: num_queries, WHOLE_BATCH: num_pairs}
+    speeds = {name: [num_groups / run.seconds for run in rounds] for name, rounds in runs.items()}
+    peer = max(PEERS, key=lambda name: max(speeds[name]))
+    results = []
+    for name, rounds in runs.items():
+        size = pairs_per_forward.get(name)
+        padded = sum(padded_tokens(batch, size) for batch in lengths) if size else num_tokens
+        row = {
+            "implementation": name,
+            "groups_per_second": max(speeds[name]),
+            "median_groups_per_second": statistics.median(speeds[name]),
+            "tokens_per_second": max(speeds[name]) * num_tokens / num_groups,
+            "padding": 1 - num_tokens / padded,
+            "loaded_bytes": max(run.loaded_bytes for run in rounds),
+            "peak_bytes": max(run.peak_bytes for run in rounds),
+            "peer": peer,
+        }
+        for key, other in (("padded", PADDED), ("peer", peer)):
+            ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[other], strict=True)]
+            row[f"ratio_to_{key}"] = max(speeds[name]) / max(speeds[other])
+            row[f"median_ratio_to_{key}"] = statistics.median(ratios)
+        results.append(row)
+    return results
+
+
+def padded_tokens(lengths: Sequence[int], size: int) -> int:
+    """Tokens, padding included, of pairs of these lengths in batches of `size` pairs, in their order."""
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
+def print_losses(runs: dict[str, list[Run]]) -> float:
+    """Prints the losses of the first round; returns the largest difference at any step, between any two runs."""
+    print("\n" + "  ".join(f"{title:>21}" for title in ("loss at step", *runs)))
+    for step, losses in enumerate(zip(*(rounds[0].losses for rounds in runs.values()), strict=True), start=1):
+        print("  ".join(f"{cell:>21}" for cell in (str(step), *(f"{loss:.7f}" for loss in losses))))
+    every_run = [run.losses for rounds in runs.values() for run in rounds]
+    difference = max(max(losses) - min(losses) for losses in zip(*every_run, strict=True))
+    print(f"largest difference between implementations, over all steps and rounds: {difference:.1e}")
+    return difference
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Merge a LoRA adapter into its base model, as a plain checkpoint with equal scores."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the verb."""
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder or Hub id of the adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder when it exists")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merges and prints where the checkpoint is."""
+    from transformers.utils import logging
+
+    from ..training import merge_adapter
+
+    logging.disable_progress_bar()
+    merge_adapter(arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    print(f"reranker: {arguments.output}")

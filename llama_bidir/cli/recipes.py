@@ -1,0 +1,16 @@
+"""List the bundled recipes."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares no option."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the name of each recipe and what it does."""
+    from ..recipes import describe_recipe, list_recipes
+
+    names = list_recipes()
+    for name in names:
+        print(f"{name:<{max(map(len, names))}}  {describe_recipe(name)}")
