@@ -62,8 +62,9 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
     with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the adapter brings the head
         model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, dtype=dtype, **base_source, **fields)
-    if dequantize and getattr(model, "is_quantized", False):
-        model = model.dequantize()
+    if getattr(model, "is_quantized", False):
+        # As in training, where what is not quantized is held in float32.
+        model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # the saved head, which a base in half precision would round
     return peft.PeftModel.from_pretrained(model, name_or_path, **source)
 

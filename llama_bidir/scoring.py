@@ -181,7 +181,10 @@ class LocalEngine:
         """How many batches to compute side by side: as many as leave no thread idle, up to four."""
         is_compiled = self.model._compiled_call_impl is not None
         is_offloaded = getattr(self.model, "hf_device_map", None) is not None
-        if self.model.device.type != "cpu" or is_compiled or is_offloaded or self._is_short_of_memory:
+        # bitsandbytes rearranges the weights of a layer in its first forward pass on a CPU.
+        is_rearranged = any(getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        is_alone = is_compiled or is_offloaded or is_rearranged or self._is_short_of_memory
+        if self.model.device.type != "cpu" or is_alone:
             return 1
         counts = range(1, min(MAX_SIDE_BY_SIDE, self._num_threads) + 1)
         return max(counts, key=lambda count: (self._num_threads // count * count, count))

@@ -1,19 +1,38 @@
-"""The code of docs/scoring.md, run from top to bottom as one script."""
+"""The code of the pages in docs/, each run from top to bottom as one script."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_hub import run
+from training import ROWS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_page_prints_what_it_says(quickstart_output, tmp_path):
+@pytest.mark.parametrize(("page", "num_blocks"), [("scoring.md", 3), ("training.md", 1)])
+def test_a_page_prints_what_it_says(page, num_blocks, quickstart_output, tmp_path):
     pytest.importorskip("torchao")
-    assert len(CODE) == PAGE.count("```python") == 3
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
+    assert len(code) == text.count("```python") == num_blocks
     (tmp_path / "quickstart-output").symlink_to(quickstart_output.folder)
-    printed = run("\n".join(code for code, _ in CODE), tmp_path)
-    assert printed == "".join(expected for _, expected in CODE)
+    printed = run("\n".join(block for block, _ in code), tmp_path)
+    expected = "".join(output for _, output in code)
+    assert printed.endswith(expected) if "trainer" in text else printed == expected
+
+
+def test_the_plain_trainer_of_the_example_trains(base_checkpoint, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    script = (ROOT / "examples" / "train_with_trainer.py").read_text(encoding="utf-8")
+    (tmp_path / "short.py").write_text(script.replace("max_steps=100", "max_steps=2"))
+    command = [sys.executable, "short.py", str(base_checkpoint), str(rows), "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["rerank_max_length"]) == ("llama_bidirec", 256)

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, tiny_config
 from safetensors.torch import load_file
 from training import ROWS, arguments, losses
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -108,6 +109,28 @@ def test_adapter_runs_resume_and_recipes_have_a_lora_block(base_checkpoint, tmp_
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
+
+
+def test_adapters_on_4_bit_weights(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"  # blocks of 64 weights
+    LlamaForCausalLM(LlamaConfig(**tiny_config(hidden_size=64, intermediate_size=128))).save_pretrained(base)
+    make_tokenizer(eos_token="<|end|>").save_pretrained(base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = train(
+        ModelArguments(model_name_or_path=str(base), load_in_4bit=True, dtype="bfloat16"),
+        DataArguments(train=[str(rows)], group_size=3),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=20),
+        {"r": 4},
+    )
+    assert type(trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert np.mean(losses(trainer)[-5:]) < np.mean(losses(trainer)[:5])
+    expected = CrossEncoder(trainer.model, trainer.processing_class).predict(PAIRS)
+    np.testing.assert_allclose(CrossEncoder(tmp_path / "out").predict(PAIRS), expected, rtol=1e-4, atol=1e-4)
+    merge_adapter(tmp_path / "out", tmp_path / "merged")
+    merged = CrossEncoder(tmp_path / "merged", dtype="float32").predict(PAIRS)
+    np.testing.assert_allclose(merged, expected, rtol=0.1, atol=0.3)  # bfloat16 under the adapter
 
 
 def test_wrong_adapters(base_checkpoint, tmp_path):
