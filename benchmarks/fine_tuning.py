@@ -1,6 +1,6 @@
 """A whole run on real data: fine-tune, rerank, and compare with BM25 before and after.
 
-    python -m benchmarks.fine_tuning --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --data path/to/data --output out
+    python -m benchmarks.fine_tuning --data path/to/data --output out
 
 from the root of the repository, after `pip install -e ".[train,eval]"`. The data folder has `train/*-train.jsonl.gz`
 (rows) and `eval/NAME` (BEIR folders with `qrels.tsv` and `run.bm25.trec`). The recipe is fine_tuning.yaml. A
@@ -12,16 +12,14 @@ import gzip
 import json
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from llama_bidir import CrossEncoder
 from llama_bidir.evaluation import evaluate_run
+from llama_bidir.quickstart.checkpoint import make_checkpoint
 from llama_bidir.recipes import load_recipe
-from llama_bidir.training import train
+from llama_bidir.training import read_history, train
 
 from .machine import describe_machine
 from .precision import read_qrels
@@ -35,28 +33,25 @@ EVAL_ROWS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="plain Llama, folder or Hub id")
+    parser.add_argument("--checkpoint", help="plain Llama, folder or Hub id; a small one is made when not given")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=6, help="first layers that are kept (default: 6)")
-    parser.add_argument("--depth", type=int, default=20, help="candidates of a query that are reranked (default: 20)")
+    parser.add_argument("--depth", type=int, default=100, help="candidates of a query that are reranked (default: 100)")
     parser.add_argument("--max-steps", type=int, help="of the optimizer; the recipe's when not given")
     parser.add_argument("--queries", type=int, help="the first of each set; all when not given")
     args = parser.parse_args()
 
-    base, model = args.output / "base", args.output / "model"
+    model = args.output / "model"
     args.output.mkdir(parents=True, exist_ok=True)
-    if not base.exists():
-        AutoModelForCausalLM.from_pretrained(
-            args.checkpoint, num_hidden_layers=args.layers, dtype="float32"
-        ).save_pretrained(base)
-        AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(base)
     write_rows(args.data, args.output)
+    base = args.checkpoint or os.fspath(args.output / "base")
+    if not args.checkpoint:
+        make_checkpoint(base, read_texts(args.output / "train.jsonl"), vocab_size=4096, hidden_size=96)
     training = {"output_dir": os.fspath(model), **({"max_steps": args.max_steps} if args.max_steps else {})}
     recipe = load_recipe(
         Path(__file__).with_name("fine_tuning.yaml"),
         {
-            "model": {"model_name_or_path": os.fspath(base)},
+            "model": {"model_name_or_path": base},
             "data": {
                 "train": [os.fspath(args.output / "train.jsonl")],
                 "eval": [os.fspath(args.output / "eval.jsonl")],
@@ -65,11 +60,11 @@ def main() -> None:
         },
     )
     result: dict[str, Any] = {"machine": describe_machine("cpu"), "depth": args.depth}
-    start = time.perf_counter()
-    trainer = train(*recipe)
-    result["training"] = {"minutes": (time.perf_counter() - start) / 60, "steps": trainer.state.global_step}
-    before = CrossEncoder(base, dtype="bfloat16", max_length=recipe.data.rerank_max_length)
-    after = CrossEncoder(model, dtype="bfloat16")
+    if not (model / "config.json").exists():
+        train(*recipe)
+    result["history"] = read_history(model / "history.jsonl")
+    before = CrossEncoder(base, dtype="float32", max_length=recipe.data.rerank_max_length)
+    after = CrossEncoder(model)
     result["sets"] = {name: measure(args.data / "eval" / name, before, after, args) for name in EVAL_SETS}
     (args.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
@@ -84,6 +79,12 @@ def write_rows(data: Path, output: Path) -> None:
     random.Random(0).shuffle(rows)
     (output / "eval.jsonl").write_text("".join(rows[:EVAL_ROWS]), encoding="utf-8")
     (output / "train.jsonl").write_text("".join(rows[EVAL_ROWS:]), encoding="utf-8")
+
+
+def read_texts(path: Path) -> list[str]:
+    """Queries and positives, which a vocabulary is learned from."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [text for row in rows for text in (row["query"], *row["pos_doc"])]
 
 
 def measure(folder: Path, before: CrossEncoder, after: CrossEncoder, args: argparse.Namespace) -> dict[str, Any]:

@@ -56,8 +56,10 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
-        if (quantization := config.to_dict().get("quantization_config")) is not None:
-            # It says how the base was loaded, not how the files of the base are stored.
+        stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
+        quantization = config.to_dict().get("quantization_config")
+        if quantization is not None and "quantization_config" not in stored:
+            # It says how the base was loaded, not how its files are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
     with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the adapter brings the head

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llama_bidir.data import GroupCollator, GroupDataset, Grouping, GroupStream, TrainingRow
+from llama_bidir.data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream, TrainingRow
 from llama_bidir.prompts import PromptEncoder
 
 ROW = TrainingRow("q", ["p0", "p1"], ["n0", "p1", "n1", "n2", "n3"])
@@ -101,8 +101,9 @@ def test_weights_mix_sources():
         assert len(set(shown[12:14])) == 2
         assert len(set(shown[14:])) == 3
         seen.append(tuple(shown[14:]))
-    assert {query for shown in seen for query in shown} == {f"c{i}" for i in range(6)}
-    assert len(set(seen)) > 1
+    for first, second in zip(seen[::2], seen[1::2], strict=True):  # another half each epoch
+        assert {*first, *second} == {f"c{i}" for i in range(6)}
+    assert len(set(seen)) > 2
 
 
 def test_expand_makes_a_group_of_each_positive():
@@ -135,6 +136,30 @@ def test_worker_processes_follow_the_epoch():
         assert [item["passages"][0] for batch in loader for item in batch] == [f"p{epoch}"] * 4
 
 
+def test_weights_of_a_third_take_all_rows_in_three_epochs():
+    dataset = GroupDataset([(rows("a", 7), 1 / 3)], Grouping(group_size=2))
+    shown = []
+    for epoch in range(7):
+        dataset.set_epoch(epoch)
+        shown += queries(dataset)
+    assert sorted(shown) == sorted(f"a{i}" for i in range(7) for _ in range(2))
+
+
+def test_workers_share_a_stream():
+    data = [{"query": f"q{i}", "pos_doc": ["p"], "neg_doc": ["n"]} for i in range(7)]
+    loader = DataLoader(GroupStream(data, Grouping(group_size=2)), batch_size=2, num_workers=2, collate_fn=list)
+    assert sorted(group["query"] for batch in loader for group in batch) == [f"q{i}" for i in range(7)]
+
+
+def test_fixed_groups_know_no_epoch():
+    data = [{"query": "q", "pos_doc": ["p0", "p1"], "neg_doc": ["n"]}]
+    dataset = GroupDataset([(data, 1.0)], Grouping(group_size=2))
+    fixed = FixedGroups(dataset)
+    dataset.set_epoch(1)
+    assert (dataset[0]["passages"][0], fixed[0]["passages"][0]) == ("p1", "p0")
+    assert not hasattr(fixed, "set_epoch")
+
+
 def test_streams_make_the_same_kind_of_groups():
     data = [{"query": f"q{i}", "pos_doc": ["p0", "p1"], "neg_doc": [f"n{j}" for j in range(5)]} for i in range(3)]
     stream = GroupStream(data, Grouping(group_size=3))
@@ -164,7 +189,9 @@ def test_collator_pads_groups_and_packs_pairs(tokenizer):
     assert packed["input_ids"].tolist() == [[token for row in ids for token in row]]
     assert packed["cu_seq_lens_q"].tolist() == torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
     groups[1]["teacher_scores"] = None
-    assert "teacher_scores" not in GroupCollator(encoder)(groups)
+    assert GroupCollator(encoder)(groups)["teacher_scores"].isnan().tolist() == [[False] * 3, [True, False, False]]
+    with pytest.raises(ValueError, match="the row of query 'f' has no teacher scores, which the loss needs"):
+        GroupCollator(encoder, needs_teacher=True)(groups)
 
 
 def test_collator_says_once_that_it_cuts(tokenizer, caplog):

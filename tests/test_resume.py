@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import ROWS, arguments
+from training import ROWS, arguments, stop
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -74,8 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base_checkpoint, rows_file, tm
 def test_a_torn_checkpoint_is_not_used(base_checkpoint, rows_file, tmp_path, caplog):
     whole = run(base_checkpoint, rows_file, tmp_path / "whole")
     stopped = tmp_path / "stopped"
-    stopped.mkdir()
-    (tmp_path / "whole" / "checkpoint-2").rename(stopped / "checkpoint-2")
+    stop(tmp_path / "whole", stopped, "checkpoint-2")
     (stopped / "checkpoint-3").mkdir()
     (stopped / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
     resumed = run(base_checkpoint, rows_file, stopped)
@@ -122,3 +121,68 @@ def test_trained_in_float32_and_saved_in_bfloat16(base_checkpoint, rows_file, tm
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     checkpoint = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert {weight.dtype for weight in checkpoint.values()} == {torch.float32}
+
+
+def test_a_run_that_was_stopped_behind_its_last_step_takes_no_more(base_checkpoint, rows_file, tmp_path):
+    whole = run(base_checkpoint, rows_file, tmp_path / "whole")
+    stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-4")
+    resumed = run(base_checkpoint, rows_file, tmp_path / "stopped")
+    assert resumed.state.global_step == 4
+    assert not (tmp_path / "stopped" / "checkpoint-5").exists()
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_checkpoints_without_an_optimizer_or_of_another_run_are_refused(base_checkpoint, rows_file, tmp_path):
+    run(base_checkpoint, rows_file, tmp_path / "whole", save_only_model=True)
+    stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2' holds a model without the state of its optimizer"):
+        run(base_checkpoint, rows_file, tmp_path / "stopped", save_only_model=True)
+    run(base_checkpoint, rows_file, tmp_path / "other")
+    stop(tmp_path / "other", tmp_path / "unknown", "checkpoint-2")
+    (tmp_path / "unknown" / "training_run.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoints of something else: choose another"):
+        run(base_checkpoint, rows_file, tmp_path / "unknown")
+
+
+def test_overwrite_removes_a_run_and_nothing_else(base_checkpoint, rows_file, tmp_path):
+    fields = (ModelArguments(model_name_or_path=str(base_checkpoint)), DataArguments(train=[str(rows_file)]))
+    run(base_checkpoint, rows_file, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    train(*fields, arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    inside = ModelArguments(model_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"lies in training\.output_dir, which overwrite clears"):
+        train(inside, fields[1], arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)
+    assert (tmp_path / "model.safetensors").exists()
+    (tmp_path / "training_run.json").unlink()
+    with pytest.raises(
+        FileExistsError, match="holds something else than a training run, which overwrite does not remove"
+    ):
+        train(*fields, arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)
+
+
+def test_rows_that_cannot_train_are_found_before_the_first_step(base_checkpoint, tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    rows = [*ROWS[:5], {"query": "bare", "pos_doc": ["p"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ModelArguments(model_name_or_path=str(base_checkpoint))
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl: row 5 \(query 'bare'\) has no neg_doc, which groups of passages need"
+    ):
+        train(base, DataArguments(train=[str(path)]), arguments(CrossEncoderTrainingArguments, tmp_path / "out"))
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl: row 0 \(query .*\) has no pos_score and neg_score, which the loss"
+    ):
+        train(
+            base,
+            DataArguments(train=[str(path)], skip_bad_rows=True),
+            arguments(CrossEncoderTrainingArguments, tmp_path / "out", loss="margin_mse"),
+        )
+    trainer = train(
+        base,
+        DataArguments(train=[str(path)], skip_bad_rows=True),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=1),
+    )
+    assert len(trainer.train_dataset) == 5
+    assert any("left out 1 such rows" in record.getMessage() for record in caplog.records)

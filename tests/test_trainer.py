@@ -11,7 +11,7 @@ from training import ROWS, arguments, losses
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 
-from transformers import EarlyStoppingCallback  # noqa: E402
+from transformers import EarlyStoppingCallback, TrainingArguments  # noqa: E402
 
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
 from llama_bidir.losses import LOSSES, TEACHER_LOSSES  # noqa: E402
@@ -132,13 +132,13 @@ def test_every_loss_trains(name, tmp_path):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     if name in TEACHER_LOSSES:
-        with pytest.raises(ValueError, match=f"{name} needs teacher_scores: give every row pos_score and neg_score"):
+        with pytest.raises(ValueError, match="has no teacher scores, which the loss needs: give every row pos_score"):
             make_trainer(tmp_path, ROWS, loss=name).train()
 
 
 def test_a_function_as_loss(tmp_path):
     def hinge(scores, labels, mask, teacher_scores):
-        assert teacher_scores is None
+        assert teacher_scores.isnan().equal(mask)
         margins = 1 - scores[:, :1] + scores
         return margins.clamp(min=0).masked_fill((labels > 0) | ~mask, 0.0).sum(1).mean()
 
@@ -253,11 +253,58 @@ def test_wrong_groups_are_refused_before_training(tmp_path):
         ({"group_size": 1}, "compares the passages of a group: group_size must be at least 2"),
         ({"negatives": "random"}, "negatives must be one of sample, first, got 'random'"),
         ({"loss": "hinge"}, "loss must be a function or one of"),
+        ({"loss": "ranknet", "group_size": 1}, "ranknet compares the passages of a group"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, trainer_fields=fields)
     with pytest.raises(ValueError, match="there is no row to make a group of"):
         make_trainer(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "trainer_fields", "error", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, ValueError, "label_smoothing_factor is for classes"),
+        (
+            {},
+            {"compute_loss_func": print},
+            TypeError,
+            "compute_loss_func is not supported: pass a model, and a function",
+        ),
+        ({}, {"model_init": make_model}, TypeError, "model_init is not supported"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(fields, trainer_fields, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, trainer_fields=trainer_fields, **fields)
+
+
+def test_arguments_must_be_ours(tmp_path):
+    with pytest.raises(TypeError, match="args must be CrossEncoderTrainingArguments, got TrainingArguments"):
+        CrossEncoderTrainer(make_model(), arguments(TrainingArguments, tmp_path), ROWS)
+    with pytest.raises(ValueError, match="loss must be a function or one of"):
+        arguments(CrossEncoderTrainingArguments, tmp_path, loss="hinge")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataloader_drop_last": True},
+        {"prediction_loss_only": True},
+        {"eval_do_concat_batches": False},
+        {"eval_accumulation_steps": 1},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    ],
+)
+def test_evaluation_is_the_same_however_it_is_read(fields, tmp_path):
+    rows = [{**row, "pos_doc": [row["pos_doc"][0], f"{row['query']} yes"]} for row in ROWS[:5]]
+    plain = make_trainer(tmp_path, ROWS, rows, trainer_fields={"eval_group_size": 3}).evaluate()
+    trainer = make_trainer(
+        tmp_path, ROWS, rows, trainer_fields={"eval_group_size": 3}, per_device_eval_batch_size=2, **fields
+    )
+    for metrics in (trainer.evaluate(), trainer.evaluate()):
+        for name in ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10"):
+            assert metrics[name] == pytest.approx(plain[name], rel=1e-5)
 
 
 def test_rows_are_checked_with_their_number(tmp_path):

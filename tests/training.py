@@ -1,5 +1,8 @@
 """What the tests of training share: rows that are learned in a few steps, and arguments for a CPU."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 WORDS = ["bees", "hive", "clover", "sun", "Paris", "France", "Seine", "garden", "flowers", "white"]
@@ -33,3 +36,11 @@ def arguments(cls: Any, path: Any, **kwargs: Any) -> Any:
 
 def losses(trainer: Any) -> list[float]:
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def stop(finished: Path, stopped: Path, checkpoint: str) -> None:
+    """Makes a folder as it is after a run was stopped behind one of its checkpoints."""
+    stopped.mkdir()
+    shutil.copytree(finished / checkpoint, stopped / checkpoint)
+    run = json.loads((finished / "training_run.json").read_text())
+    (stopped / "training_run.json").write_text(json.dumps({**run, "finished": False, "files": []}))

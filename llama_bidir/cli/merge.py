@@ -7,6 +7,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder or Hub id of the adapter")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the checkpoint")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the checkpoint; half precision takes half the space and rounds the weights",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder when it exists")
 
 
@@ -17,5 +23,5 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training import merge_adapter
 
     logging.disable_progress_bar()
-    merge_adapter(arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    merge_adapter(arguments.adapter, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"reranker: {arguments.output}")

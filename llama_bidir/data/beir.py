@@ -75,7 +75,7 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
             is_beir = True
             continue
         columns = line.split("\t") if is_beir else line.split()
-        if len(columns) != (3 if is_beir else 4):
+        if len(columns) != (3 if is_beir else 4) or not all(columns):
             rule = QRELS_RULES[is_beir]
             raise ValueError(f"{where}: a line of qrels must have {rule}; got {describe(line.strip())}")
         query_id, doc_id = columns[0], columns[-2]

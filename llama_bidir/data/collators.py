@@ -1,6 +1,7 @@
 """From groups to batches."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,16 +22,18 @@ class GroupCollator:
     Args:
         prompt_encoder (`PromptEncoder`): renders and tokenizes the pairs.
         packed (`bool`): lay the pairs end to end, without padding (see [`~packing.pack`]).
+        needs_teacher (`bool`): refuse a group without teacher scores.
 
     Returns:
         `labels`, a `torch.FloatTensor` of shape `(groups, largest_group)` with the relevance of each passage and -100
-        where there is none; `teacher_scores` of the same shape where every row has them; and what the model takes:
+        where there is none; `teacher_scores` of the same shape, NaN where a group has none; and what the model takes:
         `input_ids` and `attention_mask` of shape `(num_pairs, longest_pair)`, or the keywords of a packed batch.
     """
 
-    def __init__(self, prompt_encoder: PromptEncoder, *, packed: bool = False):
+    def __init__(self, prompt_encoder: PromptEncoder, *, packed: bool = False, needs_teacher: bool = False):
         self.prompt_encoder = prompt_encoder
         self.packed = packed
+        self.needs_teacher = needs_teacher
         self._has_warned = False
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
@@ -46,13 +49,21 @@ class GroupCollator:
             )
         # The labels come first: the Trainer takes the size of a batch from its first tensor.
         batch: dict[str, Any] = {"labels": _fill([group["labels"] for group in groups])}
-        teacher_scores = [scores for group in groups if (scores := group["teacher_scores"]) is not None]
-        if len(teacher_scores) == len(groups):
-            batch["teacher_scores"] = _fill(teacher_scores)
+        batch["teacher_scores"] = _fill([self._teacher_scores(group) for group in groups])
         if self.packed:
             return {**batch, **pack(encoded.input_ids)}
         padded = self.prompt_encoder.tokenizer.pad({"input_ids": encoded.input_ids}, return_tensors="pt")
         return {**batch, "input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+
+    def _teacher_scores(self, group: Group) -> list[float]:
+        if group["teacher_scores"] is not None:
+            return group["teacher_scores"]
+        if self.needs_teacher:
+            raise ValueError(
+                f"the row of query {group['query']!r} has no teacher scores, which the loss needs: give every row "
+                "pos_score and neg_score"
+            )
+        return [math.nan] * len(group["passages"])
 
 
 def _fill(rows: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -4,12 +4,12 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .rows import TrainingRow, parse_row
 
@@ -117,8 +117,9 @@ class GroupDataset(Dataset[Group]):
     Groups of several sources of rows, mixed by weight.
 
     A source of n rows gives `round(weight * n)` groups an epoch: all rows as often as the weight has wholes, and for
-    the rest of the weight as many rows as it takes, others each epoch. Every draw depends on the seed, the epoch and
-    the row alone, so that a run can be resumed and any number of processes see the same groups.
+    the rest of the weight as many rows as it takes, which are the next ones of a shuffle each epoch. Every draw depends
+    on the seed, the epoch and the row alone, so that a run can be resumed and any number of processes see the same
+    groups.
 
     Args:
         sources: (rows, weight) pairs; rows are any sequence of mappings of the training schema (see [`parse_row`]).
@@ -144,6 +145,7 @@ class GroupDataset(Dataset[Group]):
                 raise ValueError(f"the weight of a source must be above 0, got {weight!r}")
         # In shared memory, so that the worker processes of a DataLoader follow.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._shuffles: dict[tuple[int, int], Integers] = {}
         if len(self) == 0:
             raise ValueError("there is no row to make a group of: give at least one source of rows")
 
@@ -160,14 +162,20 @@ class GroupDataset(Dataset[Group]):
         return int(self._ends[-1]) if self.sources else 0
 
     def __getitem__(self, index: int) -> Group:
+        return self.group(index, self.epoch)
+
+    def group(self, index: int, epoch: int) -> Group:
+        """Returns the group of an index in an epoch."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no group {index}: the dataset has {len(self)}")
         source = int(np.searchsorted(self._ends, index, side="right"))
-        offset = index - int(self._ends[source - 1] if source else 0)
+        offset = index - self._range(source).start
         entries = self._num_entries[source]
         repetition, entry = divmod(offset, entries)
         if repetition == int(self.sources[source][1]):  # the part of the weight behind the point
-            entry = int(_permutation((self.grouping.seed, self.epoch, source), entries)[entry])
+            share = len(self._range(source)) - repetition * entries
+            round_, entry = divmod(epoch * share + entry, entries)
+            entry = int(self._shuffle(source, round_)[entry])
         rows, positive = self.sources[source][0], None
         row_index = entry
         if self.grouping.positives == "expand" and self.grouping.group_size is not None:
@@ -177,7 +185,7 @@ class GroupDataset(Dataset[Group]):
         return self.grouping.group(
             parse_row(rows[row_index], where),
             where,
-            epoch=self.epoch,
+            epoch=epoch,
             key=f"{source} {entry} {repetition}",
             positive=positive,
         )
@@ -186,6 +194,19 @@ class GroupDataset(Dataset[Group]):
         """Characters of the longest pair of each group in this epoch, for batches of groups of like lengths."""
         groups = (self[index] for index in range(len(self)))
         return [len(group["query"]) + max(map(len, group["passages"])) for group in groups]
+
+    def _range(self, source: int) -> range:
+        """The indices of a source."""
+        return range(int(self._ends[source - 1]) if source else 0, int(self._ends[source]))
+
+    def _shuffle(self, source: int, round_: int) -> Integers:
+        """A round through a source takes each of its rows once."""
+        if (source, round_) not in self._shuffles:
+            # An epoch is in two rounds at most.
+            self._shuffles = {key: value for key, value in self._shuffles.items() if key != (source, round_ - 2)}
+            generator = np.random.default_rng((self.grouping.seed, round_, source))
+            self._shuffles[source, round_] = generator.permutation(self._num_entries[source])
+        return self._shuffles[source, round_]
 
     @cached_property
     def _ends(self) -> Integers:
@@ -207,9 +228,21 @@ class GroupDataset(Dataset[Group]):
         return [np.cumsum(count, dtype=np.int64) for count in counts]
 
 
-@lru_cache(maxsize=16)
-def _permutation(seed: tuple[int, ...], length: int) -> Integers:
-    return np.random.default_rng(seed).permutation(length)
+class FixedGroups(Dataset[Group]):
+    """
+    The same groups at every reading, for evaluation: those of the first epoch, or those of a list.
+
+    accelerate tells a dataset with `set_epoch` how often it was read, which would change what is measured.
+    """
+
+    def __init__(self, groups: GroupDataset | Sequence[Group]):
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups.group(index, 0) if isinstance(self.groups, GroupDataset) else self.groups[index]
 
 
 class GroupStream(IterableDataset[Group]):
@@ -234,7 +267,12 @@ class GroupStream(IterableDataset[Group]):
 
     def __iter__(self) -> Iterator[Group]:
         epoch = int(self._epoch)
+        worker = get_worker_info()
+        # A `datasets.IterableDataset` shares its rows among workers by itself.
+        is_shared = worker is None or hasattr(self.rows, "num_shards") or hasattr(self.rows, "n_shards")
         for number, item in enumerate(self.rows):
+            if worker is not None and not is_shared and number % worker.num_workers != worker.id:
+                continue
             where = f"row {number} of the stream"
             row = parse_row(item, where)
             expand = self.grouping.positives == "expand" and self.grouping.group_size is not None

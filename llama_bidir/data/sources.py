@@ -4,11 +4,14 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..extras import require
 from ..validation import check_positive_int, describe
 from .arrow import DocumentTexts, split_errors
 from .beir_folder import load_beir
@@ -118,6 +121,49 @@ def load_rows(
         more = f"\n  and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
         logger.warning(f"{parse_source(source).path}: left out {len(errors)} bad rows:{shown}{more}")
     return dataset
+
+
+def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> "Dataset":
+    """
+    Returns the rows that have a negative, which groups of several passages need.
+
+    Args:
+        rows: as [`load_rows`] returns them.
+        name: what errors call the source.
+        skip_others: leave the others out, with a warning, instead of raising.
+
+    Raises:
+        ValueError: a row has none, or, where those are left out, all rows.
+    """
+    pc = require("pyarrow.compute", "train")
+    has_negative = [pc.greater(pc.list_value_length(column), 0) for column in _iterate_column(rows, "neg_doc")]
+    found = np.flatnonzero(np.concatenate([column.to_numpy(zero_copy_only=False) for column in has_negative]))
+    num_others = len(rows) - len(found)
+    if not num_others:
+        return rows
+    first = int(np.setdiff1d(np.arange(len(rows)), found)[0])
+    message = f"{name}: row {first} (query {rows[first]['query']!r}) has no neg_doc, which groups of passages need"
+    if not skip_others or not len(found):
+        raise ValueError(f"{message} (and {num_others - 1} more); --skip-bad-rows leaves such rows out")
+    logger.warning(f"{message}: left out {num_others} such rows")
+    return rows.select(found)
+
+
+def check_teacher_scores(rows: "Dataset", name: str) -> None:
+    """Raises ValueError where a row has no teacher scores; `rows` and `name` as in [`with_negatives`]."""
+    start = 0
+    for column in _iterate_column(rows, "pos_score"):
+        if column.null_count:
+            row = start + column.is_valid().to_pylist().index(False)
+            raise ValueError(
+                f"{name}: row {row} (query {rows[row]['query']!r}) has no pos_score and neg_score, which the loss needs"
+            )
+        start += len(column)
+
+
+def _iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:
+    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
+        yield batch.column(name).combine_chunks()
 
 
 def read_rows(

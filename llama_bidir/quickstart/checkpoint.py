@@ -8,7 +8,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def make_checkpoint(directory: str | os.PathLike[str], texts: Iterable[str], seed: int = 42) -> None:
+def make_checkpoint(
+    directory: str | os.PathLike[str],
+    texts: Iterable[str],
+    seed: int = 42,
+    *,
+    vocab_size: int = 1024,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    initializer_range: float = 0.1,
+) -> None:
     """
     Saves a Llama of 0.2 million parameters, which learns to match a question and a passage within a minute on a CPU.
 
@@ -17,14 +26,15 @@ def make_checkpoint(directory: str | os.PathLike[str], texts: Iterable[str], see
 
     Args:
         directory: where the model and the tokenizer go.
-        texts: what the byte-level BPE vocabulary of 1,024 tokens is learned from.
+        texts: what the byte-level BPE vocabulary is learned from.
         seed: of the weights.
+        vocab_size, hidden_size, num_hidden_layers, initializer_range: for another size.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
+        vocab_size=vocab_size,
         special_tokens=["<|pad|>", "<|end_of_text|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -35,14 +45,14 @@ def make_checkpoint(directory: str | os.PathLike[str], texts: Iterable[str], see
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        initializer_range=0.1,
+        initializer_range=initializer_range,
         tie_word_embeddings=True,
         pad_token_id=fast.pad_token_id,
         bos_token_id=None,

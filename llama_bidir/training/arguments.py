@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..extras import require
+from ..losses import get_loss
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -96,6 +99,7 @@ class CrossEncoderTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        get_loss(self.loss)
         # Passages of a packed batch are no rows that accelerate could cut: each process reads its own groups.
         config: Any = self.accelerator_config
         if config.dispatch_batches is None:
@@ -118,6 +122,5 @@ def lora_config(fields: Mapping[str, Any]) -> Any:
     The fields are those of `LoraConfig`; the defaults that differ are `r` 16, `lora_alpha` 32 and `target_modules`
     `all-linear` (every linear layer of the body). The score head is always trained and saved.
     """
-    from peft import LoraConfig
-
-    return LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **fields, "task_type": "SEQ_CLS"})
+    config_class = require("peft", "train").LoraConfig
+    return config_class(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **fields, "task_type": "SEQ_CLS"})

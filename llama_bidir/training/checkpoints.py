@@ -6,16 +6,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..outputs import write_whole
 from .arguments import CrossEncoderTrainingArguments
+from .history import HISTORY_NAME, PLOT_NAME
 
 logger = logging.getLogger(__name__)
 
 RUN_NAME = "training_run.json"
+SAVING_NAME = ".saving"
 
 # The training arguments that change what is learned; the others may differ when a run goes on.
 DECISIVE = (
@@ -24,6 +26,7 @@ DECISIVE = (
     "adam_epsilon",
     "bf16",
     "data_seed",
+    "dataloader_drop_last",
     "fp16",
     "gradient_accumulation_steps",
     "learning_rate",
@@ -46,15 +49,25 @@ DECISIVE = (
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """Returns the newest `checkpoint-N` that was written to its end, or None. The Trainer writes its state last."""
+    """
+    Returns the newest `checkpoint-N` that was written to its end, or None. The Trainer writes its state last.
+
+    Raises:
+        ValueError: it has no state of an optimizer.
+    """
     found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
     for _, path in sorted(found, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             logger.warning(f"{path} is not whole, as a stop while it was written leaves it: it is not used")
-        else:
-            return path
+            continue
+        if not (path / "scheduler.pt").exists() and not list(path.glob("global_step*")):
+            raise ValueError(
+                f"{os.fspath(path)!r} holds a model without the state of its optimizer (save_only_model): a run cannot "
+                "go on from it; train anew with overwrite (--overwrite)"
+            )
+        return path
     return None
 
 
@@ -86,39 +99,55 @@ def run_arguments(
 def is_finished(output: Path) -> bool:
     """Whether a run has ended there, or another reranker is there."""
     if (output / RUN_NAME).is_file():
-        return bool(json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["finished"])
+        return bool(_read_run(output)["finished"])
     return (output / "config.json").exists() or (output / "adapter_config.json").exists()
 
 
-def remove_run(output: Path, *, is_main: bool) -> None:
+def remove_run(output: Path, *, keep: Sequence[str] = ()) -> None:
     """
-    Removes what a run has left in its output folder.
+    Removes what a run has left in its output folder, and nothing else.
 
     Args:
-        is_main: whether this process removes it; the others only check.
+        output: the folder; it may be missing.
+        keep: what the next run reads, such as its base model, which must not lie in the folder.
 
     Raises:
-        FileExistsError: the folder holds something, and it is neither a run nor a reranker.
+        FileExistsError: the folder holds something, and no run.
+        ValueError: the next run would read from the folder.
     """
     if not output.exists() or not any(output.iterdir()):
         return
-    if not is_finished(output) and not (output / RUN_NAME).is_file() and not list(output.glob("checkpoint-*")):
+    inside = [name for name in keep if Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve())]
+    if inside:
+        raise ValueError(f"{inside[0]!r} lies in training.output_dir, which overwrite clears: choose another folder")
+    if not (output / RUN_NAME).is_file():
         raise FileExistsError(
             f"{os.fspath(output)!r} holds something else than a training run, which overwrite does not remove: choose "
             "another training.output_dir"
         )
-    if is_main:
-        shutil.rmtree(output)
+    for name in (*_read_run(output).get("files", []), HISTORY_NAME, PLOT_NAME):
+        (output / name).unlink(missing_ok=True)
+    for folder in (*output.glob("checkpoint-*"), output / SAVING_NAME):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    (output / RUN_NAME).unlink()
+
+
+def _read_run(output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+    return content
 
 
 def check_same_run(output: Path, arguments: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: a run that is to go on had other arguments, with what has changed.
+        ValueError: a run that is to go on had other arguments, with what has changed, or they are not known.
     """
     if not (output / RUN_NAME).is_file():
-        return
-    former = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["arguments"]
+        raise ValueError(
+            f"{os.fspath(output)!r} holds checkpoints of something else: choose another training.output_dir"
+        )
+    former = _read_run(output)["arguments"]
     changed = [
         f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
         for name in sorted({*former, *arguments})
@@ -131,8 +160,8 @@ def check_same_run(output: Path, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def write_run(output: Path, arguments: Mapping[str, Any], *, finished: bool) -> None:
-    """Notes the arguments of a run beside its checkpoints."""
+def write_run(output: Path, arguments: Mapping[str, Any], *, files: Sequence[str] | None = None) -> None:
+    """Notes the arguments of a run beside its checkpoints, and the files of the reranker where it is finished."""
     output.mkdir(parents=True, exist_ok=True)
-    content = {"finished": finished, "arguments": dict(arguments)}
+    content = {"finished": files is not None, "files": list(files or []), "arguments": dict(arguments)}
     write_whole(output / RUN_NAME, json.dumps(content, indent=2) + "\n")

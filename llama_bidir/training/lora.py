@@ -30,6 +30,10 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     peft = require("peft", "train")
     if isinstance(model, peft.PeftModel):
         raise ValueError("the model has an adapter already: pass it without peft_config to train that one further")
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} adds tokens to the input, which rerankers do not take: use LoRA"
+        )
     if peft_config.task_type not in (None, peft.TaskType.SEQ_CLS):
         raise ValueError(f"the task_type of a reranker's peft_config is SEQ_CLS, got {peft_config.task_type!r}")
     fields = {**peft_config.to_dict(), "task_type": peft.TaskType.SEQ_CLS}
@@ -48,13 +52,29 @@ def _accepted(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in names}
 
 
-def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def check_head(model: Any) -> None:
+    """Raises ValueError for an adapter that leaves the head as it is, which would be neither trained nor saved."""
+    if not any(weight.requires_grad and f".{HEAD}." in name for name, weight in model.named_parameters()):
+        raise ValueError(
+            "the adapter does not train the score head: make it with modules_to_save=['score'], or pass the model and "
+            "a peft_config"
+        )
+
+
+def merge_adapter(
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
     """
     Merges an adapter into its base model and writes an ordinary checkpoint with equal scores.
 
     Args:
         adapter: the folder or Hub id of an adapter, as [`CrossEncoderTrainer`] saves it.
         output: the folder to write, whole or not at all.
+        dtype: of the checkpoint; half precision takes half the space and rounds the weights.
         overwrite: replace `output` when it exists.
 
     Raises:
@@ -63,11 +83,12 @@ def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str
     """
     peft = require("peft", "train")
     name = os.fspath(adapter)
-    model = load_reranker(name, {"dtype": "auto"}, dequantize=True)
+    model = load_reranker(name, {"dtype": "float32"}, dequantize=True)
     if not isinstance(model, peft.PeftModel):
         raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
     with whole_folder(output, overwrite=overwrite) as folder:
         merged = model.merge_and_unload(safe_merge=True)
+        cast_parameters(merged, getattr(torch, dtype))
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(name).save_pretrained(folder)
         write_model_card(folder, merged.config, os.fspath(output))

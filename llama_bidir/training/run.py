@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..data import GroupDataset, Grouping, load_rows, parse_source
+from ..data import GroupDataset, Grouping, check_teacher_scores, load_rows, parse_source, with_negatives
+from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
-from .checkpoints import check_same_run, is_finished, last_whole_checkpoint, remove_run, run_arguments, write_run
+from .checkpoints import (
+    SAVING_NAME,
+    check_same_run,
+    is_finished,
+    last_whole_checkpoint,
+    remove_run,
+    run_arguments,
+    write_run,
+)
 from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
@@ -50,22 +59,26 @@ def train(
         raise ValueError("data.train must name at least one source of training rows")
     if model_args.load_in_4bit and lora is None:
         raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
-    output = Path(training_args.output_dir or "trainer_output")
+    output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
     with training_args.main_process_first(desc="looking at the output folder"):
         if overwrite:
-            remove_run(output, is_main=training_args.should_save)
+            if training_args.should_save:
+                remove_run(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
         elif is_finished(output):
             raise FileExistsError(
                 f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
                 "choose another training.output_dir"
             )
-    train_dataset = _load_groups(data_args.train, data_args, training_grouping(data_args, training_args))
+    needs_teacher = training_args.loss in TEACHER_LOSSES
+    train_dataset = _load_groups(
+        data_args.train, data_args, training_grouping(data_args, training_args), needs_teacher=needs_teacher
+    )
     eval_dataset = None
     if data_args.eval:
-        eval_dataset = _load_groups(
-            data_args.eval, data_args, Grouping(group_size=data_args.eval_group_size, negatives="first")
-        )
+        grouping = Grouping(group_size=data_args.eval_group_size, negatives="first")
+        eval_dataset = _load_groups(data_args.eval, data_args, grouping, needs_teacher=needs_teacher)
+    set_seed(training_args.seed)  # a new head is drawn at random
     model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
         model,
@@ -83,23 +96,35 @@ def train(
         logger.warning(f"going on from {checkpoint}")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        write_run(output, arguments, finished=False)
+        write_run(output, arguments)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
 
     if model_args.dtype != "float32" and lora is None:
         trainer.save_dtype = getattr(torch, model_args.dtype)
-    _save_whole(trainer, output)
-    if trainer.is_world_process_zero():
-        write_run(output, arguments, finished=True)
+    files = _save_whole(trainer, output)
     if training_args.push_to_hub:
         trainer.push_to_hub(commit_message="End of training")
+    if trainer.is_world_process_zero():
+        write_run(output, arguments, files=files)
     return trainer
 
 
-def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping) -> GroupDataset:
+def _path(entry: Any) -> str:
+    return parse_source(entry).path
+
+
+def _load_groups(
+    entries: list[Any], data_args: DataArguments, grouping: Grouping, *, needs_teacher: bool
+) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
-    rows = [load_rows(source, skip_bad_rows=data_args.skip_bad_rows) for source in sources]
-    weighted = [(dataset, source.weight) for dataset, source in zip(rows, sources, strict=True)]
+    weighted = []
+    for source in sources:
+        rows = load_rows(source, skip_bad_rows=data_args.skip_bad_rows)
+        if grouping.group_size != 1:
+            rows = with_negatives(rows, source.path, skip_others=data_args.skip_bad_rows)
+        if needs_teacher:
+            check_teacher_scores(rows, source.path)
+        weighted.append((rows, source.weight))
     return GroupDataset(weighted, grouping, names=[source.path for source in sources])
 
 
@@ -152,13 +177,20 @@ def _four_bits(dtype: str) -> Any:
     )
 
 
-def _save_whole(trainer: CrossEncoderTrainer, output: Path) -> None:
-    """Saves beside the checkpoints, then moves the files in: the folder loads only when all of them are there."""
-    working = output / ".saving"
+def _save_whole(trainer: CrossEncoderTrainer, output: Path) -> list[str]:
+    """
+    Saves beside the checkpoints, then moves the files in: the folder loads only when all of them are there.
+
+    Returns:
+        the names of the files, in the first process.
+    """
+    working, files = output / SAVING_NAME, list[str]()
     trainer.save_model(os.fspath(working), _internal_call=True)
     if trainer.is_world_process_zero():
         trainer.write_card(working, os.fspath(output))
         for path in sorted(working.iterdir(), key=lambda path: path.name.endswith("config.json")):
             path.replace(output / path.name)
+            files.append(path.name)
         working.rmdir()
     trainer.accelerator.wait_for_everyone()
+    return files

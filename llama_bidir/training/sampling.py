@@ -41,13 +41,12 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a dataset the epoch. The Trainer tells its sampler only, and in one process only."""
+    """Tells a dataset the epoch before the sampler starts; accelerate tells the first of the two that it finds."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: GroupDataset):
         self.dataset = dataset
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))

@@ -2,25 +2,29 @@
 
 import copy
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
-from ..data import GroupCollator, GroupDataset, Grouping, GroupStream
-from ..losses import IGNORED, Loss, get_loss, listwise_cross_entropy
+from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
+from ..losses import IGNORED, LOSSES, TEACHER_LOSSES, Loss, binary_cross_entropy, get_loss
 from ..model_card import write_model_card
+from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
 from ..prompts import PromptEncoder, ensure_pad_token
 from .arguments import CrossEncoderTrainingArguments
 from .history import HistoryCallback
 from .liger import register_with_liger
-from .lora import add_adapter
+from .lora import add_adapter, check_head
 from .metrics import group_metrics
 from .sampling import EpochCallback, EpochSampler
 
@@ -78,20 +82,25 @@ class CrossEncoderTrainer(Trainer):
         short_groups: str = "mask",
         peft_config: Any = None,
         data_collator: Any = None,
-        compute_metrics: Any = None,
         **kwargs: Any,
     ):
+        if not isinstance(args, CrossEncoderTrainingArguments):
+            raise TypeError(f"args must be CrossEncoderTrainingArguments, got {type(args).__name__}")
         if processing_class is None:
             raise TypeError("processing_class must be the tokenizer of the model, got None")
+        _check_arguments(args, kwargs)
         if model.config.num_labels != 1:
             raise ValueError(f"a group has one score a passage, but the model has {model.config.num_labels} labels")
         self.loss = get_loss(args.loss if loss is None else loss)
+        seed = args.seed if args.data_seed is None else args.data_seed
         grouping = Grouping(
-            group_size=group_size, positives=positives, negatives=negatives, short_groups=short_groups, seed=args.seed
+            group_size=group_size, positives=positives, negatives=negatives, short_groups=short_groups, seed=seed
         )
-        if self.loss is listwise_cross_entropy and group_size == 1:
-            raise ValueError("listwise_cross_entropy compares the passages of a group: group_size must be at least 2")
-        eval_grouping = Grouping(group_size=eval_group_size, negatives="first", seed=args.seed)
+        if isinstance(train_dataset, (GroupDataset, GroupStream)):
+            grouping = train_dataset.grouping
+        if grouping.group_size == 1 and self.loss in LOSSES.values() and self.loss is not binary_cross_entropy:
+            raise ValueError(f"{self.loss.__name__} compares the passages of a group: group_size must be at least 2")
+        eval_grouping = Grouping(group_size=eval_group_size, negatives="first")
         ensure_pad_token(processing_class, model.config.vocab_size)
         if args.use_liger_kernel:
             register_with_liger(args.device.type)
@@ -100,13 +109,16 @@ class CrossEncoderTrainer(Trainer):
             model.set_attn_implementation(PACKED_ATTENTION)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
+        elif hasattr(model, "peft_config"):
+            check_head(model)
         if data_collator is None:
             prompt_encoder = PromptEncoder(
                 processing_class,
                 prompt_template=model.config.prompt_template,
                 max_length=model.config.rerank_max_length,
             )
-            data_collator = GroupCollator(prompt_encoder, packed=self.packing)
+            needs_teacher = any(self.loss is LOSSES[name] for name in TEACHER_LOSSES)
+            data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: _eval_groups(rows, eval_grouping) for name, rows in eval_dataset.items()}
         else:
@@ -118,12 +130,13 @@ class CrossEncoderTrainer(Trainer):
             train_dataset=_train_groups(train_dataset, grouping),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=None if compute_metrics is None else _of_scores(compute_metrics),
             **kwargs,
         )
         self._eval_grouping = eval_grouping
+        self._evaluated: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.model_accepts_loss_kwargs = False
-        self.add_callback(EpochCallback(self.train_dataset))
+        if isinstance(self.train_dataset, GroupDataset):
+            self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(HistoryCallback())
 
     def compute_loss(
@@ -134,19 +147,33 @@ class CrossEncoderTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        labels, teacher_scores = inputs.pop("labels"), inputs.pop("teacher_scores", None)
+        # DeepSpeed and FSDP give half precision here.
+        labels, teacher_scores = inputs.pop("labels").float(), inputs.pop("teacher_scores").float()
         mask = labels != IGNORED
         scores = torch.full_like(labels, IGNORED)
-        scores[mask] = model(**inputs).logits.squeeze(-1)
+        scores[mask] = model(**inputs).logits.squeeze(-1).float()
         loss = self.loss(scores, labels, mask, teacher_scores)
         if not return_outputs:
             return loss
-        # A mean over batches would depend on how groups fall into them; see `evaluation_loop`.
-        teachers = [None] * len(labels) if teacher_scores is None else teacher_scores.split(1)
-        losses = [
-            self.loss(*group) for group in zip(scores.split(1), labels.split(1), mask.split(1), teachers, strict=True)
-        ]
-        return loss, {"loss": loss, "logits": scores, "group_losses": torch.stack(losses)}
+        groups = zip(*(tensor.split(1) for tensor in (scores, labels, mask, teacher_scores)), strict=True)
+        return loss, {"loss": loss, "logits": scores, "group_losses": torch.stack([self.loss(*one) for one in groups])}
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        scores, labels = outputs["logits"], inputs["labels"].float()
+        self._evaluated.append(
+            tuple(
+                self.accelerator.gather_for_metrics(
+                    self.accelerator.pad_across_processes(tensor, dim=1, pad_index=int(IGNORED))
+                ).cpu()
+                for tensor in (outputs["group_losses"][:, None], scores, labels)
+            )
+        )
+        return (loss, None, None) if prediction_loss_only else (loss, scores, labels)
 
     def evaluation_loop(
         self,
@@ -156,12 +183,37 @@ class CrossEncoderTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        scores, losses = output.predictions  # type: ignore[misc]
-        metrics = {"loss": float(np.mean(losses)), **group_metrics(scores, output.label_ids)}  # type: ignore[arg-type]
-        for name, value in metrics.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value  # type: ignore[index]
-        return output._replace(predictions=scores)
+        self._evaluated = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        losses, scores, labels = (_stack(tensors) for tensors in zip(*self._evaluated, strict=True))
+        # The Trainer's loss is a mean over batches, which depends on how groups fall into them.
+        metrics = {"loss": float(losses.mean()), **group_metrics(scores, labels)}
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **prefixed})
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with self._whole_evaluation():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._whole_evaluation():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _whole_evaluation(self) -> Iterator[None]:
+        """Keeps the tail, which `dataloader_drop_last` would leave out of evaluation too."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed after its last step, where the Trainer would take one more.
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not isinstance(eval_dataset, (str, dict)):
@@ -194,11 +246,11 @@ class CrossEncoderTrainer(Trainer):
             plugin.set_state_dict_type(sharded)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        config = self.accelerator.unwrap_model(self.model).config
+        config = copy.deepcopy(self.accelerator.unwrap_model(self.model).config)
+        config.architectures = [LlamaBidirectionalForSequenceClassification.__name__]  # an adapter keeps the base's
         if self.save_dtype is not None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict  # type: ignore[union-attr]
             state_dict = {name: weight.to(self.save_dtype) for name, weight in state_dict.items()}
-            config = copy.deepcopy(config)
             config.dtype = self.save_dtype
         super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
@@ -216,7 +268,13 @@ class CrossEncoderTrainer(Trainer):
             # accelerate knows FSDP on accelerators only; torch's runs on CPUs too, where training is tried out.
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
             self.is_fsdp_enabled = True
+        plugin = getattr(state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # It would round logits, which are float32 whatever the body computes in.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -230,7 +288,7 @@ class CrossEncoderTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # The Trainer's own would reorder the groups when training is grouped by length.
-        return None if isinstance(eval_dataset, IterableDataset) else SequentialSampler(eval_dataset)
+        return SequentialSampler(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         # The collator reads text, which no argument of the model's forward is named after.
@@ -252,6 +310,19 @@ def _use_packing(model: PreTrainedModel, args: CrossEncoderTrainingArguments) ->
     return not hindrances if args.packing is None else args.packing
 
 
+def _check_arguments(args: CrossEncoderTrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Refuses what would change nothing, or something else than it says."""
+    for name in ("model_init", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise TypeError(f"{name} is not supported: pass a model, and a function as loss")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor is for classes, and passages are none: set it to 0")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy 'batch_rebalance' is not supported: take 'group_by_length' or 'random'"
+        )
+
+
 def _train_groups(dataset: Any, grouping: Grouping) -> Any:
     if dataset is None or isinstance(dataset, (GroupDataset, GroupStream)):
         return dataset
@@ -259,17 +330,15 @@ def _train_groups(dataset: Any, grouping: Grouping) -> Any:
 
 
 def _eval_groups(dataset: Any, grouping: Grouping) -> Any:
-    if dataset is None or isinstance(dataset, GroupDataset):
+    if dataset is None or isinstance(dataset, FixedGroups):
         return dataset
-    if isinstance(dataset, GroupStream):
-        return list(dataset)
-    return GroupDataset([(dataset if hasattr(dataset, "__len__") else list(dataset), 1.0)], grouping)
+    if isinstance(dataset, (GroupDataset, GroupStream)):
+        return FixedGroups(dataset if isinstance(dataset, GroupDataset) else list(dataset))
+    return FixedGroups(GroupDataset([(dataset if hasattr(dataset, "__len__") else list(dataset), 1.0)], grouping))
 
 
-def _of_scores(compute_metrics: Any) -> Any:
-    """The caller's function sees scores, without the losses beside them."""
-
-    def compute(prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
-        return compute_metrics(EvalPrediction(prediction.predictions[0], prediction.label_ids), **kwargs)
-
-    return compute
+def _stack(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """Tensors of shape `(groups, width)` one below the other, filled with -100 to the widest."""
+    widest = max(tensor.shape[1] for tensor in tensors)
+    padded = [torch.nn.functional.pad(tensor, (0, widest - tensor.shape[1]), value=IGNORED) for tensor in tensors]
+    return torch.cat(padded).numpy()
