@@ -1,9 +1,23 @@
 import json
 import math
+import re
 
 import pytest
 
-from llama_bidir.evaluation import evaluate_run, score_bm25, write_corpus, write_qrels, write_queries, write_run
+from llama_bidir.evaluation import (
+    evaluate_queries,
+    evaluate_run,
+    rank_documents,
+    read_documents,
+    read_qrels,
+    read_queries,
+    read_run,
+    score_bm25,
+    write_corpus,
+    write_qrels,
+    write_queries,
+    write_run,
+)
 
 ir_measures = pytest.importorskip("ir_measures")
 pytest.importorskip("bm25s")
@@ -19,11 +33,72 @@ def test_measures_by_hand_count_queries_that_the_run_lacks():
     assert measures["P@1"] == pytest.approx(1 / 3)
 
 
-def test_ties_keep_the_order_of_the_run_in_every_measure():
-    for order, expected in ((["d0", "d1"], 1.0), (["d1", "d0"], 0.0)):
-        run = {"q": dict.fromkeys(order, 0.0)}
-        measures = evaluate_run({"q": {"d0": 1}}, run, ["P@1", "RR@1", "nDCG@1", "Success@1"])
-        assert measures == dict.fromkeys(measures, expected)
+def test_ties_go_to_the_greater_identifier_in_every_measure_as_in_trec_eval():
+    for relevant, expected in (("d1", 1.0), ("d0", 0.0)):
+        for order in (["d0", "d1"], ["d1", "d0"]):
+            run = {"q": dict.fromkeys(order, 0.0)}
+            measures = evaluate_run({"q": {relevant: 1}}, run, ["P@1", "RR@1", "nDCG@1", "Success@1", "RR", "AP"])
+            assert [measures[name] for name in ("P@1", "RR@1", "nDCG@1", "Success@1")] == [expected] * 4
+            assert (measures["RR"], measures["AP"]) == ((1 + expected) / 2, (1 + expected) / 2)
+            by_trec_eval = ir_measures.pytrec_eval.calc_aggregate([ir_measures.AP], {"q": {relevant: 1}}, run)
+            assert measures["AP"] == by_trec_eval[ir_measures.AP]
+    assert rank_documents({"a": 1, "c": 1, "b": 2, "é": 1}) == ["b", "é", "c", "a"]
+    with pytest.raises(ValueError, match=r"^the score of document 'a' is NaN and has no rank: leave the document out$"):
+        rank_documents({"a": math.nan})
+
+
+def test_values_of_each_query():
+    run = {**RUN, "unjudged": {"d1": 1.0}, "q3": {}}
+    aggregated, per_query = evaluate_queries(QRELS, run, "RR@10, Judged@1 NumRet ERR@10 AP(rel=2, judged_only=False)@5")
+    assert per_query["RR@10"] == {"q1": 1.0, "q2": 0.5, "q3": 0.0}
+    assert per_query["Judged@1"] == {"q1": 1.0, "q2": 0.0, "q3": 0.0}
+    assert per_query["NumRet"] == {"q1": 2.0, "q2": 2.0, "q3": 0.0}
+    assert aggregated["NumRet"] == 4  # a count is summed, as ir_measures does
+    assert list(aggregated) == ["RR@10", "Judged@1", "NumRet", "ERR@10", "AP(rel=2)@5"]
+    assert aggregated["RR@10"] == evaluate_run(QRELS, run, "RR@10")["RR@10"] == 0.5
+
+
+def test_a_run_without_a_judged_query_is_all_zero():
+    assert evaluate_run(QRELS, {"other": {"d1": 1.0}}) == {"nDCG@10": 0, "RR@10": 0, "R@100": 0}
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ("nDGC@10", "unknown measure 'nDGC@10'; the nearest is 'nDCG@10'"),
+        ("ndcg@10", "unknown measure 'ndcg@10'; the nearest is 'nDCG@10'"),
+        ("map(rel=2)@10", "unknown measure 'map(rel=2)@10'; the nearest is 'MAP(rel=2)@10'"),
+        ("recall@5", "unknown measure 'recall@5'; the nearest is 'Recall@5'"),
+        ("P", "measure 'P' needs its cutoff, as in P@10"),
+        ("nDCG@0", "measure 'nDCG@0': the cutoff must be an int from 1 to 2147483647"),
+        ("R@True", "measure 'R@True': the cutoff must be an int from 1 to 2147483647"),
+        ("nDCG@99999999999", "measure 'nDCG@99999999999': the cutoff must be an int from 1 to 2147483647"),
+        ("nDCG@x", "measure 'nDCG@x' must be written like nDCG@10 or AP(rel=2)@100"),
+        ("@10", "measure '@10' must be written like nDCG@10 or AP(rel=2)@100"),
+        (
+            "RR(k=3)",
+            "measure 'RR(k=3)': unsupported params found: ['k']; the parameters of RR are cutoff, rel, judged_only",
+        ),
+        ("RBP", "measure 'RBP': no tool of ir_measures computes it with these parameters"),
+        ("P(rel=0)@10", "ir_measures could not compute P(rel=0)@10: Argument relevance_level should be positive."),
+        (" ", "measures must name at least one, such as nDCG@10"),
+        ([], "measures must name at least one, such as nDCG@10"),
+    ],
+)
+def test_bad_measures_are_named(measures, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        evaluate_run(QRELS, RUN, measures)
+
+
+def test_a_measure_of_a_tool_that_is_missing(monkeypatch):
+    monkeypatch.setattr(ir_measures.pyndeval, "is_available", lambda: False)
+    with pytest.raises(ImportError, match=r"'alpha_nDCG@10' needs a tool that is not installed: pip install ir-"):
+        evaluate_run(QRELS, RUN, "alpha_nDCG@10")
+
+
+def test_there_must_be_judgements():
+    with pytest.raises(ValueError, match=r"^qrels must judge at least one query, got none$"):
+        evaluate_run({}, RUN)
 
 
 def test_bm25_by_hand():
@@ -59,3 +134,15 @@ def test_files_are_what_trec_and_beir_tools_read(tmp_path):
         ir_measures.read_trec_run(str(tmp_path / "run.trec")),
     )
     assert next(iter(scored.values())) == pytest.approx(1 / 3)
+
+
+def test_files_are_read_as_they_were_written(tmp_path):
+    write_run(tmp_path / "run.trec", RUN, "tag")
+    write_qrels(tmp_path / "qrels.tsv", QRELS)
+    write_corpus(tmp_path / "corpus.jsonl", {"d1": "one", "d2": "two", "d9": "nine"})
+    write_queries(tmp_path / "queries.jsonl", {"q3": "3", "q2": "2", "q1": "1", "q0": "0"})
+    assert read_run(tmp_path / "run.trec") == RUN
+    assert read_qrels(tmp_path / "qrels.tsv") == QRELS
+    queries = read_queries(tmp_path / "queries.jsonl", QRELS, tmp_path / "qrels.tsv")
+    assert list(queries.items()) == [("q1", "1"), ("q2", "2"), ("q3", "3")]
+    assert read_documents(tmp_path / "corpus.jsonl", {"d9"}, {tmp_path / "run.trec": RUN}) == {"d9": "nine"}

@@ -14,9 +14,17 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import merge, quickstart, recipes, train
+from . import evaluate, merge, mine, quickstart, recipes, rerank, train
 
-VERBS = {"quickstart": quickstart, "recipes": recipes, "train": train, "merge": merge}
+VERBS = {
+    "quickstart": quickstart,
+    "recipes": recipes,
+    "train": train,
+    "rerank": rerank,
+    "evaluate": evaluate,
+    "mine": mine,
+    "merge": merge,
+}
 BAD_INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
 
 

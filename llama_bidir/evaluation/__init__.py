@@ -1,13 +1,44 @@
 """Evaluation of rankings with qrels and runs."""
 
 from .bm25 import score_bm25
-from .files import write_corpus, write_qrels, write_queries, write_run
-from .measures import Qrels, Run, evaluate_run
+from .comparison import Comparison, compare
+from .files import (
+    read_documents,
+    read_qrels,
+    read_queries,
+    read_run,
+    write_corpus,
+    write_qrels,
+    write_queries,
+    write_run,
+)
+from .measures import Evaluation, Qrels, Run, evaluate_queries, evaluate_run, rank_documents
+from .mteb import MTEBCrossEncoder
+from .report import Report, System, make_report, render_report
+from .reranker import Dataset, RerankerEvaluation, evaluate_reranker, load_dataset
 
 __all__ = [
+    "Comparison",
+    "Dataset",
+    "Evaluation",
+    "MTEBCrossEncoder",
     "Qrels",
+    "Report",
+    "RerankerEvaluation",
     "Run",
+    "System",
+    "compare",
+    "evaluate_queries",
+    "evaluate_reranker",
     "evaluate_run",
+    "load_dataset",
+    "make_report",
+    "rank_documents",
+    "read_documents",
+    "read_qrels",
+    "read_queries",
+    "read_run",
+    "render_report",
     "score_bm25",
     "write_corpus",
     "write_qrels",

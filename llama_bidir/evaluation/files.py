@@ -2,10 +2,102 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 
+from ..data import beir
+from ..data.files import check_file
 from .measures import Qrels, Run
+
+
+def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
+    """
+    Reads qrels, BEIR's TSV with its header or TREC's four columns; `.gz` is decompressed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a document is judged twice and differently, with file and line.
+    """
+    path = check_file(path)
+    qrels: dict[str, dict[str, int]] = {}
+    for line, query_id, doc_id, relevance in beir.read_qrels(path):
+        first = qrels.setdefault(query_id, {}).setdefault(doc_id, relevance)
+        if first != relevance:
+            raise ValueError(
+                f"{path}:{line}: score: the document {doc_id!r} of query {query_id!r} is judged {relevance} here and "
+                f"{first} in line {_first_line(beir.read_qrels(path), query_id, doc_id)}; keep one of the lines"
+            )
+    return qrels
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """
+    Reads a TREC run of six columns; `.gz` is decompressed. Only the scores count, as for trec_eval, not the ranks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a query has a document twice, with file and line.
+    """
+    path = check_file(path)
+    run: dict[str, dict[str, float]] = {}
+    for line, query_id, doc_id, _, score in beir.read_run(path):
+        documents = run.setdefault(query_id, {})
+        if doc_id in documents:
+            raise ValueError(
+                f"{path}:{line}: doc-id: the query {query_id!r} has the document {doc_id!r} already, in line "
+                f"{_first_line(beir.read_run(path), query_id, doc_id)}; keep one of the lines"
+            )
+        documents[doc_id] = score
+    return run
+
+
+def read_queries(path: str | os.PathLike[str], qrels: Qrels, qrels_path: str | os.PathLike[str]) -> dict[str, str]:
+    """
+    Reads the texts of the judged queries.
+
+    Args:
+        path: JSON Lines (`_id`, `text`); `.gz` is decompressed.
+        qrels: the judgements.
+        qrels_path: where they were read from, for errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a judged query is not there, with file and line.
+    """
+    texts = beir.read_queries(check_file(path))
+    if not qrels.keys() <= texts.keys():
+        line, query_id = next(
+            (entry.line, entry.query_id) for entry in beir.read_qrels(Path(qrels_path)) if entry.query_id not in texts
+        )
+        raise ValueError(
+            f"{os.fspath(qrels_path)}:{line}: query-id: there is no query {query_id!r} in {os.fspath(path)}; the "
+            "queries must hold every judged one"
+        )
+    return {query_id: texts[query_id] for query_id in qrels}
+
+
+def read_documents(path: str | os.PathLike[str], keep: Container[str], runs: Mapping[Path, Run]) -> dict[str, str]:
+    """
+    Reads the texts of some documents of a corpus, without the others in memory.
+
+    Args:
+        path: JSON Lines (`_id`, `title`, `text`); `.gz` is decompressed.
+        keep: the doc_ids.
+        runs: runs whose documents must all be in the corpus, by the file that they were read from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a document of a run is not there, with file and line.
+    """
+    unknown = {doc_id for run in runs.values() for documents in run.values() for doc_id in documents}
+    texts = {}
+    for doc_id, text in beir.read_documents(check_file(path)):
+        unknown.discard(doc_id)
+        if doc_id in keep:
+            texts[doc_id] = text
+    for run_path, run in runs.items():
+        _check_known(run_path, run, unknown, os.fspath(path))
+    return texts
 
 
 def write_corpus(path: str | os.PathLike[str], corpus: Mapping[str, str]) -> None:
@@ -36,3 +128,19 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str) -> None:
             f"{query_id} Q0 {doc_id} {rank} {score!r} {tag}" for rank, (doc_id, score) in enumerate(ranked, start=1)
         ]
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _first_line(entries: Iterable[beir.Judgement | beir.RunEntry], query_id: str, doc_id: str) -> int:
+    """Returns the line of a document of a query; read again, so that good files cost no memory for their lines."""
+    return next(entry.line for entry in entries if (entry.query_id, entry.doc_id) == (query_id, doc_id))
+
+
+def _check_known(path: Path, run: Run, unknown: Collection[str], corpus: str) -> None:
+    if not any(doc_id in unknown for documents in run.values() for doc_id in documents):
+        return
+    for entry in beir.read_run(path):
+        if entry.query_id in run and entry.doc_id in unknown:
+            raise ValueError(
+                f"{path}:{entry.line}: doc-id: there is no document {entry.doc_id!r} in {corpus}; the corpus must hold "
+                "every document of the run"
+            )

@@ -1,0 +1,196 @@
+"""Measure a run against qrels, and compare it with a baseline."""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..evaluation import Comparison, Evaluation, Qrels, Report, Run, System
+
+MEASURES = "nDCG@10 RR@10 R@100"
+INPUTS = ("qrels", "run", "baseline", "queries", "corpus", "latency")
+OUTPUTS = ("json", "report")
+MIN_P = 0.0001
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the verb."""
+    parser.epilog = (
+        "Documents are ranked by score, and by falling identifier where scores are equal, as trec_eval ranks them. A "
+        "judged query that the run lacks counts as 0; a query that is not judged is left out. Files may end in .gz."
+    )
+    parser.add_argument(
+        "--qrels", required=True, metavar="QRELS", help="BEIR's TSV with its header, or TREC's 4 columns"
+    )
+    parser.add_argument("--run", required=True, metavar="A.trec", help="run of TREC's 6 columns")
+    parser.add_argument("--baseline", metavar="B.trec", help="run to compare with")
+    parser.add_argument(
+        "--measures", nargs="+", default=[MEASURES], metavar="M", help=f"as ir_measures names them; {MEASURES}"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write all values, unrounded, also of each query")
+    parser.add_argument(
+        "--report", metavar="OUT.html", help="write a page with tables, charts and the queries that changed"
+    )
+    parser.add_argument("--queries", metavar="Q", help="JSON Lines (_id, text) for the report")
+    parser.add_argument("--corpus", metavar="C", help="JSON Lines (_id, title, text) for the report")
+    parser.add_argument("--latency", metavar="L.json", help="JSON object of seconds by query, for the report")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.html when they exist")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates, writes what is asked for and prints the table."""
+    _check_paths(arguments)
+    from ..evaluation import System, compare, evaluate_queries, make_report, read_qrels, read_run
+    from ..evaluation.measures import parse_measures
+
+    measures = [str(measure) for measure in parse_measures(" ".join(arguments.measures))]
+    qrels = read_qrels(arguments.qrels)
+    paths = [path for path in (arguments.run, arguments.baseline) if path]
+    has_short_names = len({Path(path).name for path in paths}) == len(paths)
+    systems = []
+    for path in paths:
+        entries = read_run(path)
+        judged = {query_id: entries[query_id] for query_id in qrels if query_id in entries}
+        if not judged:
+            raise ValueError(
+                f"{path}: the run has no entry for a query of {arguments.qrels}; they must be about the same queries"
+            )
+        print(_coverage(path, qrels, entries))
+        name = Path(path).name if has_short_names else path
+        systems.append(System(name, judged, evaluate_queries(qrels, judged, measures)))
+    system, baseline = systems[0], systems[1] if len(systems) > 1 else None
+    comparisons = compare(system.evaluation, baseline.evaluation) if baseline else []
+    outputs = {}
+    if arguments.json:
+        outputs[arguments.json] = _to_json(arguments, system, baseline, comparisons)
+    if arguments.report:
+        report = make_report(qrels, system, baseline, comparisons)
+        outputs[arguments.report] = _render(
+            arguments, report, qrels, {Path(path): each.run for path, each in zip(paths, systems, strict=True)}
+        )
+    _write(outputs, arguments.overwrite)
+    print()
+    print(_format(comparisons) if comparisons else _format_values(system.evaluation))
+    for path in outputs:
+        print(f"written: {path}")
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """Refuses what would fail after the work, or would replace an input."""
+    inputs = {os.path.realpath(path): f"--{name}" for name in INPUTS if (path := getattr(arguments, name))}
+    if arguments.baseline and os.path.realpath(arguments.run) == os.path.realpath(arguments.baseline):
+        raise ValueError("--run and --baseline must be two files, got the same one twice")
+    for name in ("queries", "corpus", "latency"):
+        if getattr(arguments, name) and not arguments.report:
+            raise ValueError(f"--{name} is for the report: add --report OUT.html, or leave it out")
+    for name in OUTPUTS:
+        path = getattr(arguments, name)
+        if not path:
+            continue
+        other = inputs.setdefault(os.path.realpath(path), f"--{name}")
+        if other != f"--{name}":
+            raise ValueError(f"--{name} and {other} must be two files, got {path!r} for both")
+        _check_free(path, arguments.overwrite)
+
+
+def _check_free(path: str, overwrite: bool) -> None:
+    if os.path.isdir(path):
+        raise FileExistsError(f"{path!r} is a folder: name a file")
+    if os.path.exists(path) and not overwrite:
+        raise FileExistsError(f"{path!r} exists: pass --overwrite to replace it, or choose another output")
+
+
+def _write(outputs: dict[str, str], overwrite: bool) -> None:
+    from ..outputs import write_whole
+
+    for path, text in outputs.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _check_free(path, overwrite)  # it may have appeared meanwhile
+        write_whole(path, text)
+
+
+def _coverage(path: str, qrels: "Qrels", entries: "Run") -> str:
+    missing = sum(query_id not in entries for query_id in qrels)
+    unjudged = sum(query_id not in qrels for query_id in entries)
+    parts = [f"{path}: {len(qrels)} judged queries"]
+    if missing:
+        parts.append(f"{missing} of them not in the run, counted as 0")
+    if unjudged:
+        parts.append(f"{unjudged} queries of the run not judged, left out")
+    if not any(doc_id in entries.get(query_id, ()) for query_id, docs in qrels.items() for doc_id in docs):
+        parts.append("no document of the run is judged: do the identifiers match?")
+    return "; ".join(parts)
+
+
+def _to_json(
+    arguments: argparse.Namespace, system: "System", baseline: "System | None", comparisons: "Iterable[Comparison]"
+) -> str:
+    from ..evaluation.comparison import NUM_PERMUTATIONS
+
+    content: dict[str, Any] = {"qrels": arguments.qrels, "run": arguments.run, **system.evaluation._asdict()}
+    if baseline:
+        content["baseline"] = {"run": arguments.baseline, **baseline.evaluation._asdict()}
+        content["comparison"] = {each.measure: each._asdict() for each in comparisons}
+        content["num_permutations"] = NUM_PERMUTATIONS
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _render(arguments: argparse.Namespace, report: "Report", qrels: "Qrels", runs: "dict[Path, Run]") -> str:
+    from ..evaluation import read_documents, read_queries, render_report
+
+    queries = read_queries(arguments.queries, qrels, arguments.qrels) if arguments.queries else None
+    documents = None
+    if arguments.corpus:
+        documents = read_documents(arguments.corpus, report.doc_ids, runs)
+    latency = _read_latency(arguments.latency) if arguments.latency else None
+    return render_report(report, queries=queries, documents=documents, latency=latency)
+
+
+def _read_latency(path: str) -> dict[str, float]:
+    from ..data.files import check_file, read_json
+    from ..validation import describe
+
+    latency = read_json(check_file(path))
+    if not latency:
+        raise ValueError(f'{path}: there is no query; it needs the seconds of each, as in {{"q1": 0.25}}')
+    for query_id, seconds in latency.items():
+        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if not is_number or not 0 <= seconds < math.inf:
+            raise ValueError(f"{path}: {query_id!r} must have its seconds, a number from 0, got {describe(seconds)}")
+    return latency
+
+
+def _format_values(evaluation: "Evaluation") -> str:
+    return "\n".join(f"{measure:<16}{value:>10.4f}" for measure, value in evaluation.aggregated.items())
+
+
+def _format(comparisons: "Iterable[Comparison]") -> str:
+    header = ("measure", "run", "baseline", "difference", "wins/losses/ties", "p (t-test)", "p (randomization)")
+    rows = [
+        (
+            each.measure,
+            f"{each.run:.4f}",
+            f"{each.baseline:.4f}",
+            f"{each.difference:+.4f}",
+            f"{each.wins}/{each.losses}/{each.ties}",
+            _format_p(each.t_test_holm),
+            _format_p(each.randomization_holm),
+        )
+        for each in comparisons
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in (header, *rows)
+    ]
+    return "\n".join([*lines, "p: two-sided, corrected for the number of measures (Holm)"])
+
+
+def _format_p(value: float) -> str:
+    return f"<{MIN_P}" if value < MIN_P else f"{value:.4f}"

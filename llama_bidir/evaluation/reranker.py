@@ -1,0 +1,160 @@
+"""A reranker on a retrieval collection: the first-stage run against what the reranker makes of it."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..data.beir_folder import find_files
+from ..validation import check_positive_int, describe
+from .comparison import Comparison, compare
+from .files import read_documents, read_qrels, read_queries, read_run
+from .measures import DEFAULT_MEASURES, Evaluation, Qrels, Run, evaluate_queries, parse_measures, rank_documents
+
+if TYPE_CHECKING:
+    from ..cross_encoder import CrossEncoder
+
+TEST_QRELS = ("qrels/test.tsv", "qrels/test.tsv.gz")
+
+
+class Dataset(NamedTuple):
+    """
+    A retrieval collection with a first-stage run.
+
+    Attributes:
+        corpus: text by doc_id, at least of the documents to rerank.
+        queries: text by query_id, at least of the judged queries.
+        qrels: relevance by doc_id by query_id.
+        run: score by doc_id by query_id.
+    """
+
+    corpus: Mapping[str, str]
+    queries: Mapping[str, str]
+    qrels: Qrels
+    run: Run
+
+
+class RerankerEvaluation(NamedTuple):
+    """
+    What reranking did to a run.
+
+    Attributes:
+        before, after: measures of the first-stage run and of the reranked one.
+        comparisons: after against before, one a measure.
+        run_before, run: the two runs, of the judged queries.
+        num_pairs: pairs scored.
+        seconds: that scoring them took.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    comparisons: list[Comparison]
+    run_before: dict[str, dict[str, float]]
+    run: dict[str, dict[str, float]]
+    num_pairs: int
+    seconds: float
+
+
+def evaluate_reranker(
+    cross_encoder: "CrossEncoder",
+    dataset: str | os.PathLike[str] | Dataset | Mapping[str, Any],
+    *,
+    depth: int | None = 100,
+    measures: str | Iterable[str] = DEFAULT_MEASURES,
+    qrels: str | None = None,
+    run: str | None = None,
+    **scoring: Any,
+) -> RerankerEvaluation:
+    """
+    Reranks the first documents of each judged query and measures the run before and after.
+
+    Args:
+        cross_encoder: the reranker.
+        dataset: a BEIR folder (see [`load_dataset`]), a [`Dataset`], or a mapping with its fields.
+        depth: documents of the run to rerank for each query; None reranks all. Those below keep their order below.
+        measures: see [`~measures.parse_measures`].
+        qrels, run: which files of the folder.
+        scoring: for [`~cross_encoder.CrossEncoder.rank_batch`], such as `show_progress_bar` or `long_document`.
+
+    Raises:
+        FileNotFoundError: a file of the folder is not there.
+        ValueError: a line of a file breaks its rule, a document or a query has no text, or the run has no judged query.
+        TypeError: `dataset` is none of the three.
+    """
+    check_positive_int("depth", depth)
+    parsed = [str(measure) for measure in parse_measures(measures)]
+    if isinstance(dataset, (str, os.PathLike)):
+        dataset = load_dataset(dataset, qrels=qrels, run=run, depth=depth)
+    elif qrels is not None or run is not None:
+        raise ValueError("qrels and run name files of a folder, but the dataset is not one")
+    elif isinstance(dataset, Mapping) and dataset.keys() >= set(Dataset._fields):
+        dataset = Dataset(**{field: dataset[field] for field in Dataset._fields})
+    elif not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset must be a BEIR folder, a Dataset, or a mapping with {', '.join(Dataset._fields)}; got "
+            f"{describe(dataset)}"
+        )
+    run_before = {query_id: dict(dataset.run.get(query_id, {})) for query_id in dataset.qrels}
+    if not any(run_before.values()):
+        raise ValueError("the run has no entry for a query of the qrels; they must be about the same queries")
+    started = time.perf_counter()
+    reranked, num_pairs = _rerank(cross_encoder, dataset, run_before, depth, scoring)
+    seconds = time.perf_counter() - started
+    before, after = (evaluate_queries(dataset.qrels, each, parsed) for each in (run_before, reranked))
+    return RerankerEvaluation(before, after, compare(after, before), run_before, reranked, num_pairs, seconds)
+
+
+def load_dataset(
+    folder: str | os.PathLike[str], *, qrels: str | None = None, run: str | None = None, depth: int | None = None
+) -> Dataset:
+    """
+    Reads a BEIR folder, with the texts of only those documents that are to be reranked.
+
+    Args:
+        folder: holds `corpus.jsonl` and `queries.jsonl`, each maybe with `.gz`.
+        qrels, run: paths in the folder; by default `qrels/test.tsv` or the one other file of qrels, and the one of
+            `run*.trec`, `run*.trec.gz`.
+        depth: documents to rerank for each judged query; None is all.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: several files could be meant, or a line of a file breaks its rule, with file and line.
+    """
+    folder = Path(folder)
+    if qrels is None:
+        qrels = next((name for name in TEST_QRELS if (folder / name).is_file()), None)
+    files = find_files(folder, qrels=qrels, run=run)
+    judgements = read_qrels(files.qrels)
+    queries = read_queries(files.queries, judgements, files.qrels)
+    first_stage = read_run(files.run)
+    judged = {query_id: first_stage[query_id] for query_id in judgements if query_id in first_stage}
+    top = {query_id: dict.fromkeys(rank_documents(docs)[:depth], 0.0) for query_id, docs in judged.items()}
+    keep = {doc_id for docs in top.values() for doc_id in docs}
+    return Dataset(read_documents(files.corpus, keep, {files.run: top}), queries, judgements, judged)
+
+
+def _rerank(
+    cross_encoder: "CrossEncoder", dataset: Dataset, run: Run, depth: int | None, scoring: dict[str, Any]
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Returns the reranked run and the number of pairs scored."""
+    ranked = {query_id: rank_documents(docs) for query_id, docs in run.items()}
+    top = {query_id: doc_ids[:depth] for query_id, doc_ids in ranked.items()}
+    for query_id, doc_ids in top.items():
+        if query_id not in dataset.queries:
+            raise ValueError(f"the query {query_id!r} is judged but has no text: add it to queries")
+        for doc_id in doc_ids:
+            if doc_id not in dataset.corpus:
+                raise ValueError(f"the document {doc_id!r} of query {query_id!r} has no text: add it to corpus")
+    rankings = cross_encoder.rank_batch(
+        [dataset.queries[query_id] for query_id in top],
+        [[dataset.corpus[doc_id] for doc_id in doc_ids] for doc_ids in top.values()],
+        **scoring,
+    )
+    reranked = {}
+    for (query_id, doc_ids), ranking in zip(top.items(), rankings, strict=True):
+        scores = {doc_ids[result["corpus_id"]]: result["score"] for result in ranking}
+        lowest = min(scores.values(), default=0.0)
+        below = ranked[query_id][len(doc_ids) :]
+        reranked[query_id] = {**scores, **{doc_id: lowest - rank for rank, doc_id in enumerate(below, start=1)}}
+    return reranked, sum(map(len, top.values()))
