@@ -16,8 +16,8 @@ from ...scoring import LocalEngine, Pair, Scorer, map_ahead
 CPU_WINDOW_PAIRS = 256
 # Of each weight, for its fingerprint.
 FINGERPRINT_VALUES = 64
-# On a CPU, oneDNN and what torch puts around it keep 0.4 to 2.4 MB for each number of tokens that a batch has had, 1,024
-# of them as a rule: gigabytes in a long job. They read these when they compute for the first time.
+# On a CPU, oneDNN and what torch puts around it keep 0.4 to 2.4 MB for each number of tokens that a batch has had,
+# 1,024 of them as a rule: gigabytes in a long job. They read these when they compute for the first time.
 ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 ONEDNN_CACHE_ENTRIES = "64"
 
