@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 
 from transformers import EarlyStoppingCallback, TrainingArguments  # noqa: E402
+from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
 from llama_bidir.losses import LOSSES, TEACHER_LOSSES  # noqa: E402
@@ -134,6 +135,21 @@ def test_every_loss_trains(name, tmp_path):
     if name in TEACHER_LOSSES:
         with pytest.raises(ValueError, match="has no teacher scores, which the loss needs: give every row pos_score"):
             make_trainer(tmp_path, ROWS, loss=name).train()
+
+
+def test_logits_and_labels_in_half_precision(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    logits = trainer.model(**{name: batch[name] for name in batch if name not in ("labels", "teacher_scores")}).logits
+    halved = {
+        name: value.bfloat16() if torch.is_floating_point(value) else value
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }  # as DeepSpeed gives them
+    loss = trainer.compute_loss(lambda **inputs: SequenceClassifierOutput(logits=logits.bfloat16()), halved)
+    scores = torch.full_like(batch["labels"], -100.0)
+    scores[batch["labels"] != -100] = logits.squeeze(-1).bfloat16().float()
+    torch.testing.assert_close(loss, trainer.loss(scores, batch["labels"], batch["labels"] != -100))
 
 
 def test_a_function_as_loss(tmp_path):

@@ -8,8 +8,8 @@ from .quickstart import positive_int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.epilog = (
-        "A stopped run goes on when it is started again. For several GPUs: torchrun --nproc-per-node 8 -m llama_bidir "
-        "rerank ..., or --device cuda:0 cuda:1."
+        "A stopped run goes on when it is started again. For several GPUs: --device cuda:0 cuda:1, or torchrun "
+        "--nproc-per-node 8 -m -- llama_bidir rerank ... (without the lone --, torchrun takes --run for its own)."
     )
     parser.add_argument("--model", required=True, metavar="M", help="folder or Hub id of the reranker")
     parser.add_argument("--corpus", required=True, metavar="FILE", help="documents in BEIR's JSON Lines, maybe .gz")
@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output, and a stopped run of other options"
     )
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: actors of a Ray cluster")
+    parser.add_argument("--ray-actors", type=positive_int, metavar="N", help="one a GPU (or CPU) when not given")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from .. import CrossEncoder
-    from ..evaluation.rerank import RerankJob, rerank_job
+    from ..evaluation.rerank import RerankJob, rerank_job, rerank_with_ray
 
     logging.disable_progress_bar()
     devices = _check_devices(arguments.device or [])
@@ -65,15 +67,20 @@ def run(arguments: argparse.Namespace) -> None:
         write_run=arguments.write_run,
         overwrite=arguments.overwrite,
     )
-    cross_encoder = CrossEncoder(
-        arguments.model,
-        device=devices if len(devices) > 1 else next(iter(devices), None),
-        dtype=arguments.dtype,
-        max_length=arguments.max_length,
-        long_document=arguments.long_document,
-    )
-    result = rerank_job(job, cross_encoder, show_progress_bar=True)
-    cross_encoder.close()
+    model_arguments = {
+        "device": devices if len(devices) > 1 else next(iter(devices), None),
+        "dtype": arguments.dtype,
+        "max_length": arguments.max_length,
+        "long_document": arguments.long_document,
+    }
+    if arguments.engine == "ray":
+        result = rerank_with_ray(
+            job, arguments.model, model_arguments, num_actors=arguments.ray_actors, show_progress_bar=True
+        )
+    else:
+        cross_encoder = CrossEncoder(arguments.model, **model_arguments)
+        result = rerank_job(job, cross_encoder, show_progress_bar=True)
+        cross_encoder.close()
     if job.ranks.rank == 0:
         speed = f", {result.num_pairs / result.seconds:.1f} pairs/s" if result.num_pairs else ""
         print(f"run: {result.output} ({result.num_pairs} pairs scored in {result.seconds:.1f} s{speed})")

@@ -3,5 +3,14 @@
 from .job import RerankJob
 from .local import RerankResult, rerank_job, rerank_run
 from .ranking import rank_candidates
+from .ray import CrossEncoderActor, rerank_with_ray
 
-__all__ = ["RerankJob", "RerankResult", "rank_candidates", "rerank_job", "rerank_run"]
+__all__ = [
+    "CrossEncoderActor",
+    "RerankJob",
+    "RerankResult",
+    "rank_candidates",
+    "rerank_job",
+    "rerank_run",
+    "rerank_with_ray",
+]
