@@ -11,8 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -96,6 +98,23 @@ def reranker_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(seed=2, pooling="last", temperature=0.5).save_pretrained(path)
     make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>").save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Any]:
+    """`load_rows` with a cache of its own."""
+    from llama_bidir.data import load_rows
+
+    return partial(load_rows, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is also the working one, so that messages hold short names."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 class QuickstartOutput(NamedTuple):

@@ -5,13 +5,11 @@ import json
 import os
 import pickle
 import re
-from functools import partial
 
 import pytest
 from conftest import SHARED
 from row_files import NO_SCORES, arrow_bytes, lines, write
 
-from llama_bidir.data import load_rows
 from llama_bidir.data.sources import parse_source
 
 pytest.importorskip("datasets")
@@ -24,20 +22,6 @@ CORPUS = [
 ]
 QRELS = "query-id\tcorpus-id\tscore\nq2\td2\t1\nq1\td1\t0\nq1\t3\t2\nq1\td4\t1\nq1\td4\t1\nq3\td1\t0\nq4\td1\t1\n"
 RUN = "q1 Q0 d2 2 8.5 bm25\nq1 Q0 d4 3 8 bm25\nq1 Q0 d1 1 9 bm25\nq2 Q0 d2 1 3 bm25\nother Q0 gone 1 3 bm25\n"
-
-
-@pytest.fixture
-def load(tmp_path):
-    return partial(load_rows, cache_dir=tmp_path / "cache")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder that is also the working one, so that messages hold short names."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture

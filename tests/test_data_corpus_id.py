@@ -3,30 +3,13 @@
 import json
 import pickle
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
 from row_files import NO_SCORES, arrow_bytes, lines, write
 from torch.utils.data import DataLoader
 
-from llama_bidir.data import load_rows
-
 datasets = pytest.importorskip("datasets")
-
-
-@pytest.fixture
-def load(tmp_path):
-    return partial(load_rows, cache_dir=tmp_path / "cache")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder that is also the working one, so that messages hold short names."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def make_corpus(

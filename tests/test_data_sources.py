@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import SHARED
 from row_files import lines, write
 
-from llama_bidir.data import load_rows, parse_row
+from llama_bidir.data import parse_row
 from llama_bidir.data.sources import Source, parse_source, read_rows
 
 pytest.importorskip("datasets")
@@ -23,20 +22,6 @@ READABLE = (
     "training rows are read from a .jsonl or .jsonl.gz file (rows inline), a .json or .json.gz file (rows that name "
     "documents of a corpus), hf://org/repo/subset, or a BEIR folder"
 )
-
-
-@pytest.fixture
-def load(tmp_path):
-    return partial(load_rows, cache_dir=tmp_path / "cache")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder that is also the working one, so that messages hold short names."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "ROWS.JSONL"])

@@ -151,6 +151,14 @@ def test_overwrite_removes_a_run_and_nothing_else(base_checkpoint, rows_file, tm
     (tmp_path / "notes.txt").write_text("mine")
     train(*fields, arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'missing\.jsonl'"):
+        train(
+            fields[0],
+            DataArguments(train=["missing.jsonl"]),
+            arguments(CrossEncoderTrainingArguments, tmp_path),
+            overwrite=True,
+        )
+    assert (tmp_path / "model.safetensors").exists()  # nothing is removed before the new run is known to start
     inside = ModelArguments(model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"lies in training\.output_dir, which overwrite clears"):
         train(inside, fields[1], arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)

@@ -1,6 +1,5 @@
 """From rows to groups: which positive and which negatives of a row are shown in which epoch."""
 
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .rows import TrainingRow, parse_row
-
-logger = logging.getLogger(__name__)
 
 POSITIVES = ("cycle", "expand")
 NEGATIVES = ("sample", "first")

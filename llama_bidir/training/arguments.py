@@ -114,6 +114,11 @@ class CrossEncoderTrainingArguments(TrainingArguments):
             )
         self.gradient_accumulation_steps = self.global_batch_size // local
 
+    @property
+    def draw_seed(self) -> int:
+        """Seed of the order of the groups and of what is drawn for them."""
+        return self.seed if self.data_seed is None else self.data_seed
+
 
 def lora_config(fields: Mapping[str, Any]) -> Any:
     """

@@ -103,9 +103,9 @@ def is_finished(output: Path) -> bool:
     return (output / "config.json").exists() or (output / "adapter_config.json").exists()
 
 
-def remove_run(output: Path, *, keep: Sequence[str] = ()) -> None:
+def check_removable(output: Path, *, keep: Sequence[str]) -> None:
     """
-    Removes what a run has left in its output folder, and nothing else.
+    Checks that [`remove_run`] may clear a folder.
 
     Args:
         output: the folder; it may be missing.
@@ -125,6 +125,12 @@ def remove_run(output: Path, *, keep: Sequence[str] = ()) -> None:
             f"{os.fspath(output)!r} holds something else than a training run, which overwrite does not remove: choose "
             "another training.output_dir"
         )
+
+
+def remove_run(output: Path) -> None:
+    """Removes what a run has left in its output folder, and nothing else."""
+    if not (output / RUN_NAME).is_file():
+        return
     for name in (*_read_run(output).get("files", []), HISTORY_NAME, PLOT_NAME):
         (output / name).unlink(missing_ok=True)
     for folder in (*output.glob("checkpoint-*"), output / SAVING_NAME):

@@ -1,5 +1,6 @@
 """Adapters (LoRA): made with a head that is trained and saved, and merged into a plain checkpoint."""
 
+import copy
 import os
 from typing import Any
 
@@ -36,20 +37,16 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
         )
     if peft_config.task_type not in (None, peft.TaskType.SEQ_CLS):
         raise ValueError(f"the task_type of a reranker's peft_config is SEQ_CLS, got {peft_config.task_type!r}")
-    fields = {**peft_config.to_dict(), "task_type": peft.TaskType.SEQ_CLS}
-    fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or []), HEAD})
-    if "target_modules" in fields and fields["target_modules"] is None:
-        fields["target_modules"] = "all-linear"
+    peft_config = copy.deepcopy(peft_config)
+    peft_config.task_type = peft.TaskType.SEQ_CLS
+    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), HEAD})
+    if peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"
     if getattr(model, "is_quantized", False):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = peft.get_peft_model(model, type(peft_config)(**_accepted(type(peft_config), fields)))
+    model = peft.get_peft_model(model, peft_config)
     cast_parameters(model, torch.float32, only_trained=True)
     return model
-
-
-def _accepted(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    names = {name for name, field in config_class.__dataclass_fields__.items() if field.init}
-    return {name: value for name, value in fields.items() if name in names}
 
 
 def check_head(model: Any) -> None:

@@ -16,6 +16,7 @@ from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
 from .checkpoints import (
     SAVING_NAME,
+    check_removable,
     check_same_run,
     is_finished,
     last_whole_checkpoint,
@@ -61,15 +62,13 @@ def train(
         raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
-    with training_args.main_process_first(desc="looking at the output folder"):
-        if overwrite:
-            if training_args.should_save:
-                remove_run(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
-        elif is_finished(output):
-            raise FileExistsError(
-                f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
-                "choose another training.output_dir"
-            )
+    if overwrite:
+        check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
+    elif is_finished(output):
+        raise FileExistsError(
+            f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
+            "choose another training.output_dir"
+        )
     needs_teacher = training_args.loss in TEACHER_LOSSES
     train_dataset = _load_groups(
         data_args.train, data_args, training_grouping(data_args, training_args), needs_teacher=needs_teacher
@@ -90,6 +89,11 @@ def train(
         peft_config=None if lora is None else lora_config(lora),
     )
     arguments = run_arguments(model_args, data_args, training_args, lora, len(train_dataset))
+    trainer.accelerator.wait_for_everyone()
+    if overwrite:  # only now, when nothing more can be found wrong with what replaces it
+        if trainer.is_world_process_zero():
+            remove_run(output)
+        trainer.accelerator.wait_for_everyone()
     checkpoint = last_whole_checkpoint(output)
     if checkpoint is not None:
         check_same_run(output, arguments)
@@ -135,7 +139,7 @@ def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrain
         positives=data_args.positives,
         negatives=data_args.negatives,
         short_groups=data_args.short_groups,
-        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        seed=training_args.draw_seed,
     )
 
 

@@ -65,6 +65,7 @@ class CrossEncoderTrainer(Trainer):
     # `loss` is a mean over the groups of a batch, so the Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
     save_dtype: torch.dtype | None = None
+    args: CrossEncoderTrainingArguments
 
     def __init__(
         self,
@@ -92,9 +93,12 @@ class CrossEncoderTrainer(Trainer):
         if model.config.num_labels != 1:
             raise ValueError(f"a group has one score a passage, but the model has {model.config.num_labels} labels")
         self.loss = get_loss(args.loss if loss is None else loss)
-        seed = args.seed if args.data_seed is None else args.data_seed
         grouping = Grouping(
-            group_size=group_size, positives=positives, negatives=negatives, short_groups=short_groups, seed=seed
+            group_size=group_size,
+            positives=positives,
+            negatives=negatives,
+            short_groups=short_groups,
+            seed=args.draw_seed,
         )
         if isinstance(train_dataset, (GroupDataset, GroupStream)):
             grouping = train_dataset.grouping
@@ -279,7 +283,7 @@ class CrossEncoderTrainer(Trainer):
         strategy = self.args.train_sampling_strategy
         if not isinstance(dataset, GroupDataset) or strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        seed = self.args.draw_seed
         if strategy == "random":
             return EpochSampler(dataset, seed=seed)
         return EpochSampler(dataset, seed=seed, batch_size=self.args.train_batch_size * self.args.world_size)
