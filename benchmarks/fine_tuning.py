@@ -1,10 +1,10 @@
 """A whole run on real data: fine-tune, rerank, and compare with BM25 before and after.
 
-    python -m benchmarks.fine_tuning --data path/to/data --output out
+    python -m benchmarks.fine_tuning --checkpoint HuggingFaceTB/SmolLM2-135M --data path/to/data --output out
 
-from the root of the repository, after `pip install -e ".[train,eval]"`. The data folder has `train/*-train.jsonl.gz`
-(rows) and `eval/NAME` (BEIR folders with `qrels.tsv` and `run.bm25.trec`). The recipe is fine_tuning.yaml. A
-stopped run goes on when it is started again.
+from the root of the repository, after `pip install -e ".[train,eval]"`. The base is the first layers of a plain Llama,
+so that a CPU can train it. The data folder has `train/*-train.jsonl.gz` (rows) and `eval/NAME` (BEIR folders with
+`qrels.tsv` and `run.bm25.trec`). The recipe is fine_tuning.yaml. A stopped run goes on when it is started again.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from llama_bidir import CrossEncoder
 from llama_bidir.evaluation import evaluate_run
-from llama_bidir.quickstart.checkpoint import make_checkpoint
 from llama_bidir.recipes import load_recipe
 from llama_bidir.training import read_history, train
 
@@ -33,10 +34,11 @@ EVAL_ROWS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="plain Llama, folder or Hub id; a small one is made when not given")
+    parser.add_argument("--checkpoint", required=True, help="plain Llama, folder or Hub id")
+    parser.add_argument("--layers", type=int, default=12, help="the first of the checkpoint's (default: 12)")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--depth", type=int, default=100, help="candidates of a query that are reranked (default: 100)")
+    parser.add_argument("--depth", type=int, default=20, help="candidates of a query that are reranked (default: 20)")
     parser.add_argument("--max-steps", type=int, help="of the optimizer; the recipe's when not given")
     parser.add_argument("--queries", type=int, help="the first of each set; all when not given")
     args = parser.parse_args()
@@ -44,9 +46,9 @@ def main() -> None:
     model = args.output / "model"
     args.output.mkdir(parents=True, exist_ok=True)
     write_rows(args.data, args.output)
-    base = args.checkpoint or os.fspath(args.output / "base")
-    if not args.checkpoint:
-        make_checkpoint(base, read_texts(args.output / "train.jsonl"), vocab_size=4096, hidden_size=96)
+    base = os.fspath(args.output / "base")
+    AutoModelForCausalLM.from_pretrained(args.checkpoint, num_hidden_layers=args.layers).save_pretrained(base)
+    AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(base)
     training = {"output_dir": os.fspath(model), **({"max_steps": args.max_steps} if args.max_steps else {})}
     recipe = load_recipe(
         Path(__file__).with_name("fine_tuning.yaml"),
@@ -59,32 +61,40 @@ def main() -> None:
             "training": training,
         },
     )
-    result: dict[str, Any] = {"machine": describe_machine("cpu"), "depth": args.depth}
+    result: dict[str, Any] = {"machine": describe_machine("cpu"), "layers": args.layers, "depth": args.depth}
     if not (model / "config.json").exists():
         train(*recipe)
     result["history"] = read_history(model / "history.jsonl")
-    before = CrossEncoder(base, dtype="float32", max_length=recipe.data.rerank_max_length)
-    after = CrossEncoder(model)
+    # Half precision only for the time that it saves.
+    before = CrossEncoder(base, dtype="bfloat16", max_length=recipe.data.rerank_max_length)
+    after = CrossEncoder(model, dtype="bfloat16")
     result["sets"] = {name: measure(args.data / "eval" / name, before, after, args) for name in EVAL_SETS}
     (args.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
 
 
 def write_rows(data: Path, output: Path) -> None:
-    """Mixes the rows of the train sets and holds some out for the curve."""
-    rows = []
+    """
+    Mixes the rows of the train sets and holds some out for the curve. Each of the others gets as many random negatives
+    as it has hard ones, as a first-stage run has both.
+    """
+    rows: list[dict[str, Any]] = []
     for name in TRAIN_SETS:
         with gzip.open(data / "train" / f"{name}-train.jsonl.gz", "rt", encoding="utf-8") as lines:
-            rows += list(lines)
-    random.Random(0).shuffle(rows)
-    (output / "eval.jsonl").write_text("".join(rows[:EVAL_ROWS]), encoding="utf-8")
-    (output / "train.jsonl").write_text("".join(rows[EVAL_ROWS:]), encoding="utf-8")
+            rows += map(json.loads, lines)
+    rng = random.Random(0)
+    rng.shuffle(rows)
+    write_lines(output / "eval.jsonl", rows[:EVAL_ROWS])
+    passages = [passage for row in rows[EVAL_ROWS:] for passage in row["pos_doc"]]
+    for row in rows[EVAL_ROWS:]:
+        known = {*row["pos_doc"], *row["neg_doc"]}
+        drawn = rng.sample(passages, 2 * len(known))
+        row["neg_doc"] += [passage for passage in drawn if passage not in known][: len(row["neg_doc"])]
+    write_lines(output / "train.jsonl", rows[EVAL_ROWS:])
 
 
-def read_texts(path: Path) -> list[str]:
-    """Queries and positives, which a vocabulary is learned from."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [text for row in rows for text in (row["query"], *row["pos_doc"])]
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def measure(folder: Path, before: CrossEncoder, after: CrossEncoder, args: argparse.Namespace) -> dict[str, Any]:
