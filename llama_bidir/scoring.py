@@ -40,6 +40,9 @@ class Engine(Protocol):
     def tokenizes_ahead(self) -> bool:
         """Whether tokenization has a thread of its own."""
 
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many."""
+
     def logits(
         self,
         sequences: Sequence[Sequence[int]],
@@ -179,6 +182,9 @@ class LocalEngine:
 
     def _num_calls(self) -> int:
         """How many batches to compute side by side: as many as leave no thread idle, up to four."""
+        has_threads_of_its_own = not isinstance(self.model, torch.nn.Module)  # onnxruntime
+        if has_threads_of_its_own:
+            return 1
         is_compiled = self.model._compiled_call_impl is not None
         is_offloaded = getattr(self.model, "hf_device_map", None) is not None
         # bitsandbytes rearranges the weights of a layer in its first forward pass on a CPU.
@@ -309,15 +315,15 @@ class Scorer:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
         chunks = split_into_chunks(pairs, self.engine.chunk_pairs)
         mapped = map_ahead if self.engine.tokenizes_ahead else map
-        return torch.cat([torch.empty(0, self.num_labels), *map(self._score_chunk, mapped(self._encode_chunk, chunks))])
+        return torch.cat([torch.empty(0, self.num_labels), *map(self.score_chunk, mapped(self.encode_chunk, chunks))])
 
-    def _encode_chunk(self, chunk: list[Pair]) -> EncodedChunk:
+    def encode_chunk(self, chunk: list[Pair]) -> EncodedChunk:
         """Equal pairs are one, so that their scores tie."""
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(chunk))}
         encoded = self.encoder.encode(list(numbers), long_document=self.long_document)
         return EncodedChunk(encoded, [numbers[pair] for pair in chunk])
 
-    def _score_chunk(self, chunk: EncodedChunk) -> torch.Tensor:
+    def score_chunk(self, chunk: EncodedChunk) -> torch.Tensor:
         """The best window of a pair counts, label by label."""
         encoded, positions = chunk.encoded, chunk.positions
         bar = _ChunkProgress(self.progress, len(positions), sum(map(len, encoded.input_ids)))

@@ -117,6 +117,10 @@ class WorkerPool:
             raise
         return logits
 
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many: as many as each device wants."""
+        return self._budget
+
     def close(self) -> None:
         """Stops the workers."""
         self._finalizer()

@@ -133,7 +133,7 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
         ),
         ("rows.jsonl", '{"query": "q"\n', ":1: a line must be one JSON object: Expecting ',' delimiter at column 14"),
         ("rows.jsonl", b'{"query": "\xff"}\n', ":1: the file must be UTF-8 text: invalid start byte at byte 12 of the"),
-        ("rows.jsonl", "", ": the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        ("rows.jsonl", "", ":1: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
         (
             "rows.jsonl",
             '{"query": "q", "pos_doc": "a"}\n',
@@ -142,10 +142,10 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
         ("corpus.jsonl", '{"_id": "d1"}\n', ":1: text must be a string, got NoneType None"),
         ("corpus.jsonl", lines(CORPUS[0], CORPUS[0]), ":2: _id: the document 'd0' is there already, in line 1"),
         ("run.trec", "0 Q0 d0 1 nan x\n", ":1: score must be a finite number, got 'nan'"),
-        ("run.trec", "0 Q0 d0 1 0.5\n", ":1: a line of a run must have 6 columns: query-id, Q0, doc-id, rank, score, "),
+        ("run.trec", "0 Q0 d0 1 0.5\n", ":1: a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, "),
         ("run.trec", "5 Q0 d0 1 0 x\n0 Q0 d99 1 0 x\n", ":2: doc-id: there is no document 'd99' in "),
         ("run.trec", "0 Q0 d0 1 0 x\n0 Q0 d0 2 0 x\n", ":2: doc-id: the query has the document already, in line 1"),
-        ("run.trec", "q99 Q0 d0 1 0 x\n", ": the run has no entry for a query of the rows; they must be about the sam"),
+        ("run.trec", "q99 Q0 d0 1 0 x\n", ": the run has no entry for a query of the rows; they must be about the "),
     ],
 )
 def test_input_errors_name_file_and_line(name, content, message, command, tmp_path, capsys):
@@ -201,4 +201,4 @@ def test_rows_without_candidates_need_a_corpus(command, tmp_path, capsys):
     )
     write(source, lines({"query": "q", "pos_doc": "a"}))
     assert main(command(candidates="neg_doc", corpus=tmp_path / "corpus.jsonl")) == 2
-    assert "no row has candidates in neg_doc" in capsys.readouterr().err
+    assert "so that no corpus is searched: leave corpus out" in capsys.readouterr().err

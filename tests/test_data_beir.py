@@ -14,6 +14,12 @@ from llama_bidir.data.sources import parse_source
 
 pytest.importorskip("datasets")
 
+# What messages end with.
+CORRECT = "; correct or remove the line"
+REMOVE = "; correct or remove it"
+KEEP = "; keep one of the lines"
+CONVERT = "; convert the file"
+
 CORPUS = [
     {"_id": "d1", "title": "One", "text": "first"},
     {"_id": "d2", "title": "", "text": "second"},
@@ -99,46 +105,60 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("corpus.jsonl", "", ": the file has no lines; it needs one JSON object a line, one for each document"),
+        ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
         ("corpus.jsonl", lines(CORPUS[0], 5), ":2: a line must be one JSON object, got int 5"),
         ("corpus.jsonl", "{}x", ":1: a line must be one JSON object: Extra data at column 3"),
         ("corpus.jsonl", lines({"text": "t"}), ":1: _id must be a string or an int, got NoneType None"),
-        ("corpus.jsonl", lines({"_id": "d"}), ":1: text must be a string, got NoneType None"),
-        ("corpus.jsonl", lines({"_id": "d", "title": 5, "text": ""}), ":1: title must be a string, got int 5"),
-        ("corpus.jsonl", lines(*CORPUS, CORPUS[2]), ":5: _id: the document '3' is there already, in line 3"),
-        ("corpus.jsonl", b"\xff\xfe", ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line"),
-        ("queries.jsonl", "", ": the file has no lines; it needs one JSON object a line, one for each query"),
-        ("queries.jsonl", lines({"_id": "q"}), ":1: text must be a string, got NoneType None"),
-        ("queries.jsonl", lines(*[{"_id": "q", "text": ""}] * 2), ":2: _id: the query 'q' is there already, in line 1"),
-        ("qrels.tsv", "", ": the file has no judgements; it needs one a line"),
-        ("qrels.tsv", QRELS[:25], ": the file has no judgements; it needs one a line"),
+        ("corpus.jsonl", lines({"_id": "d"}), ":1: text must be a string, got NoneType None" + CORRECT),
+        (
+            "corpus.jsonl",
+            lines({"_id": "d", "title": 5, "text": ""}),
+            ":1: title must be a string, got int 5" + CORRECT,
+        ),
+        ("corpus.jsonl", lines(*CORPUS, CORPUS[2]), ":5: _id: the document '3' is there already, in line 3" + KEEP),
+        (
+            "corpus.jsonl",
+            b"\xff\xfe",
+            ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line" + CONVERT,
+        ),
+        ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each query"),
+        ("queries.jsonl", lines({"_id": "q"}), ":1: text must be a string, got NoneType None" + CORRECT),
+        (
+            "queries.jsonl",
+            lines(*[{"_id": "q", "text": ""}] * 2),
+            ":2: _id: the query 'q' is there already, in line 1" + KEEP,
+        ),
+        ("qrels.tsv", "", ":1: the file has no judgements; it needs one a line"),
+        ("qrels.tsv", QRELS[:25], ":1: the file has no judgements; it needs one a line"),
         (
             "qrels.tsv",
             "q1\td1\t1\n",
             ":1: a line of qrels must have 4 columns (query-id, 0, doc-id, relevance), or 3 separated by tabs under a "
-            "line query-id, corpus-id, score; got str 'q1\\td1\\t1'",
+            "line query-id, corpus-id, score, got str 'q1\\td1\\t1'" + REMOVE,
         ),
         (
             "qrels.tsv",
             QRELS + "q1 d1 1\n",
-            ":9: a line of qrels must have 3 columns separated by tabs (query-id, corpus-id, score); got str 'q1 d1 1'",
+            ":9: a line of qrels must have 3 columns separated by tabs (query-id, corpus-id, score), got str 'q1 d1 1'"
+            + REMOVE,
         ),
-        ("qrels.tsv", "q1 0 d1 NaN\n", ":1: score must be a whole number, got 'NaN'"),
+        ("qrels.tsv", "q1 0 d1 NaN\n", ":1: score must be a whole number, got 'NaN'" + CORRECT),
         ("qrels.tsv", "q1 0 d1 99999999999\n", ":1: score must be a whole number of 32 bits, got '99999999999'"),
         ("qrels.tsv", "q1 0 d1 0\n", ": no query has a relevant document, one with a score of 1 or more"),
         (
             "qrels.tsv",
             QRELS + "q1\td1\t1\n",
-            ":9: score: the document 'd1' of query 'q1' is judged 1 here and 0 in line 3; keep one of the lines",
+            ":9: score: the document 'd1' of query 'q1' is judged 1 here and 0 in line 3" + KEEP,
         ),
-        ("run.bm25.trec", "", ": the run has no entries; it needs one a line"),
+        ("run.bm25.trec", "", ":1: the run has no entries; it needs one a line"),
         (
             "run.bm25.trec",
             RUN + "q1 d1 1\n",
-            ":6: a line of a run must have 6 columns: query-id, Q0, doc-id, rank, score, tag; got str 'q1 d1 1'",
+            ":6: a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, tag), got str 'q1 d1 1'"
+            + REMOVE,
         ),
-        ("run.bm25.trec", RUN + "q1 Q0 d1 4 nan t\n", ":6: score must be a finite number, got 'nan'"),
-        ("run.bm25.trec", RUN + "q1 Q0 d1 1.5 4 t\n", ":6: rank must be a whole number, got '1.5'"),
+        ("run.bm25.trec", RUN + "q1 Q0 d1 4 nan t\n", ":6: score must be a finite number, got 'nan'" + CORRECT),
+        ("run.bm25.trec", RUN + "q1 Q0 d1 1.5 4 t\n", ":6: rank must be a whole number, got '1.5'" + CORRECT),
         (
             "run.bm25.trec",
             "other Q0 d1 1 1 t\n",

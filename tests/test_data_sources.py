@@ -17,6 +17,10 @@ from llama_bidir.data.sources import Source, parse_source, read_rows
 
 pytest.importorskip("datasets")
 
+# What messages end with.
+CONVERT = "; convert the file"
+FETCH = "; fetch or write it again"
+
 ROW = {"query": "q", "pos_doc": ["p"], "neg_doc": ["n1", "n2"]}
 READABLE = (
     "training rows are read from a .jsonl or .jsonl.gz file (rows inline), a .json or .json.gz file (rows that name "
@@ -48,20 +52,24 @@ TORN = gzip.compress(os.urandom(20000).hex().encode())[:9000]
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
-        ("a.jsonl", b"\n\n", "a.jsonl: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        ("a.jsonl", b"", "a.jsonl:1: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        (
+            "a.jsonl",
+            b"\n\n",
+            "a.jsonl:1: the file has no rows; it needs one JSON object a line, with query and pos_doc",
+        ),
         (
             "a.jsonl",
             lines(ROW, ROW).encode() * 500 + b'{"query": "\xff"}\n',
-            "a.jsonl:1001: the file must be UTF-8 text: invalid start byte at byte 12 of the line",
+            "a.jsonl:1001: the file must be UTF-8 text: invalid start byte at byte 12 of the line" + CONVERT,
         ),
         (
             "a.jsonl.gz",
             TORN,
             "a.jsonl.gz:1: the file must be whole gzip data: Compressed file ended before the end-of-stream marker was "
-            "reached",
+            "reached" + FETCH,
         ),
-        ("a.jsonl.gz", b"{}\n", "a.jsonl.gz:1: the file must be whole gzip data: Not a gzipped file (b'{}')"),
+        ("a.jsonl.gz", b"{}\n", "a.jsonl.gz:1: the file must be whole gzip data: Not a gzipped file (b'{}')" + FETCH),
     ],
 )
 @pytest.mark.parametrize("skip_bad_rows", [False, True])

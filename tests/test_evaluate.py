@@ -14,6 +14,12 @@ from llama_bidir.evaluation import evaluate_run, read_qrels, read_run
 
 pytest.importorskip("ir_measures")
 
+# What messages end with.
+CORRECT = "; correct or remove the line"
+KEEP = "; keep one of the lines"
+CONVERT = "; convert the file"
+FETCH = "; fetch or write it again"
+
 SETS = SHARED / "data" / "eval"
 QRELS = "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq2\td2\t2\nq3\td3\t1\n"
 RUN = "q1 Q0 d1 1 9.5 a\nq1 Q0 d2 2 8 a\nq2 Q0 d1 1 3 a\nq2 Q0 d2 2 2 a\nother Q0 gone 1 3 a\n"
@@ -170,7 +176,7 @@ def test_files_that_exist_are_kept(folder, capsys):
     for name in ("out.json", "out.html"):
         write(folder / name, "mine")
     assert evaluate("--json", "out.json") == 2
-    assert error_of(capsys) == "'out.json' exists: pass --overwrite to replace it, or choose another output"
+    assert error_of(capsys) == "'out.json' exists: pass overwrite (--overwrite) to replace it, or choose another output"
     # Neither file is written when one may not be.
     (folder / "out.json").unlink()
     assert evaluate("--json", "out.json", "--report", "out.html") == 2
@@ -206,18 +212,18 @@ def test_bad_arguments(options, message, folder, capsys):
     assert (folder / "run.trec").read_text() == RUN
 
 
-COLUMNS = "a line of a run must have 6 columns: query-id, Q0, doc-id, rank, score, tag; got str "
-QRELS_COLUMNS = "a line of qrels must have 3 columns separated by tabs (query-id, corpus-id, score); got str "
+COLUMNS = "a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, tag), got str "
+QRELS_COLUMNS = "a line of qrels must have 3 columns separated by tabs (query-id, corpus-id, score), got str "
 MALFORMED = [
     # runs
     ("run.trec", RUN + "q1 Q0 d3 3 7\n", f":6: {COLUMNS}'q1 Q0 d3 3 7'"),
     ("run.trec", RUN + "q1 Q0 d3 3 7 a b\n", f":6: {COLUMNS}'q1 Q0 d3 3 7 a b'"),
-    ("run.trec", RUN + "q1 Q0 d3 3 nan a\n", ":6: score must be a finite number, got 'nan'"),
-    ("run.trec", RUN + "q1 Q0 d3 x 7 a\n", ":6: rank must be a whole number, got 'x'"),
+    ("run.trec", RUN + "q1 Q0 d3 3 nan a\n", ":6: score must be a finite number, got 'nan'" + CORRECT),
+    ("run.trec", RUN + "q1 Q0 d3 x 7 a\n", ":6: rank must be a whole number, got 'x'" + CORRECT),
     (
         "run.trec",
         RUN + "q1 Q0 d1 3 7 a\n",
-        ":6: doc-id: the query 'q1' has the document 'd1' already, in line 1; keep one of the lines",
+        ":6: doc-id: the query 'q1' has the document 'd1' already, in line 1" + KEEP,
     ),
     (
         "run.trec",
@@ -227,9 +233,9 @@ MALFORMED = [
     (
         "run.trec",
         RUN.encode() + b"q1 Q0 d\xff",
-        ":6: the file must be UTF-8 text: invalid start byte at byte 8 of the line",
+        ":6: the file must be UTF-8 text: invalid start byte at byte 8 of the line" + CONVERT,
     ),
-    ("run.trec", "", ": the run has no entries; it needs one a line"),
+    ("run.trec", "", ":1: the run has no entries; it needs one a line"),
     (
         "run.trec",
         "other Q0 d1 1 1 t\n",
@@ -239,32 +245,44 @@ MALFORMED = [
     ("qrels.tsv", QRELS + "q1\td1\n", f":6: {QRELS_COLUMNS}'q1\\td1'"),
     ("qrels.tsv", QRELS + "q1\t\t1\n", f":6: {QRELS_COLUMNS}'q1\\t\\t1'"),
     ("qrels.tsv", QRELS + "q1 d1 1\n", f":6: {QRELS_COLUMNS}'q1 d1 1'"),
-    ("qrels.tsv", QRELS + "q1\td3\tNaN\n", ":6: score must be a whole number, got 'NaN'"),
+    ("qrels.tsv", QRELS + "q1\td3\tNaN\n", ":6: score must be a whole number, got 'NaN'" + CORRECT),
     (
         "qrels.tsv",
         QRELS + "q1\td1\t2\n",
-        ":6: score: the document 'd1' of query 'q1' is judged 2 here and 1 in line 2; keep one of the lines",
+        ":6: score: the document 'd1' of query 'q1' is judged 2 here and 1 in line 2" + KEEP,
     ),
     (
         "qrels.tsv",
         QRELS + "q9\td1\t2\n",
         ":6: query-id: there is no query 'q9' in queries.jsonl; the queries must hold every judged one",
     ),
-    ("qrels.tsv", b"q1\t\xe9", ":1: the file must be UTF-8 text: unexpected end of data at byte 4 of the line"),
-    ("qrels.tsv", "", ": the file has no judgements; it needs one a line"),
+    (
+        "qrels.tsv",
+        b"q1\t\xe9",
+        ":1: the file must be UTF-8 text: unexpected end of data at byte 4 of the line" + CONVERT,
+    ),
+    ("qrels.tsv", "", ":1: the file has no judgements; it needs one a line"),
     # corpus
-    ("corpus.jsonl", lines(*CORPUS, {"_id": "d4"}), ":4: text must be a string, got NoneType None"),
+    ("corpus.jsonl", lines(*CORPUS, {"_id": "d4"}), ":4: text must be a string, got NoneType None" + CORRECT),
     ("corpus.jsonl", lines({"text": "t"}), ":1: _id must be a string or an int, got NoneType None"),
-    ("corpus.jsonl", lines(*CORPUS, CORPUS[0]), ":4: _id: the document 'd1' is there already, in line 1"),
+    ("corpus.jsonl", lines(*CORPUS, CORPUS[0]), ":4: _id: the document 'd1' is there already, in line 1" + KEEP),
     ("corpus.jsonl", lines(*CORPUS) + "{", ":4: a line must be one JSON object: Expecting property name enclosed in "),
-    ("corpus.jsonl", b"\xff\xfe", ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line"),
-    ("corpus.jsonl", "", ": the file has no lines; it needs one JSON object a line, one for each document"),
+    (
+        "corpus.jsonl",
+        b"\xff\xfe",
+        ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line" + CONVERT,
+    ),
+    ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
     # queries
-    ("queries.jsonl", lines(*QUERIES, {"_id": "q4"}), ":4: text must be a string, got NoneType None"),
-    ("queries.jsonl", lines(*QUERIES, QUERIES[0]), ":4: _id: the query 'q1' is there already, in line 1"),
+    ("queries.jsonl", lines(*QUERIES, {"_id": "q4"}), ":4: text must be a string, got NoneType None" + CORRECT),
+    ("queries.jsonl", lines(*QUERIES, QUERIES[0]), ":4: _id: the query 'q1' is there already, in line 1" + KEEP),
     ("queries.jsonl", lines(*QUERIES) + "[]", ":4: a line must be one JSON object, got list []"),
-    ("queries.jsonl", b'{"_id": "\xff"}', ":1: the file must be UTF-8 text: invalid start byte at byte 10 of the line"),
-    ("queries.jsonl", "", ": the file has no lines; it needs one JSON object a line, one for each query"),
+    (
+        "queries.jsonl",
+        b'{"_id": "\xff"}',
+        ":1: the file must be UTF-8 text: invalid start byte at byte 10 of the line" + CONVERT,
+    ),
+    ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each query"),
     # latency
     ("latency.json", '{"q1": "fast"}', ": 'q1' must have its seconds, a number from 0, got str 'fast'"),
     ("latency.json", '{"q1": NaN}', ": 'q1' must have its seconds, a number from 0, got float nan"),
@@ -293,8 +311,8 @@ def test_damaged_gzip_files_are_named(name, damage, folder, capsys):
     assert main(["evaluate", *options, "--report", "out.html"]) == 2
     rule = {
         "cut": f":{content.count(bytes([10])) + 1}: the file must be whole gzip data: Compressed file ended before ",
-        "plain": ":1: the file must be whole gzip data: Not a gzipped file (b'pl')",
-        "empty": ": the ",
+        "plain": ":1: the file must be whole gzip data: Not a gzipped file (b'pl')" + FETCH,
+        "empty": ":1: the ",
     }[damage]
     assert error_of(capsys).startswith(f"{name}.gz{rule}")
     assert not (folder / "out.html").exists()

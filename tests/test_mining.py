@@ -522,7 +522,7 @@ def test_an_output_is_replaced_only_with_overwrite(tmp_path, reranker_checkpoint
     assert output.read_text() == "mine\n"
     mine_file(str(reranker_checkpoint), source, output, overwrite=True)
     assert len(read(output)) > 3
-    with pytest.raises(ValueError, match="output must be another file than the source"):
+    with pytest.raises(ValueError, match=r"output and the source's rows\.jsonl must be two files"):
         mine_file(str(reranker_checkpoint), source, source, overwrite=True)
 
 

@@ -55,7 +55,7 @@ def test_a_generator_is_read_as_it_is_scored(reranker, small_chunks, monkeypatch
             read += 1
             yield pair
 
-    engine = reranker._engine()
+    engine = reranker.engine()
     forward, scored = engine._forward, 0
 
     def counting_forward(ids):
@@ -108,7 +108,7 @@ def test_twins_tie_and_runs_repeat(reranker):
 def test_out_of_memory_halves_the_budget_and_goes_on(tokenizer, implementation, error, monkeypatch, caplog):
     reranker = CrossEncoder(make_model(attn_implementation=implementation), tokenizer, device="cpu")
     expected = reranker.predict(PAIRS)
-    engine = reranker._engine()
+    engine = reranker.engine()
     forward, sizes = engine._forward, []
 
     def small_memory(ids):
@@ -133,14 +133,14 @@ def test_other_errors_and_pairs_that_never_fit_are_raised(reranker, monkeypatch)
     def fail(ids):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(reranker._engine(), "_forward", fail)
+    monkeypatch.setattr(reranker.engine(), "_forward", fail)
     with pytest.raises(torch.OutOfMemoryError, match=r"one pair of \d+ tokens does not fit in the memory of cpu"):
         reranker.predict(PAIRS)
 
     def break_down(ids):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(reranker._engine(), "_forward", break_down)
+    monkeypatch.setattr(reranker.engine(), "_forward", break_down)
     with pytest.raises(RuntimeError, match=r"^broken$"):
         reranker.predict(PAIRS)
 

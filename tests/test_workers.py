@@ -31,7 +31,7 @@ def pooled(reranker_checkpoint):
 def test_worker_devices_give_the_same_scores_with_one_start(single, pooled):
     expected = single.predict(PAIRS)
     np.testing.assert_allclose(pooled.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
-    pool = pooled._engine()
+    pool = pooled.engine()
     workers = [process.pid for process in pool._processes]
     np.testing.assert_allclose(pooled.predict(iter(PAIRS), batch_size=3), expected, rtol=1e-5, atol=1e-6)
     assert pooled.predict(PAIRS[:1]).shape == (1,)
@@ -40,14 +40,14 @@ def test_worker_devices_give_the_same_scores_with_one_start(single, pooled):
     assert [result["corpus_id"] for result in ranking] == [
         result["corpus_id"] for result in single.rank("query 1", [passage for _, passage in PAIRS], top_k=5)
     ]
-    assert [process.pid for process in pooled._engine()._processes] == workers
+    assert [process.pid for process in pooled.engine()._processes] == workers
 
 
 @pytest.mark.slow
 def test_devices_of_a_call(reranker_checkpoint, single):
     reranker = CrossEncoder(reranker_checkpoint, device="cpu")
     np.testing.assert_allclose(reranker.predict(PAIRS, device=["cpu"]), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
-    processes = reranker._engine()._processes
+    processes = reranker.engine()._processes
     assert len(processes) == 1
     np.testing.assert_allclose(reranker.predict(PAIRS, device="cpu"), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
     assert not processes[0].is_alive()
@@ -57,14 +57,14 @@ def test_devices_of_a_call(reranker_checkpoint, single):
 def test_an_error_of_a_worker_comes_with_its_traceback_and_the_next_call_starts_anew(pooled, single):
     encoded = [[1, 2, 3], [10**6]]  # no such token
     with pytest.raises(RuntimeError, match=r"the worker on cpu failed: Traceback [\s\S]*IndexError: index"):
-        pooled._engine().logits(encoded)
+        pooled.engine().logits(encoded)
     np.testing.assert_allclose(pooled.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_a_worker_that_dies_is_told_and_does_not_hang(pooled, single, is_busy):
-    pool = pooled._engine()
+    pool = pooled.engine()
     victim = pool._processes[1]
 
     def kill(tokens=0):
@@ -84,7 +84,7 @@ def test_an_error_between_two_batches_leaves_no_answer_behind(pooled, single):
         raise KeyError(tokens)
 
     with pytest.raises(KeyError):
-        pooled._engine().logits([[number % 300] * 50 for number in range(200)], on_tokens=fail)
+        pooled.engine().logits([[number % 300] * 50 for number in range(200)], on_tokens=fail)
     np.testing.assert_allclose(pooled.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..outputs import check_apart, check_free, write_whole
+
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation, Qrels, Report, Run, System
 
@@ -81,35 +83,21 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_paths(arguments: argparse.Namespace) -> None:
     """Refuses what would fail after the work, or would replace an input."""
-    inputs = {os.path.realpath(path): f"--{name}" for name in INPUTS if (path := getattr(arguments, name))}
     if arguments.baseline and os.path.realpath(arguments.run) == os.path.realpath(arguments.baseline):
         raise ValueError("--run and --baseline must be two files, got the same one twice")
     for name in ("queries", "corpus", "latency"):
         if getattr(arguments, name) and not arguments.report:
             raise ValueError(f"--{name} is for the report: add --report OUT.html, or leave it out")
-    for name in OUTPUTS:
-        path = getattr(arguments, name)
-        if not path:
-            continue
-        other = inputs.setdefault(os.path.realpath(path), f"--{name}")
-        if other != f"--{name}":
-            raise ValueError(f"--{name} and {other} must be two files, got {path!r} for both")
-        _check_free(path, arguments.overwrite)
-
-
-def _check_free(path: str, overwrite: bool) -> None:
-    if os.path.isdir(path):
-        raise FileExistsError(f"{path!r} is a folder: name a file")
-    if os.path.exists(path) and not overwrite:
-        raise FileExistsError(f"{path!r} exists: pass --overwrite to replace it, or choose another output")
+    outputs = {f"--{name}": path for name in OUTPUTS if (path := getattr(arguments, name))}
+    check_apart({f"--{name}": getattr(arguments, name) or None for name in INPUTS}, outputs)
+    for path in outputs.values():
+        check_free(path, overwrite=arguments.overwrite, is_file=True)
 
 
 def _write(outputs: dict[str, str], overwrite: bool) -> None:
-    from ..outputs import write_whole
-
     for path, text in outputs.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _check_free(path, overwrite)  # it may have appeared meanwhile
+        check_free(path, overwrite=overwrite, is_file=True)  # it may have appeared meanwhile
         write_whole(path, text)
 
 

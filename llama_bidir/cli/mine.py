@@ -2,6 +2,8 @@
 
 import argparse
 
+from .rerank import check_devices
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..evaluation.mining import Selection, mine_file
 
     logging.disable_progress_bar()
+    devices = check_devices((arguments.device or "").split(",") if arguments.device else [])
     result = mine_file(
         arguments.model,
         arguments.source,
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         keep_empty=arguments.keep_empty,
         batch_size=arguments.batch_size,
-        device=arguments.device.split(",") if "," in (arguments.device or "") else arguments.device,
+        device=devices if len(devices) > 1 else next(iter(devices), None),
         dtype=arguments.dtype,
         max_length=arguments.max_length,
         overwrite=arguments.overwrite,

@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ..evaluation.rerank import RerankJob, rerank_job, rerank_with_ray
 
     logging.disable_progress_bar()
-    devices = _check_devices(arguments.device or [])
+    if arguments.ray_actors and arguments.engine != "ray":
+        raise ValueError("--ray-actors is for --engine ray: add it, or leave --ray-actors out")
+    devices = check_devices(arguments.device or [])
     job = RerankJob(
         corpus=arguments.corpus,
         queries=arguments.queries,
@@ -83,10 +85,12 @@ def run(arguments: argparse.Namespace) -> None:
         cross_encoder.close()
     if job.ranks.rank == 0:
         speed = f", {result.num_pairs / result.seconds:.1f} pairs/s" if result.num_pairs else ""
-        print(f"run: {result.output} ({result.num_pairs} pairs scored in {result.seconds:.1f} s{speed})")
+        by = f" by process 0 of {job.ranks.size}" if job.ranks.size > 1 else ""
+        print(f"run: {result.output} ({result.num_pairs} pairs scored{by} in {result.seconds:.1f} s{speed})")
 
 
-def _check_devices(devices: list[str]) -> list[str]:
+def check_devices(devices: list[str]) -> list[str]:
+    """Returns names of devices; raises ValueError for one that torch does not know."""
     import torch
 
     for device in devices:

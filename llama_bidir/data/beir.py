@@ -77,12 +77,14 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
         columns = line.split("\t") if is_beir else line.split()
         if len(columns) != (3 if is_beir else 4) or not all(columns):
             rule = QRELS_RULES[is_beir]
-            raise ValueError(f"{where}: a line of qrels must have {rule}; got {describe(line.strip())}")
+            raise ValueError(
+                f"{where}: a line of qrels must have {rule}, got {describe(line.strip())}; correct or remove it"
+            )
         query_id, doc_id = columns[0], columns[-2]
         judgement = Judgement(number, query_id, doc_id, _read_int(columns[-1], f"{where}: score"))
         yield judgement
     if judgement is None:
-        raise ValueError(f"{path}: the file has no judgements; it needs one a line")
+        raise ValueError(f"{path}:1: the file has no judgements; it needs one a line")
 
 
 def read_run(path: Path) -> Iterator[RunEntry]:
@@ -98,8 +100,8 @@ def read_run(path: Path) -> Iterator[RunEntry]:
         columns = line.split()
         if len(columns) != 6:
             raise ValueError(
-                f"{where}: a line of a run must have 6 columns: query-id, Q0, doc-id, rank, score, tag; got "
-                f"{describe(line.strip())}"
+                f"{where}: a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, tag), got "
+                f"{describe(line.strip())}; correct or remove it"
             )
         query_id, _, doc_id, rank, score, _ = columns
         entry = RunEntry(
@@ -107,7 +109,7 @@ def read_run(path: Path) -> Iterator[RunEntry]:
         )
         yield entry
     if entry is None:
-        raise ValueError(f"{path}: the run has no entries; it needs one a line")
+        raise ValueError(f"{path}:1: the run has no entries; it needs one a line")
 
 
 def _read_texts(path: Path, kind: str) -> Iterator[tuple[str, str]]:
@@ -116,18 +118,21 @@ def _read_texts(path: Path, kind: str) -> Iterator[tuple[str, str]]:
         where = f"{path}:{number}"
         identifier = read_id(row, "_id", where)
         if lines.setdefault(identifier, number) != number:
-            raise ValueError(f"{where}: _id: the {kind} {identifier!r} is there already, in line {lines[identifier]}")
+            raise ValueError(
+                f"{where}: _id: the {kind} {identifier!r} is there already, in line {lines[identifier]}; keep one of "
+                "the lines"
+            )
         text = _read_text(row, "text", where)
         title = _read_text(row, "title", where) if kind == "document" and row.get("title") is not None else ""
         yield identifier, f"{title} {text}" if title else text
     if not lines:
-        raise ValueError(f"{path}: the file has no lines; it needs one JSON object a line, one for each {kind}")
+        raise ValueError(f"{path}:1: the file has no lines; it needs one JSON object a line, one for each {kind}")
 
 
 def _read_text(row: dict[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {field} must be a string, got {describe(value)}")
+        raise ValueError(f"{where}: {field} must be a string, got {describe(value)}; correct or remove the line")
     return check_text(f"{where}: {field}", value)
 
 
@@ -135,7 +140,7 @@ def _read_int(text: str, where: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise ValueError(f"{where} must be a whole number, got {text!r}") from None
+        raise ValueError(f"{where} must be a whole number, got {text!r}; correct or remove the line") from None
     if abs(value) >= 2**31:
         raise ValueError(f"{where} must be a whole number of 32 bits, got {text!r}")
     return value
@@ -147,5 +152,5 @@ def _read_float(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{where} must be a finite number, got {text!r}")
+        raise ValueError(f"{where} must be a finite number, got {text!r}; correct or remove the line")
     return value

@@ -30,12 +30,11 @@ UNKNOWN = -1
 
 
 class BeirFiles(NamedTuple):
-    """The four files of a BEIR folder that training rows are made of."""
+    """The files of a BEIR folder, beside its runs."""
 
     corpus: Path
     queries: Path
     qrels: Path
-    run: Path
 
 
 def load_beir(
@@ -64,7 +63,7 @@ def load_beir(
             documents are not in the folder becomes a record with `error`.
     """
     datasets = require("datasets", "train")
-    files = find_files(folder, qrels=qrels, run=run)
+    files, run_path = find_files(folder, qrels=qrels), find_run(folder, run)
     text = datasets.Value("string")
     documents = write_dataset(
         _generate_documents,
@@ -76,35 +75,49 @@ def load_beir(
         "documents": check_documents(documents, os.fspath(files.corpus)),
         "queries": os.fspath(files.queries),
         "qrels": os.fspath(files.qrels),
-        "run": os.fspath(files.run),
+        "run": os.fspath(run_path),
         "depth": depth,
         "states": tuple(map(stamp, files)),
     }
     return write_dataset(_generate_rows, row_features("int64"), arguments, cache_dir), documents
 
 
-def find_files(folder: Path, *, qrels: str | None = None, run: str | None = None) -> BeirFiles:
+def find_files(folder: Path, *, qrels: str | None = None) -> BeirFiles:
     """
     Finds the files of a BEIR folder.
 
     Args:
         folder: holds `corpus.jsonl` and `queries.jsonl`, each maybe with `.gz`.
-        qrels, run: paths in the folder (or absolute); by default the one file of `qrels.tsv`, `qrels/train.tsv`,
-            `qrels.trec`, `qrels.txt`, and the one of `run*.trec`, `run*.trec.gz`.
+        qrels: a path in the folder (or absolute); by default the one file of `qrels.tsv`, `qrels/train.tsv`,
+            `qrels.trec`, `qrels.txt`.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: several could be meant, with their names.
     """
-    runs = sorted(file.name for pattern in ("run*.trec", "run*.trec.gz") for file in folder.glob(pattern))
     return BeirFiles(
         corpus=_choose(folder, "corpus", None, ["corpus.jsonl", "corpus.jsonl.gz"], "corpus.jsonl or corpus.jsonl.gz"),
         queries=_choose(
             folder, "queries", None, ["queries.jsonl", "queries.jsonl.gz"], "queries.jsonl or queries.jsonl.gz"
         ),
         qrels=_choose(folder, "qrels", qrels, QRELS_NAMES, "qrels.tsv or qrels/train.tsv"),
-        run=_choose(folder, "run", run, runs, "run*.trec or run*.trec.gz"),
     )
+
+
+def find_run(folder: Path, run: str | None = None) -> Path:
+    """
+    Finds a run in a BEIR folder: a path in it (or an absolute one), by default the one of `run*.trec`, `run*.trec.gz`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several, with their names.
+    """
+    return _choose(folder, "run", run, list_runs(folder), "run*.trec or run*.trec.gz")
+
+
+def list_runs(folder: Path) -> list[str]:
+    """Returns the names of the runs in a folder."""
+    return sorted(file.name for pattern in ("run*.trec", "run*.trec.gz") for file in folder.glob(pattern))
 
 
 def _choose(folder: Path, kind: str, name: str | None, candidates: Iterable[str], rule: str) -> Path:

@@ -38,7 +38,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}:{number}: the file must be UTF-8 text: {error.reason} at byte {error.start + 1} of the line"
+            f"{path}:{number}: the file must be UTF-8 text: {error.reason} at byte {error.start + 1} of the line; "
+            "convert the file"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _not_gzip(path, number + 1, error) from None
@@ -112,4 +113,4 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _not_gzip(path: Path, line: int, error: Exception) -> ValueError:
-    return ValueError(f"{path}:{line}: the file must be whole gzip data: {error}")
+    return ValueError(f"{path}:{line}: the file must be whole gzip data: {error}; fetch or write it again")

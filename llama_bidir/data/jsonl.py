@@ -35,4 +35,4 @@ def _generate_rows(path: str, state: FileStamp, version: int) -> Iterator[dict[s
         except ValueError as error:
             yield error_record(error)
     if is_empty:
-        raise ValueError(f"{path}: the file has no rows; it needs one JSON object a line, with query and pos_doc")
+        raise ValueError(f"{path}:1: the file has no rows; it needs one JSON object a line, with query and pos_doc")

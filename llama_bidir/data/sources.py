@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..extras import require
 from ..validation import check_positive_int, describe
 from .arrow import DocumentTexts, split_errors
 from .beir_folder import load_beir
@@ -125,7 +124,7 @@ def load_rows(
 
 def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> "Dataset":
     """
-    Returns the rows that have a negative, which groups of several passages need.
+    Returns the rows that have a negative which is not one of their positives, as groups of several passages need.
 
     Args:
         rows: as [`load_rows`] returns them.
@@ -135,14 +134,21 @@ def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> 
     Raises:
         ValueError: a row has none, or, where those are left out, all rows.
     """
-    pc = require("pyarrow.compute", "train")
-    has_negative = [pc.greater(pc.list_value_length(column), 0) for column in _iterate_column(rows, "neg_doc")]
-    found = np.flatnonzero(np.concatenate([column.to_numpy(zero_copy_only=False) for column in has_negative]))
+    columns = zip(_iterate_column(rows, "pos_doc"), _iterate_column(rows, "neg_doc"), strict=True)
+    has_negative = [
+        not set(negatives) <= set(positives)
+        for column in columns
+        for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
+    ]
+    found = np.flatnonzero(has_negative)
     num_others = len(rows) - len(found)
     if not num_others:
         return rows
     first = int(np.setdiff1d(np.arange(len(rows)), found)[0])
-    message = f"{name}: row {first} (query {rows[first]['query']!r}) has no neg_doc, which groups of passages need"
+    message = (
+        f"{name}: row {first} (query {rows[first]['query']!r}) has no neg_doc beside its positives, which groups of "
+        "passages need"
+    )
     if not skip_others or not len(found):
         raise ValueError(f"{message} (and {num_others - 1} more); --skip-bad-rows leaves such rows out")
     logger.warning(f"{message}: left out {num_others} such rows")

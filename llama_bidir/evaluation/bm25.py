@@ -55,6 +55,9 @@ def _score_all(texts: Iterable[str], queries: Iterable[str]) -> Iterator[Scores]
     """Yields the score of each text, query by query."""
     bm25s = require("bm25s", "eval")
     tokens: Any = bm25s.tokenize(texts, stopwords="en", show_progress=False)
+    if not tokens.vocab:  # bm25s cannot index what has no word
+        yield from (np.zeros(len(tokens.ids), dtype=np.float32) for _ in queries)
+        return
     retriever = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
     retriever.index(tokens, show_progress=False)
     del tokens

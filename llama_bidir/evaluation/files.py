@@ -124,9 +124,8 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str) -> None:
     lines = []
     for query_id, docs in run.items():
         ranked = sorted(docs.items(), key=lambda item: -item[1])
-        lines += [
-            f"{query_id} Q0 {doc_id} {rank} {score!r} {tag}" for rank, (doc_id, score) in enumerate(ranked, start=1)
-        ]
+        for rank, (doc_id, score) in enumerate(ranked, start=1):
+            lines.append(f"{query_id} Q0 {doc_id} {rank} {float(score)!r} {tag}")
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

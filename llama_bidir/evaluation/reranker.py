@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data.beir_folder import find_files
+from ..data.beir_folder import find_files, find_run
 from ..validation import check_positive_int, describe
 from .comparison import Comparison, compare
 from .files import read_documents, read_qrels, read_queries, read_run
@@ -124,14 +124,14 @@ def load_dataset(
     folder = Path(folder)
     if qrels is None:
         qrels = next((name for name in TEST_QRELS if (folder / name).is_file()), None)
-    files = find_files(folder, qrels=qrels, run=run)
+    files, run_path = find_files(folder, qrels=qrels), find_run(folder, run)
     judgements = read_qrels(files.qrels)
     queries = read_queries(files.queries, judgements, files.qrels)
-    first_stage = read_run(files.run)
+    first_stage = read_run(run_path)
     judged = {query_id: first_stage[query_id] for query_id in judgements if query_id in first_stage}
     top = {query_id: dict.fromkeys(rank_documents(docs)[:depth], 0.0) for query_id, docs in judged.items()}
     keep = {doc_id for docs in top.values() for doc_id in docs}
-    return Dataset(read_documents(files.corpus, keep, {files.run: top}), queries, judgements, judged)
+    return Dataset(read_documents(files.corpus, keep, {run_path: top}), queries, judgements, judged)
 
 
 def _rerank(

@@ -9,7 +9,7 @@ from ...data import parse_row
 from ..bm25 import rank_bm25
 from ..rerank.candidates import Corpus
 from .documents import read_ranked
-from .sources import MiningSource, SourceRow
+from .sources import MiningSource, SourceRow, identify
 from .windows import CandidateRow, as_list
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class CandidateFinder:
             if self.kind == "run":
                 query_ids.add(row.query_id)
         if not num_rows:
-            raise ValueError(f"{name}: the file has no rows; it needs one JSON object a line, with query and pos_doc")
+            raise ValueError(f"{name}:1: the file has no rows; it needs one JSON object a line, with query and pos_doc")
         if not num_own and (self._corpus is None or self.kind == "neg_doc"):
             raise ValueError(
                 f"{name}: no row has candidates in neg_doc: name a corpus (--corpus), which BM25 then searches, or a "
@@ -89,7 +89,7 @@ class CandidateFinder:
         """Returns a row with its candidates as `neg_doc`, best first, and without scores."""
         query = parse_row(row.fields, row.where).query
         texts, ids = self._positives.get(query, ((), row.positive_ids))
-        entries = as_list(row.fields.get("neg_doc"))[: self._depth]
+        entries = [entry for entry in as_list(row.fields.get("neg_doc")) if not ids & identify(entry)][: self._depth]
         if self._corpus is not None and (self.kind in ("bm25", "run") or (self.kind == "auto" and not entries)):
             rows = self._ranked.get(row.query_id, []) if self.kind == "run" else self._search(query)
             documents = zip(self._corpus.ids(rows), self._corpus.texts(rows), strict=True)

@@ -38,7 +38,10 @@ def read_ranked(path: Path, corpus: Corpus, query_ids: Collection[str], depth: i
         if entry.query_id not in query_ids:
             continue
         if entry.doc_id not in index:
-            raise ValueError(f"{path}:{entry.line}: doc-id: there is no document {entry.doc_id!r} in {corpus.path}")
+            raise ValueError(
+                f"{path}:{entry.line}: doc-id: there is no document {entry.doc_id!r} in {corpus.path}; give the corpus "
+                "that the run was made from"
+            )
         entries.setdefault(entry.query_id, array("q")).extend((entry.rank, entry.line, index[entry.doc_id]))
     if not entries:
         raise ValueError(f"{path}: the run has no entry for a query of the rows; they must be about the same queries")
@@ -46,6 +49,9 @@ def read_ranked(path: Path, corpus: Corpus, query_ids: Collection[str], depth: i
         lines: dict[int, int] = {}
         for _, line, number in sorted(zip(flat[::3], flat[1::3], flat[2::3], strict=True)):
             if lines.setdefault(number, line) != line:
-                raise ValueError(f"{path}:{line}: doc-id: the query has the document already, in line {lines[number]}")
+                raise ValueError(
+                    f"{path}:{line}: doc-id: the query has the document already, in line {lines[number]}; keep one of "
+                    "the lines"
+                )
         entries[query_id] = array("q", list(lines)[:depth])
     return entries

@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from ...configuration_llama_bidir import check_checkpoint_path
 from ...cross_encoder import CrossEncoder
+from ...outputs import check_apart, check_free
 from ...validation import check_positive_int
 from ..rerank.candidates import open_corpus
 from .candidates import CandidateFinder
-from .journal import Journal, check_free, open_journal
+from .journal import Journal, open_journal
 from .selection import DEFAULT_SELECTION, REASONS, Selection
 from .sources import describe_state, open_source
-from .windows import WINDOW_PAIRS, MinedRow, mine_windows
+from .windows import WINDOW_PAIRS, MinedRow, check_teacher, mine_windows
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.gguf")
 SHOWN_ROWS = 10
@@ -127,14 +128,23 @@ def mine_file(
     _check_arguments(model, source, output, depth, overwrite)
     if run is not None and candidates not in ("auto", "run"):
         raise ValueError(f"a run is given, so candidates must be 'run' (or 'auto'), got {candidates!r}")
-    opened = open_source(source, qrels=qrels, run=None if run is None else os.fspath(run))
+    opened = open_source(
+        source, qrels=qrels, run=None if run is None else os.fspath(run), takes_run=candidates in ("auto", "run")
+    )
     if corpus is not None and opened.corpus is not None:
         raise ValueError(f"{source}: corpus must not be given for a BEIR folder, which has its own")
     documents = open_corpus(Path(corpus)) if corpus is not None else opened.corpus
     run_path = Path(run) if run is not None else opened.run
+    if corpus is not None and candidates == "neg_doc":
+        raise ValueError("candidates are the neg_doc of the rows, so that no corpus is searched: leave corpus out")
+    inputs = {f"the source's {path.name}": path for path in opened.files}
+    check_apart(
+        {**inputs, "corpus": None if documents is None else documents.path, "run": run_path}, {"output": output}
+    )
     finder = CandidateFinder(opened, candidates, documents, run_path, depth)
     num_rows = finder.check(source)
     cross_encoder = CrossEncoder(model, device=device, dtype=dtype, max_length=max_length)
+    check_teacher(cross_encoder)
     arguments = {
         "model": _describe_model(model, cross_encoder),
         "source": opened.stamps,
@@ -178,8 +188,6 @@ def _check_arguments(model: str, source: str, output: Path, depth: int, overwrit
     if output.is_dir():
         raise ValueError(f"output must be a file, but {os.fspath(output)!r} is a folder")
     check_free(output, overwrite=overwrite)
-    if output.exists() and os.path.exists(source) and output.samefile(source):
-        raise ValueError(f"{source}: output must be another file than the source, which it would replace")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "mining runs in one process, not under torchrun or accelerate: start it without them, and name several "

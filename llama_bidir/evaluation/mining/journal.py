@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from ...outputs import check_free
+from ..resume import as_recorded, can_go_on, lock
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,8 +55,14 @@ class Journal:
         self.windows: list[Window] = []
         self._path = output.with_name(f"{output.name}.partial")
         self._rows_path = output.with_name(f"{output.name}.partial-rows")
-        arguments = json.loads(json.dumps(arguments))
-        length = self._read(arguments) if self._path.exists() else 0
+        arguments = as_recorded(arguments)
+        self._path.touch()
+        self._lock = lock(self._path)
+        try:
+            length = self._read(arguments) if self._path.stat().st_size else 0
+        except BaseException:
+            self._lock.close()
+            raise
         mode = "r+b" if length else "wb"
         self._rows: IO[bytes] = self._rows_path.open(mode)
         self._rows.truncate(self.num_bytes)
@@ -103,8 +112,8 @@ class Journal:
 
     def close(self) -> None:
         """Leaves rows and journal for the next start."""
-        self._rows.close()
-        self._file.close()
+        for file in (self._rows, self._file, self._lock):
+            file.close()
 
     def _read(self, arguments: Mapping[str, Any]) -> int:
         """Reads the windows of a former start; returns the length of the journal, or 0 to begin anew."""
@@ -115,19 +124,12 @@ class Journal:
                 return 0
             if former is None or not isinstance(former[0], dict):
                 raise ValueError(f"{self._path}: is not a journal of mine: move it away, or choose another output")
-            changed = [
-                f"{name} was {former[0].get(name)!r} and is {arguments.get(name)!r}"
-                for name in [*arguments, *(former[0].keys() - arguments.keys())]
-                if former[0].get(name) != arguments.get(name)
-            ]
-            if changed and not self.overwrite:
-                raise ValueError(
-                    f"{self._path}: holds a stopped run with other arguments: {'; '.join(changed)}. Start with the "
-                    "same ones to go on, with overwrite (--overwrite) to begin anew, or with another output"
-                )
-            if changed:
-                logger.warning(f"{self._path}: began anew, as other arguments were given: {'; '.join(changed)}")
-            if changed or not self._rows_path.exists():
+            has_rows = next(lines, None) is not None  # without any, nothing is lost
+            if not can_go_on(self._path, former[0], arguments, overwrite=self.overwrite or not has_rows):
+                return 0
+            file.seek(former[1])
+            lines = _whole_lines(file, former[1])
+            if not self._rows_path.exists():
                 return 0
             length, num_bytes = former[1], self._rows_path.stat().st_size
             for values, end in lines:
@@ -157,14 +159,6 @@ def open_journal(output: Path, arguments: Mapping[str, Any], *, overwrite: bool)
         journal.close()
 
 
-def check_free(output: Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError where there is an output already, and it may not be replaced."""
-    if output.exists() and not overwrite:
-        raise FileExistsError(
-            f"{os.fspath(output)!r} exists: pass overwrite (--overwrite) to replace it, or choose another output"
-        )
-
-
 def _line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
@@ -175,9 +169,8 @@ def _is_torn(path: Path) -> bool:
     return not content or (content.startswith(b"{") and b"\n" not in content)
 
 
-def _whole_lines(file: IO[bytes]) -> Iterator[tuple[Any, int]]:
-    """Yields the value of each line, and where it ends, up to the first that is not whole."""
-    end = 0
+def _whole_lines(file: IO[bytes], end: int = 0) -> Iterator[tuple[Any, int]]:
+    """Yields the value of each line, and where it ends, up to the first that is not whole; the file is at `end`."""
     for line in file:
         end += len(line)
         try:

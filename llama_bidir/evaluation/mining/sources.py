@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data import load_rows
 from ...data.arrow import FileStamp, stamp, write_dataset
 from ...data.beir import read_qrels, read_queries
-from ...data.beir_folder import BeirFiles, find_files
+from ...data.beir_folder import BeirFiles, find_files, find_run, list_runs
 from ...data.files import read_id, read_json, read_json_lines
 from ...data.hub import PREFIX
 from ...extras import require
@@ -62,6 +62,7 @@ class MiningSource(NamedTuple):
     stamps: list[str]
     corpus: Corpus | None = None
     run: Path | None = None
+    files: Sequence[Path] = ()
 
 
 def describe_state(path: str | os.PathLike[str]) -> str:
@@ -70,7 +71,9 @@ def describe_state(path: str | os.PathLike[str]) -> str:
     return f"{state.path} ({state.size} bytes, changed at {state.mtime_ns} ns)"
 
 
-def open_source(source: str, *, qrels: str | None = None, run: str | None = None) -> MiningSource:
+def open_source(
+    source: str, *, qrels: str | None = None, run: str | None = None, takes_run: bool = True
+) -> MiningSource:
     """
     Opens the rows that [`load_rows`] reads under the same name.
 
@@ -82,6 +85,7 @@ def open_source(source: str, *, qrels: str | None = None, run: str | None = None
         source: a `*.jsonl`, `*.jsonl.gz`, `*.json` or `*.json.gz` file, `hf://org/repo/subset`, or a BEIR folder.
         qrels: of a BEIR folder, a path in it (see [`find_files`]).
         run: of a BEIR folder, instead of its own one.
+        takes_run: whether a run of a BEIR folder is of use.
 
     Raises:
         FileNotFoundError, OSError: it is not there or cannot be read.
@@ -89,18 +93,18 @@ def open_source(source: str, *, qrels: str | None = None, run: str | None = None
     """
     path, name = Path(source), source.lower()
     if path.is_dir() and not source.startswith(PREFIX):
-        return _open_beir(path, qrels, run)
+        return _open_beir(path, qrels, run, takes_run=takes_run)
     if qrels is not None:
         raise ValueError(f"{source}: qrels can be given for a BEIR folder only, and this is none")
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return MiningSource(lambda: _read_jsonl(path), [describe_state(path)])
+        return MiningSource(lambda: _read_jsonl(path), [describe_state(path)], files=[path])
     dataset = load_rows(source)
     if name.endswith((".json", ".json.gz")):
         # Memory-mapped like the rows, so that the fields beside the schema need no memory either.
         datasets = require("datasets", "train")
         features = datasets.Features(row=datasets.Value("string"))
         records = write_dataset(_generate_data, features, {"path": os.fspath(path), "state": stamp(path)}, None)
-        return MiningSource(lambda: _read_corpus_id(path, dataset, records), [describe_state(path)])
+        return MiningSource(lambda: _read_corpus_id(path, dataset, records), [describe_state(path)], files=[path])
     return MiningSource(lambda: _read_dataset(source, dataset), [f"{source} ({dataset._fingerprint})"])
 
 
@@ -111,8 +115,14 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
 
 def _find_ids(fields: Mapping[str, Any]) -> frozenset[str]:
     """Identifiers of positives that are objects, beside their text."""
-    items = [item for item in as_list(fields.get("pos_doc")) if isinstance(item, Mapping)]
-    return frozenset(str(item[name]) for item in items for name in DOC_IDS if item.get(name) is not None)
+    return frozenset().union(*map(identify, as_list(fields.get("pos_doc"))))
+
+
+def identify(passage: Any) -> frozenset[str]:
+    """Identifiers of a passage that is an object, beside its text."""
+    if not isinstance(passage, Mapping):
+        return frozenset()
+    return frozenset(str(passage[name]) for name in DOC_IDS if passage.get(name) is not None)
 
 
 def _read_corpus_id(path: Path, dataset: Any, records: Any) -> Iterator[SourceRow]:
@@ -135,12 +145,11 @@ def _read_dataset(source: str, dataset: Any) -> Iterator[SourceRow]:
         yield SourceRow(f"{source}: row {number}", row)
 
 
-def _open_beir(folder: Path, qrels: str | None, run: str | None) -> MiningSource:
-    has_run = run is not None or any(folder.glob("run*.trec")) or any(folder.glob("run*.trec.gz"))
-    # A folder without a run needs none here, as BM25 can search its corpus; the queries stand in for it.
-    stand_in = next((name for name in ("queries.jsonl", "queries.jsonl.gz") if (folder / name).is_file()), None)
-    named = None if run is None else os.path.abspath(run)
-    files = find_files(folder, qrels=qrels, run=named if has_run else stand_in)
+def _open_beir(folder: Path, qrels: str | None, run: str | None, *, takes_run: bool) -> MiningSource:
+    files = find_files(folder, qrels=qrels)
+    run_path = None
+    if takes_run and (run is not None or list_runs(folder)):  # BM25 can search the corpus of a folder without one
+        run_path = find_run(folder, None if run is None else os.path.abspath(run))
     corpus = open_corpus(files.corpus)
     queries = read_queries(files.queries)
     relevant = _read_relevant(files, corpus, queries)
@@ -148,7 +157,8 @@ def _open_beir(folder: Path, qrels: str | None, run: str | None) -> MiningSource
         lambda: _read_beir(files, corpus, queries, relevant),
         [describe_state(path) for path in (files.corpus, files.queries, files.qrels)],
         corpus,
-        files.run if has_run else None,
+        run_path,
+        [files.corpus, files.queries, files.qrels],
     )
 
 

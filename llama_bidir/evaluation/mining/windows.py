@@ -77,6 +77,15 @@ def mine_negatives(
         yield from window
 
 
+def check_teacher(cross_encoder: CrossEncoder) -> None:
+    """Raises ValueError for a model of several labels."""
+    if cross_encoder.config.num_labels != 1:
+        raise ValueError(
+            f"a teacher gives one score a pair, but the model has {cross_encoder.config.num_labels} labels: name "
+            "another model"
+        )
+
+
 def mine_windows(
     cross_encoder: CrossEncoder,
     rows: Iterable[CandidateRow],
@@ -86,10 +95,7 @@ def mine_windows(
     window_pairs: int,
 ) -> Iterator[list[MinedRow]]:
     """Yields the rows of [`mine_negatives`] a window at a time. Where windows end depends on the rows alone."""
-    if cross_encoder.config.num_labels != 1:
-        raise ValueError(
-            f"a teacher gives one score a pair, but the model has {cross_encoder.config.num_labels} labels"
-        )
+    check_teacher(cross_encoder)
     for window in _read_windows(rows, window_pairs):
         pairs = [(row.query, text) for _, row in window for text in (*row.positives, *row.negatives)]
         # Raw logits, whatever activation the caller has set.

@@ -49,6 +49,10 @@ class Corpus:
     def texts(self, rows: Sequence[int]) -> list[str]:
         return self._texts[list(rows)]["text"].to_pylist()
 
+    def all_ids(self) -> Iterator[str]:
+        for batch in self._ids.iter(1000):
+            yield from batch["id"].to_pylist()
+
     def all_texts(self) -> Iterator[str]:
         for batch in self._texts.iter(1000):
             yield from batch["text"].to_pylist()

@@ -12,6 +12,8 @@ from typing import IO, Any, cast
 
 from ...data.arrow import stamp
 from ...data.beir import read_queries
+from ...extras import require
+from ...outputs import check_apart, check_free
 from ...scoring import Pair
 from ...validation import check_positive_int
 from ..bm25 import rank_bm25
@@ -70,6 +72,8 @@ class RerankJob:
         self.corpus_path, self.queries_path, self.output = Path(corpus), Path(queries), Path(output)
         self.run_path = None if run is None else Path(run)
         self.write_run = None if write_run is None else Path(write_run)
+        inputs = {"corpus": self.corpus_path, "queries": self.queries_path, "run": self.run_path}
+        check_apart(inputs, {"write_run": self.write_run, "output": self.output})
         self.depth, self.batch_size, self.max_tokens_per_batch = depth, batch_size, max_tokens_per_batch
         self.tag, self.overwrite, self.cache_dir = tag, overwrite, cache_dir
         self.ranks = Ranks()
@@ -80,6 +84,9 @@ class RerankJob:
         self.corpus = open_corpus(self.corpus_path, cache_dir)
         self.queries = read_queries(self.queries_path)
         self._candidates = None if self.run_path is None else self._open_candidates(self.run_path)
+        if self.run_path is None:
+            require("bm25s", "eval")
+            self._check_words()
 
     @property
     def candidates(self) -> Candidates:
@@ -233,13 +240,24 @@ class RerankJob:
             return  # written by a start before this one
         with _open_whole(self.first_stage_run, is_compressed=self.first_stage_run.suffix == ".gz") as file:
             rankings = rank_bm25(self.corpus.all_texts(), self.queries.values(), self.depth)
+            num_documents = 0
             for query_id, (rows, scores) in zip(self.queries, rankings, strict=True):
-                doc_ids = self.corpus.ids(rows) if rows else []
-                for path, names in ((self.queries_path, [query_id] * bool(rows)), (self.corpus_path, doc_ids)):
-                    for name in names:
-                        if name.split() != [name]:
-                            raise ValueError(f"{path}: _id: {name!r} is not one word, which a column of a run must be")
-                file.writelines(run_lines(query_id, doc_ids, scores, BM25_TAG))
+                file.writelines(run_lines(query_id, self.corpus.ids(rows) if rows else [], scores, BM25_TAG))
+                num_documents += len(rows)
+            if not num_documents:
+                raise ValueError(
+                    f"{self.queries_path}: no query shares a word with a document of {self.corpus_path}, so BM25 finds "
+                    "nothing to rerank: give a run (--run), or the corpus that the queries are about"
+                )
+
+    def _check_words(self) -> None:
+        """Raises ValueError for an identifier that cannot be a column of the run that BM25 makes."""
+        for path, identifiers in ((self.queries_path, self.queries), (self.corpus_path, self.corpus.all_ids())):
+            for name in identifiers:
+                if name.split() != [name]:
+                    raise ValueError(
+                        f"{path}: _id: {name!r} is not one word, which a column of a run must be: rename it"
+                    )
 
     def _open_candidates(self, run: Path) -> Candidates:
         return open_candidates(self.corpus, self.queries_path, run, texts=self.queries, cache_dir=self.cache_dir)
@@ -252,10 +270,7 @@ class RerankJob:
     def _check_targets(self) -> None:
         for working, target in self._targets():
             is_own = self.journal.is_finished and not working.exists()  # moved there just before a kill
-            if target.is_dir() or (target.exists() and not self.overwrite and not is_own):
-                raise FileExistsError(
-                    f"{os.fspath(target)!r} exists: pass overwrite (--overwrite) to replace it, or choose another one"
-                )
+            check_free(target, overwrite=self.overwrite or is_own, is_file=True)
 
 
 @contextmanager

@@ -15,10 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from ..resume import as_recorded, can_go_on, lock
 
 logger = logging.getLogger(__name__)
 
@@ -85,19 +82,13 @@ class Journal:
             ValueError: there is a journal of other arguments, with what has changed, or another file in its place.
             RuntimeError: another process is at work on the same output.
         """
-        job = {"arguments": json.loads(json.dumps(arguments)), "settings": dict(settings)}
+        job = {"arguments": as_recorded(arguments), "settings": dict(settings)}
         if self.path.exists():
             self._take_lock()
             former = self._read_job()
-            changed = _changes(former["arguments"], job["arguments"])
-            if not changed:
+            has_scores = self.is_finished or bool(self._places)  # without any, nothing is lost
+            if can_go_on(self.path, former["arguments"], job["arguments"], overwrite=overwrite or not has_scores):
                 return former["settings"]
-            if not overwrite:
-                raise ValueError(
-                    f"{self.path}: holds a stopped run with other arguments: {'; '.join(changed)}. Start with the same "
-                    "ones to go on, with overwrite (--overwrite) to begin anew, or with another output"
-                )
-            logger.warning(f"{self.path}: began anew, as other arguments were given: {'; '.join(changed)}")
         self.remove()
         working = self.beside("new")
         working.write_bytes(_line(json.dumps(job).encode(), 0))
@@ -149,16 +140,7 @@ class Journal:
     def _take_lock(self) -> None:
         """Keeps other processes of this machine away until [`close`], or the end of this one, however it comes."""
         self.close()
-        self._lock = self.path.open("rb")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(
-                    f"{self.path}: another process is at work on this output: wait for it, or end it first"
-                ) from None
-            except OSError as error:  # not on every shared file system
-                logger.info(f"{self.path}: no lock: {error}")
+        self._lock = lock(self.path)
 
     def _append(self, content: bytes, *, sync: bool = False) -> None:
         if not self.path.exists():
@@ -189,11 +171,3 @@ def _content(line: bytes, seed: int) -> bytes | None:
     """What a line holds, or None where it is not whole."""
     content = line[9:-1]
     return content if line == _line(content, seed) else None
-
-
-def _changes(former: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
-        for name in [*arguments, *sorted(former.keys() - arguments.keys())]
-        if former.get(name) != arguments.get(name)
-    ]

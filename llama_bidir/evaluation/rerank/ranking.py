@@ -10,8 +10,8 @@ def rank_candidates(scores: Sequence[float], num_candidates: int) -> tuple[list[
     Ranks the candidates of a query.
 
     The scored ones come first, by falling score and in first-stage order where scores are equal. The others follow in
-    first-stage order; each has the score of the one before it less 1, as float32 (or the next lower float32, where less
-    1 would be rounded away), so that tools that sort by score keep the order.
+    first-stage order; each has the next lower float32 after the score of the one before it, so that tools that sort by
+    score keep the order.
 
     Args:
         scores: float32 values, of the first candidates; at least one.
@@ -25,7 +25,7 @@ def rank_candidates(scores: Sequence[float], num_candidates: int) -> tuple[list[
     ranked: list[float] = values[order].tolist()
     last = values[order[-1]]
     for _ in range(num_candidates - len(values)):
-        last = min(last - np.float32(1), np.nextafter(last, np.float32(-np.inf)))
+        last = np.nextafter(last, np.float32(-np.inf))
         ranked.append(float(last))
     return [*order.tolist(), *range(len(values), num_candidates)], ranked
 

@@ -108,10 +108,15 @@ def rerank_with_ray(
         of_gpus = num_gpus / gpus_per_actor if gpus_per_actor else resources.get("CPU", 1) / cpus_per_actor
         num_actors = max(1, int(of_gpus))
     arguments = {"distributed": False, **(model_arguments or {})}
+    model = os.path.abspath(model) if os.path.isdir(model) else model  # actors may work in another folder
     needs = {"num_gpus": gpus_per_actor, "num_cpus": cpus_per_actor}
     describe = ray.remote(**needs)(_describe)
     with closing(job):
-        numbers = job.start(*ray.get(describe.remote(model, arguments, job.max_tokens_per_batch)))
+        try:
+            described = ray.get(describe.remote(model, arguments, job.max_tokens_per_batch))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # without the traceback of the actor in its text
+        numbers = job.start(*described)
         started = time.perf_counter()
         if numbers:
             windows = ray_data.from_items(
@@ -156,7 +161,7 @@ def _inputs_of(job: RerankJob) -> dict[str, Any]:
     }
     return {
         **absolute,
-        "cache_dir": job.cache_dir,
+        "cache_dir": None if job.cache_dir is None else os.path.abspath(job.cache_dir),
         "depth": job.depth,
         "batch_size": job.batch_size,
         **job.settings,

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ...cross_encoder import CrossEncoder
 from ...prompts import PromptEncoder
-from ...scoring import LocalEngine, Pair, Scorer, map_ahead
+from ...scoring import Pair, Scorer, map_ahead
 
 # On a CPU, where a pair takes long, a window is what a kill may lose; a GPU is given a chunk at a time.
 CPU_WINDOW_PAIRS = 256
@@ -47,7 +47,7 @@ class WindowScorer:
                 prompt_template=cross_encoder.config.prompt_template,
                 max_length=self._max_length,
             ),
-            cross_encoder._engine(),
+            cross_encoder.engine(),
             progress,
             num_labels=1,
             max_tokens=max_tokens_per_batch,
@@ -59,8 +59,8 @@ class WindowScorer:
         """Yields the scores of each window, float32 values; a GPU computes one while the next one is tokenized."""
         scorer, activation = self._scorer, self.cross_encoder.activation_fn
         mapped = map_ahead if scorer.engine.tokenizes_ahead else map
-        for chunk in mapped(scorer._encode_chunk, windows):
-            scores = scorer._score_chunk(chunk).squeeze(-1)
+        for chunk in mapped(scorer.encode_chunk, windows):
+            scores = scorer.score_chunk(chunk).squeeze(-1)
             yield (scores if activation is None else activation(scores)).float().tolist()
 
     def log(self) -> None:
@@ -84,12 +84,13 @@ def check_one_score(cross_encoder: CrossEncoder) -> None:
 
 def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
     """What decides a score, by name: two that agree in it give the same scores on the same machine."""
-    config, activation = cross_encoder.config, cross_encoder.activation_fn
+    config, activation, devices = cross_encoder.config, cross_encoder.activation_fn, cross_encoder.devices
+    name = config.name_or_path or ""
     return {
-        "model": config.name_or_path,
+        "model": os.path.abspath(name) if os.path.isdir(name) else name,
         "weights": fingerprint(cross_encoder.model),
         "dtype": str(cross_encoder.model.dtype).removeprefix("torch."),
-        "device": device_type(cross_encoder),
+        "device": devices[0].type if len(devices) == 1 else f"{len(devices)} x {devices[0].type}",
         "pooling": config.pooling,
         "temperature": config.temperature,
         "prompt_template": config.prompt_template,
@@ -104,17 +105,10 @@ def choose_settings(cross_encoder: CrossEncoder, max_tokens_per_batch: int | Non
     What a job chooses when it is first started, and keeps: pairs of a window and tokens of a batch. The latter depend
     on the memory that is free, and so would be others after a kill.
     """
-    engine = cross_encoder._engine()
-    budget = max_tokens_per_batch or cross_encoder.max_tokens_per_batch
-    if budget is None and isinstance(engine, LocalEngine):
-        budget = engine.token_budget()
-    is_cpu = device_type(cross_encoder) == "cpu"
+    engine = cross_encoder.engine()
+    budget = max_tokens_per_batch or cross_encoder.max_tokens_per_batch or engine.token_budget()
+    is_cpu = cross_encoder.devices[0].type == "cpu"
     return {"window_pairs": CPU_WINDOW_PAIRS if is_cpu else engine.chunk_pairs, "max_tokens_per_batch": budget}
-
-
-def device_type(cross_encoder: CrossEncoder) -> str:
-    """The kind of device that computes, such as `cuda`."""
-    return torch.device(next(iter(cross_encoder._devices), cross_encoder.device)).type
 
 
 def fingerprint(model: torch.nn.Module) -> str:
