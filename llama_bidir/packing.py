@@ -54,6 +54,9 @@ def packed_attention(
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # float32 rotary angles have made them float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _has_varlen_kernel(query.device, query.dtype) and not module.is_causal and not kwargs.get("dropout"):
         return _attend_by_varlen(query, key, value, cu_seq_lens_q, max_length_q), None
     if sequence_lengths is None:

@@ -106,13 +106,25 @@ class CrossEncoderTrainingArguments(TrainingArguments):
             config.dispatch_batches = False
         if self.global_batch_size is None:
             return
+        if self.deepspeed or self.auto_find_batch_size:
+            other = "deepspeed" if self.deepspeed else "auto_find_batch_size"
+            raise ValueError(
+                f"global_batch_size does not go with {other}, which reads or changes the size of a batch by itself: "
+                "set gradient_accumulation_steps instead"
+            )
         local = self.per_device_train_batch_size * max(1, self.n_gpu) * self.world_size
         if self.global_batch_size < local or self.global_batch_size % local:
             raise ValueError(
                 f"global_batch_size must be a multiple of per_device_train_batch_size x devices = {local}, got "
                 f"{self.global_batch_size}: change one of them"
             )
-        self.gradient_accumulation_steps = self.global_batch_size // local
+        steps = self.global_batch_size // local
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} makes gradient_accumulation_steps {steps}, got "
+                f"{self.gradient_accumulation_steps}: give one of the two"
+            )
+        self.gradient_accumulation_steps = steps
 
     @property
     def draw_seed(self) -> int:

@@ -75,14 +75,18 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 def run_arguments(
-    model: Any, data: Any, training: CrossEncoderTrainingArguments, lora: Mapping[str, Any] | None, num_groups: int
+    model: Any,
+    data: Any,
+    training: CrossEncoderTrainingArguments,
+    lora: Mapping[str, Any] | None,
+    rows: Mapping[str, Any],
 ) -> dict[str, Any]:
     """
     What decides the outcome of a run, by dotted name.
 
     Args:
         model, data, training, lora: the blocks of a recipe.
-        num_groups: an epoch, which tells when the training data has changed.
+        rows: what tells when the training data has changed.
     """
     decisive = {name: getattr(training, name) for name in DECISIVE if hasattr(training, name)}
     blocks = {
@@ -90,7 +94,7 @@ def run_arguments(
         "data": {name: value for name, value in dataclasses.asdict(data).items() if not name.startswith("eval")},
         "training": {**decisive, "world_size": training.world_size},
         "lora": dict(lora or {}),
-        "rows": {"groups_an_epoch": num_groups},
+        "rows": dict(rows),
     }
     named = {f"{block}.{name}": value for block, values in blocks.items() for name, value in values.items()}
     return json.loads(json.dumps(named, default=str))

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..chat_template import save_tokenizer
+from ..configuration_llama_bidir import check_checkpoint_path
 from ..extras import require
-from ..loading import cast_parameters, load_reranker
+from ..loading import cast_parameters, load_merged
 from ..model_card import write_model_card
 from ..outputs import whole_folder
 
@@ -75,17 +78,16 @@ def merge_adapter(
         overwrite: replace `output` when it exists.
 
     Raises:
-        FileExistsError: there is something at `output`, and `overwrite` is not set.
-        ValueError: `adapter` is no adapter.
+        FileExistsError: there is something at `output`, and `overwrite` is not set or it is no checkpoint.
+        ValueError: `adapter` is no adapter, or lies in `output`.
     """
-    peft = require("peft", "train")
     name = os.fspath(adapter)
-    model = load_reranker(name, {"dtype": "float32"}, dequantize=True)
-    if not isinstance(model, peft.PeftModel):
+    check_checkpoint_path(name)
+    if find_adapter_config_file(name) is None:
         raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
-    with whole_folder(output, overwrite=overwrite) as folder:
-        merged = model.merge_and_unload(safe_merge=True)
+    with whole_folder(output, overwrite=overwrite, keep=name, marker="config.json") as folder:
+        merged = load_merged(name)
         cast_parameters(merged, getattr(torch, dtype))
         merged.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        save_tokenizer(AutoTokenizer.from_pretrained(name), folder, merged.config)
         write_model_card(folder, merged.config, os.fspath(output))

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import AutoTokenizer
 
+from ..chat_template import recover_prompt_template
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
-from ..data import GroupDataset, Grouping, load_rows
-from ..data.sources import parse_source, read_rows
+from ..data import GroupDataset, Grouping, Source, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
-from .run import training_grouping
+from .run import check_recipe, load_usable_rows, training_grouping
 
 T = TypeVar("T")
 
@@ -181,6 +181,8 @@ def plan(
     data_args: DataArguments,
     training_args: CrossEncoderTrainingArguments,
     lora: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Plan:
     """
     Finds out what [`train`] would do with the same arguments. All groups of the first epoch are made once; of the
@@ -190,14 +192,17 @@ def plan(
         FileNotFoundError: the checkpoint or sources cannot be read; all of these are named, each with its argument.
         ValueError: an argument, a row or the checkpoint breaks its rule.
     """
-    if not data_args.train:
-        raise ValueError("data.train must name at least one source of training rows")
+    check_recipe(model_args, data_args, training_args, lora)
     name, problems = model_args.model_name_or_path, list[str]()
     checkpoint = _reach(lambda: _read_checkpoint(model_args, data_args), "model.model_name_or_path", name, problems)
     grouping = training_grouping(data_args, training_args)
-    train = _read_sources(data_args, "train", grouping, problems)
+    train = _read_sources(data_args, "train", grouping, training_args.loss, problems)
     evaluation = _read_sources(
-        data_args, "eval", Grouping(group_size=data_args.eval_group_size, negatives="first"), problems
+        data_args,
+        "eval",
+        Grouping(group_size=data_args.eval_group_size, negatives="first"),
+        training_args.loss,
+        problems,
     )
     if checkpoint is None or problems:
         raise FileNotFoundError("; ".join(problems))
@@ -226,7 +231,7 @@ def plan(
             training_args,
             num_tokens=training_args.train_batch_size * data_args.group_size * longest_pair,
         ),
-        output=_describe_output(Path(training_args.output_dir or "trainer_output")),
+        output=_describe_output(Path(training_args.output_dir or "trainer_output"), overwrite),
     )
 
 
@@ -255,18 +260,20 @@ def _read_checkpoint(
     given = {field: value for field, value in fields.items() if value is not None}
     config = LlamaBidirectionalConfig.from_pretrained(name, **given)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.revision)
+    if data_args.prompt_template is None:
+        config.prompt_template = recover_prompt_template(tokenizer) or config.prompt_template
     return config, PromptEncoder(tokenizer, prompt_template=config.prompt_template, max_length=config.rerank_max_length)
 
 
 def _read_sources(
-    data_args: DataArguments, use: str, grouping: Grouping, problems: list[str]
+    data_args: DataArguments, use: str, grouping: Grouping, loss: str, problems: list[str]
 ) -> list[tuple[SourcePlan, Any]]:
     read = []
     for index, entry in enumerate(getattr(data_args, use)):
         source = parse_source(entry, f"data.{use}[{index}]")
 
-        def load(entry: Any = entry) -> Any:
-            return load_rows(entry, skip_bad_rows=data_args.skip_bad_rows)
+        def load(source: Source = source) -> Any:
+            return load_usable_rows(source, data_args, grouping, loss)
 
         rows = _reach(load, f"data.{use}", source.path, problems)
         if rows is not None:
@@ -373,10 +380,13 @@ def _activations(config: Any, args: CrossEncoderTrainingArguments, num_tokens: i
     return MemoryPart("activations", num_tokens * token, arithmetic)
 
 
-def _describe_output(output: Path) -> str:
-    checkpoint = last_whole_checkpoint(output)
+def _describe_output(output: Path, overwrite: bool) -> str:
+    if overwrite:
+        is_used = output.exists() and any(output.iterdir())
+        return f"{os.fspath(output)}" + ", whose former run is removed" * is_used
     if is_finished(output):
         return f"{os.fspath(output)} holds a finished reranker, which only --overwrite replaces"
+    checkpoint = last_whole_checkpoint(output)
     return os.fspath(output) if checkpoint is None else f"{os.fspath(output)}, going on from {checkpoint.name}"
 
 

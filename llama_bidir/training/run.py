@@ -1,16 +1,21 @@
 """One training run, from arguments to a saved reranker."""
 
+import json
 import logging
 import os
+import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import upload_folder
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..data import GroupDataset, Grouping, check_teacher_scores, load_rows, parse_source, with_negatives
+from ..chat_template import recover_prompt_template
+from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
@@ -24,10 +29,13 @@ from .checkpoints import (
     run_arguments,
     write_run,
 )
+from .history import HISTORY_NAME, PLOT_NAME
 from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
+
+CHECKED_GROUPS = 1000
 
 
 def train(
@@ -56,12 +64,11 @@ def train(
         ValueError: an argument, a row or the checkpoint breaks its rule, or a stopped run had other arguments.
         OSError: a file or the checkpoint is not there.
     """
-    if not data_args.train:
-        raise ValueError("data.train must name at least one source of training rows")
-    if model_args.load_in_4bit and lora is None:
-        raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
+    check_recipe(model_args, data_args, training_args, lora)
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
+    if data_args.prompt_template is None:
+        data_args = replace(data_args, prompt_template=recover_prompt_template(tokenizer))
     if overwrite:
         check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
     elif is_finished(output):
@@ -69,14 +76,11 @@ def train(
             f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
             "choose another training.output_dir"
         )
-    needs_teacher = training_args.loss in TEACHER_LOSSES
-    train_dataset = _load_groups(
-        data_args.train, data_args, training_grouping(data_args, training_args), needs_teacher=needs_teacher
-    )
+    train_dataset = _load_groups(data_args.train, data_args, training_grouping(data_args, training_args), training_args)
     eval_dataset = None
     if data_args.eval:
         grouping = Grouping(group_size=data_args.eval_group_size, negatives="first")
-        eval_dataset = _load_groups(data_args.eval, data_args, grouping, needs_teacher=needs_teacher)
+        eval_dataset = _load_groups(data_args.eval, data_args, grouping, training_args)
     set_seed(training_args.seed)  # a new head is drawn at random
     model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
@@ -88,7 +92,7 @@ def train(
         group_size=data_args.group_size,
         peft_config=None if lora is None else lora_config(lora),
     )
-    arguments = run_arguments(model_args, data_args, training_args, lora, len(train_dataset))
+    arguments = run_arguments(model_args, data_args, training_args, lora, describe_groups(train_dataset))
     trainer.accelerator.wait_for_everyone()
     if overwrite:  # only now, when nothing more can be found wrong with what replaces it
         if trainer.is_world_process_zero():
@@ -106,11 +110,45 @@ def train(
     if model_args.dtype != "float32" and lora is None:
         trainer.save_dtype = getattr(torch, model_args.dtype)
     files = _save_whole(trainer, output)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(commit_message="End of training")
     if trainer.is_world_process_zero():
         write_run(output, arguments, files=files)
+        if training_args.push_to_hub:
+            _push(trainer, output, [*files, HISTORY_NAME, PLOT_NAME])
     return trainer
+
+
+def check_recipe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: CrossEncoderTrainingArguments,
+    lora: Mapping[str, Any] | None,
+) -> None:
+    """Raises ValueError for arguments that do not go together, before anything is read."""
+    if not data_args.train:
+        raise ValueError("data.train must name at least one source of training rows")
+    if model_args.load_in_4bit and lora is None:
+        raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
+    if data_args.group_size == 1 and training_args.loss != "binary_cross_entropy":
+        raise ValueError(f"{training_args.loss} compares the passages of a group: data.group_size must be at least 2")
+    if training_args.resume_from_checkpoint:
+        raise ValueError(
+            "training.resume_from_checkpoint: a stopped run goes on from its last checkpoint by itself; leave it out"
+        )
+
+
+def _push(trainer: CrossEncoderTrainer, output: Path, files: list[str]) -> None:
+    """Uploads the saved reranker as it is; the Trainer would save it once more."""
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo()
+    trainer._finish_current_push()
+    upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=output,
+        allow_patterns=files,
+        commit_message="End of training",
+        token=trainer.args.hub_token,
+        revision=trainer.args.hub_revision,
+    )
 
 
 def _path(entry: Any) -> str:
@@ -118,18 +156,34 @@ def _path(entry: Any) -> str:
 
 
 def _load_groups(
-    entries: list[Any], data_args: DataArguments, grouping: Grouping, *, needs_teacher: bool
+    entries: list[Any], data_args: DataArguments, grouping: Grouping, training_args: CrossEncoderTrainingArguments
 ) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
-    weighted = []
-    for source in sources:
-        rows = load_rows(source, skip_bad_rows=data_args.skip_bad_rows)
-        if grouping.group_size != 1:
-            rows = with_negatives(rows, source.path, skip_others=data_args.skip_bad_rows)
-        if needs_teacher:
-            check_teacher_scores(rows, source.path)
-        weighted.append((rows, source.weight))
+    weighted = [
+        (load_usable_rows(source, data_args, grouping, training_args.loss), source.weight) for source in sources
+    ]
     return GroupDataset(weighted, grouping, names=[source.path for source in sources])
+
+
+def load_usable_rows(source: Source, data_args: DataArguments, grouping: Grouping, loss: str) -> Any:
+    """Loads the rows of a source that groups can be made of; raises ValueError for others, or leaves them out."""
+    rows = load_rows(source, skip_bad_rows=data_args.skip_bad_rows)
+    if grouping.group_size != 1:
+        rows = with_negatives(rows, source.path, skip_others=data_args.skip_bad_rows)
+    if loss in TEACHER_LOSSES:
+        check_teacher_scores(rows, source.path)
+    return rows
+
+
+def describe_groups(groups: GroupDataset) -> dict[str, Any]:
+    """What tells when rows have changed: how many groups an epoch has, and a checksum of some of them."""
+    checksum = 0
+    for index in range(0, len(groups), max(1, len(groups) // CHECKED_GROUPS)):
+        group = groups[index]
+        checksum = zlib.crc32(
+            json.dumps([group["query"], group["passages"], group["teacher_scores"]]).encode(), checksum
+        )
+    return {"groups_an_epoch": len(groups), "checksum": f"{checksum:08x}"}
 
 
 def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:

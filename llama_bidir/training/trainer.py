@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..chat_template import save_tokenizer
 from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
 from ..losses import IGNORED, LOSSES, TEACHER_LOSSES, Loss, binary_cross_entropy, get_loss
 from ..model_card import write_model_card
@@ -262,6 +263,7 @@ class CrossEncoderTrainer(Trainer):
             return
         # An adapter (PEFT) does not save the pooling, the temperature, the template and the length.
         config.save_pretrained(directory)
+        save_tokenizer(self.processing_class, directory, config)  # type: ignore[arg-type]
         if not os.path.exists(os.path.join(directory, "README.md")):
             self.write_card(directory, directory)
 
