@@ -13,9 +13,10 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .chat_template import recover_prompt_template, save_tokenizer
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from .distributed import is_shared, score_shared
-from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_reranker
+from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_onnx, load_reranker
 from .model_card import write_model_card
 from .onednn import use_onednn
 from .packing import PACKED_ATTENTION
@@ -53,7 +54,8 @@ class CrossEncoder:
         num_labels: outputs of the head.
         revision, token, cache_folder, local_files_only: where and how files are fetched from the Hub.
         model_kwargs, tokenizer_kwargs: passed on to `from_pretrained` of the model and of the tokenizer.
-        backend: `"torch"`.
+        backend: `"torch"`, or `"onnx"` for a folder that `llama-bidir export --format onnx` wrote, in onnxruntime on a
+            CPU; `model_kwargs={"file_name": "model_int8.onnx"}` chooses another graph of it.
         long_document: what becomes of a passage that does not fit into `max_length`: `"truncate"` cuts its end, `"max"`
             and `"first_max"` score it in windows, of which the best counts (see [`~prompts.PromptEncoder.encode`]).
         max_tokens_per_batch: most tokens of a forward pass; chosen for the device and the model when not given.
@@ -87,13 +89,14 @@ class CrossEncoder:
         max_tokens_per_batch: int | None = None,
         distributed: bool = True,
     ):
-        if backend != "torch":
-            raise ValueError(f"backend must be 'torch', got {backend!r}")
+        if backend not in ("torch", "onnx"):
+            raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
         check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
         self.long_document = check_long_document(long_document)
         self.max_tokens_per_batch = max_tokens_per_batch
         self.distributed = distributed
         self._devices, model_device = _split_devices(device)
+        model_kwargs = dict(model_kwargs or {})
         if isinstance(model_name_or_path_or_model, (str, os.PathLike)):
             given = {
                 "revision": revision,
@@ -103,13 +106,18 @@ class CrossEncoder:
                 "num_labels": num_labels,
             }
             given = {name: value for name, value in given.items() if value is not None}
-            model_kwargs = {**given, **(model_kwargs or {})}
+            model_kwargs = {**given, **model_kwargs}
+            name_or_path = os.fspath(model_name_or_path_or_model)
+            # A GGUF file holds its tokenizer, and a subfolder has one of its own.
+            source = {name: model_kwargs[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in model_kwargs}
+        if backend == "onnx":
+            self.model: Any = load_onnx(model_name_or_path_or_model, model_kwargs, device=device, dtype=dtype)
+        elif isinstance(model_name_or_path_or_model, (str, os.PathLike)):
             if device is not None and "device_map" in model_kwargs:
                 raise ValueError(f"device {str(device)!r} and a device_map in model_kwargs exclude each other")
             if "device_map" not in model_kwargs:
                 model_device = model_device or torch.device(default_device())
             dtype = dtype or model_kwargs.pop("dtype", None) or model_kwargs.pop("torch_dtype", None)
-            name_or_path = os.fspath(model_name_or_path_or_model)
             self.model = load_reranker(name_or_path, {**model_kwargs, "dtype": dtype or "auto"})
             if dtype is None and getattr(self.model, "hf_quantizer", None) is None:
                 devices = self._devices or [model_device or self.model.device]
@@ -117,22 +125,21 @@ class CrossEncoder:
                     if cpu_dtype(self.model.dtype) != self.model.dtype:
                         cast_parameters(self.model, cpu_dtype(self.model.dtype))
                     logger.info(f"scoring in {self.model.dtype} on this CPU")
-            if tokenizer is None:
-                # A GGUF file holds its tokenizer, and a subfolder has one of its own.
-                source = {name: model_kwargs[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in model_kwargs}
-                tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**source, **(tokenizer_kwargs or {})})
         else:
             self.model = check_reranker(model_name_or_path_or_model, num_labels)
             if tokenizer is None:
                 raise TypeError("a loaded model needs its tokenizer: CrossEncoder(model, tokenizer)")
             if dtype is not None and dtype != "auto":
                 cast_parameters(self.model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        if model_device is not None:
-            self.model.to(model_device)
-        if self.config._attn_implementation == "sdpa":
-            self.model.set_attn_implementation(PACKED_ATTENTION)
-        use_onednn(self.model)
-        self.model.eval()
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**source, **(tokenizer_kwargs or {})})
+        if backend == "torch":
+            if model_device is not None:
+                self.model.to(model_device)
+            if self.config._attn_implementation == "sdpa":
+                self.model.set_attn_implementation(PACKED_ATTENTION)
+            use_onednn(self.model)
+            self.model.eval()
         self._local_engine = LocalEngine(self.model)
         self._pool: WorkerPool | None = None
         self._lock = threading.Lock()
@@ -140,7 +147,9 @@ class CrossEncoder:
         self.tokenizer = tokenizer
         self.activation_fn = activation_fn
         # Checked together before the configuration, which may be the caller's, is changed.
-        template = self.config.prompt_template if prompt_template is None else prompt_template
+        template = prompt_template
+        if template is None:
+            template = recover_prompt_template(tokenizer) or self.config.prompt_template
         length = self.config.rerank_max_length if max_length is None else max_length
         PromptEncoder(
             tokenizer,
@@ -164,6 +173,11 @@ class CrossEncoder:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where pairs are scored: the device of the model, or those of its worker processes."""
+        return [torch.device(device) for device in self._devices] or [self.device]
 
     def __repr__(self) -> str:
         name = self.config.name_or_path or type(self.model).__name__
@@ -223,7 +237,7 @@ class CrossEncoder:
                     prompt_template=self.config.prompt_template,
                     max_length=self.config.rerank_max_length,
                 ),
-                self._engine(),
+                self.engine(),
                 progress,
                 num_labels=self.model.config.num_labels,
                 max_tokens=max_tokens_per_batch or self.max_tokens_per_batch,
@@ -377,9 +391,12 @@ class CrossEncoder:
             model_id: the name that the card's code loads; `directory` when not given.
             kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
         """
+        is_exported = not isinstance(self.model, torch.nn.Module)
+        if is_exported:
+            raise TypeError("an exported reranker (backend='onnx') is not saved again: copy its folder")
         self.model.save_pretrained(directory, **kwargs)
         self.config.save_pretrained(directory)  # an adapter does not save it
-        self.tokenizer.save_pretrained(directory)
+        save_tokenizer(self.tokenizer, directory, self.config)
         if not os.path.exists(os.path.join(directory, "README.md")):
             write_model_card(directory, self.config, model_id or os.fspath(directory))
 
@@ -423,7 +440,8 @@ class CrossEncoder:
         if self._pool is not None:
             self._pool.close()
 
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
+        """Returns what computes the logits, with its worker processes started."""
         with self._lock:
             if self._local_engine.model is not self.model:  # set by the user, to a merged one for example
                 self.close()

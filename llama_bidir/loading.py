@@ -14,6 +14,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
 from .extras import require
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
+from .onnx_backend import MODEL_FILE, OnnxReranker
+from .sentence_transformers_layout import read_head
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
@@ -42,7 +44,16 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
     check_checkpoint_path(name_or_path)
     source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
     if find_adapter_config_file(name_or_path, **source) is None:
-        return LlamaBidirectionalForSequenceClassification.from_pretrained(name_or_path, **model_kwargs)
+        head = read_head(name_or_path, source)
+        if head is None:
+            return LlamaBidirectionalForSequenceClassification.from_pretrained(name_or_path, **model_kwargs)
+        pooling, weight = head
+        with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the head is in a file beside
+            model = LlamaBidirectionalForSequenceClassification.from_pretrained(
+                name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}
+            )
+        model.score.weight.data = weight.to(model.score.weight)
+        return model
     peft = require("peft", "train")
     adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
@@ -69,6 +80,45 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # the saved head, which a base in half precision would round
     return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+
+
+def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:
+    """
+    Loads an exported reranker.
+
+    Args:
+        name_or_path: a folder or the id of a Hub repository.
+        model_kwargs: `file_name`, and arguments of the Hub.
+        device, dtype: None, or the only ones that there are: `"cpu"` and float32.
+
+    Raises:
+        TypeError, ValueError: an argument is for another backend.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"backend 'onnx' loads an exported folder, got {type(name_or_path).__name__}")
+    if device is not None and str(device) != "cpu":
+        raise ValueError(f"backend 'onnx' computes on the CPU: leave device out, got {device!r}")
+    if dtype not in (None, "auto", "float32", torch.float32):
+        raise ValueError(f"backend 'onnx' has the dtype of its graph: leave dtype out, got {dtype!r}")
+    source = {name: value for name, value in model_kwargs.items() if name in HUB_ARGUMENTS}
+    if unknown := model_kwargs.keys() - source.keys() - {"file_name"}:
+        raise ValueError(f"backend 'onnx' takes no {', '.join(sorted(unknown))}: it is for backend 'torch'")
+    check_checkpoint_path(name_or_path)
+    return OnnxReranker(name_or_path, model_kwargs.get("file_name", MODEL_FILE), source)
+
+
+def load_merged(name_or_path: str, dtype: str = "auto") -> Any:
+    """
+    Loads a checkpoint, or an adapter merged into its base model, which are float32 weights then.
+
+    Args:
+        name_or_path: a folder or the id of a Hub repository.
+        dtype: of a checkpoint's weights; `"auto"` is its own.
+    """
+    if find_adapter_config_file(name_or_path) is None:
+        return load_reranker(name_or_path, {"dtype": dtype}).eval()
+    adapted = load_reranker(name_or_path, {"dtype": "float32"}, dequantize=True)
+    return adapted.merge_and_unload(safe_merge=True).eval()
 
 
 @contextmanager

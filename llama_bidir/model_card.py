@@ -26,7 +26,20 @@ A reranker: a bidirectional Llama that reads a query and a passage together and 
 more relevant). Made with `llama-bidir`.
 
 ## Use
+{use}
+## Details
 
+| | |
+|---|---|
+| Base model | {base} |
+| Pooling | `{config.pooling}` |
+| Temperature | {config.temperature} (logits are divided by it) |
+| Prompt | `{prompt}` |
+| Longest pair | {config.rerank_max_length} tokens |
+| Labels | {config.num_labels} |
+"""
+
+USE = """
 ```bash
 pip install llama-bidir
 ```
@@ -60,21 +73,17 @@ inputs = tokenizer(text, truncation=True, max_length=model.config.rerank_max_len
 with torch.no_grad():
     print(model(**inputs).logits)
 ```
-
-## Details
-
-| | |
-|---|---|
-| Base model | {base} |
-| Pooling | `{config.pooling}` |
-| Temperature | {config.temperature} (logits are divided by it) |
-| Prompt | `{prompt}` |
-| Longest pair | {config.rerank_max_length} tokens |
-| Labels | {config.num_labels} |
 """
 
 
-def write_model_card(directory: str | os.PathLike[str], config: LlamaBidirectionalConfig, model_id: str) -> None:
+def write_model_card(
+    directory: str | os.PathLike[str],
+    config: LlamaBidirectionalConfig,
+    model_id: str,
+    *,
+    use: str | None = None,
+    library: str = "transformers",
+) -> None:
     """
     Writes README.md into the folder of a saved reranker.
 
@@ -82,10 +91,12 @@ def write_model_card(directory: str | os.PathLike[str], config: LlamaBidirection
         directory: the folder.
         config: the reranker's configuration; its `name_or_path` says what the reranker was made from.
         model_id: what `from_pretrained` will be given, a Hub repository id or a path, for the code in the card.
+        use: how the reranker is loaded, in Markdown; with this package and with transformers when not given.
+        library: that the Hub will show code for.
     """
     base_model, license_id = find_base_model(config.name_or_path)
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-ranking",
         tags=["reranker", "cross-encoder", "llama-bidir"],
         base_model=base_model,
@@ -93,7 +104,7 @@ def write_model_card(directory: str | os.PathLike[str], config: LlamaBidirection
     )
     body = BODY.format(
         title=model_id.rstrip("/").split("/")[-1],
-        model_id=model_id,
+        use=USE.format(model_id=model_id) if use is None else use,
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not recorded",
         config=config,
         prompt=config.prompt_template.replace("\n", "\\n"),

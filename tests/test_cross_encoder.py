@@ -237,7 +237,7 @@ def test_an_existing_model_card_is_left_alone(reranker, tmp_path):
         ({"max_length": 8, "prompt_template": "long template text {query} {passage}"}, ValueError, "leaves no room"),
         ({"max_length": 257}, ValueError, r"max_position_embeddings \(256\), got 257"),
         ({"num_labels": 2}, ValueError, "num_labels is 2, but the loaded model has 1"),
-        ({"backend": "jax"}, ValueError, "backend must be 'torch', got 'jax'"),
+        ({"backend": "jax"}, ValueError, "backend must be 'torch' or 'onnx', got 'jax'"),
     ],
 )
 def test_wrong_arguments_of_the_constructor(model, tokenizer, kwargs, error, message):
@@ -301,7 +301,7 @@ def test_dtype_of_a_loaded_model_leaves_the_rotary_frequencies_alone(model, toke
 def test_packed_and_padded_scores_are_one(tokenizer):
     padded = CrossEncoder(make_model(attn_implementation="eager"), tokenizer)
     packed = CrossEncoder(make_model(), tokenizer, device="cpu")
-    assert (padded._engine().is_packed, packed._engine().is_packed) == (False, True)
+    assert (padded.engine().is_packed, packed.engine().is_packed) == (False, True)
     np.testing.assert_allclose(packed.predict(PAIRS), padded.predict(PAIRS), rtol=1e-5, atol=1e-6)
 
 
@@ -309,7 +309,7 @@ def test_packed_and_padded_scores_are_one(tokenizer):
 def test_batches_keep_to_the_budget(tokenizer, monkeypatch, implementation):
     reranker = CrossEncoder(make_model(attn_implementation=implementation), tokenizer)
     sizes = []
-    engine = reranker._engine()
+    engine = reranker.engine()
     forward = engine._forward
     monkeypatch.setattr(engine, "_forward", lambda ids: sizes.append([len(i) for i in ids]) or forward(ids))
     pairs = [(f"{number}", passage) for number in range(3) for _, passage in PAIRS]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import evaluate, merge, mine, quickstart, recipes, rerank, train
+from . import evaluate, export, merge, mine, quickstart, recipes, rerank, train
 
 VERBS = {
     "quickstart": quickstart,
@@ -23,6 +23,7 @@ VERBS = {
     "rerank": rerank,
     "evaluate": evaluate,
     "mine": mine,
+    "export": export,
     "merge": merge,
 }
 BAD_INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)

@@ -1,0 +1,64 @@
+"""A folder that carries its own code, for people who do not have this package."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..chat_template import save_tokenizer
+from ..model_card import write_model_card
+from .files import write_json
+
+PACKAGE = Path(__file__).parents[1]
+CODE = ("configuration_llama_bidir.py", "modeling_llama_bidir.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
+    "AutoModel": "modeling_llama_bidir.LlamaBidirectionalModel",
+    "AutoModelForSequenceClassification": "modeling_llama_bidir.LlamaBidirectionalForSequenceClassification",
+}
+
+USE = """
+Without this package, the two code files in the folder are run:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{model_id}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{model_id}", trust_remote_code=True)
+text = model.config.prompt_template.format(
+    query="how do bees find their way?", passage="Honey bees navigate by the position of the sun."
+)
+inputs = tokenizer(text, truncation=True, max_length=model.config.rerank_max_length, return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits)
+```
+
+With it (`pip install llama-bidir`), they are not: `llama_bidir.CrossEncoder("{model_id}")`.
+"""
+
+
+def write_hub(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+    """
+    Writes a reranker with the code of its model, which transformers runs under `trust_remote_code=True`.
+
+    Args:
+        reranker: a [`LlamaBidirectionalForSequenceClassification`].
+        tokenizer: its tokenizer.
+        folder: an empty folder.
+        model_id: how the reranker will be found.
+    """
+    reranker.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, reranker.config)
+    add_code(folder)
+    write_model_card(folder, reranker.config, model_id, use=USE.format(model_id=model_id))
+
+
+def add_code(folder: Path) -> None:
+    """Puts the two code files into the folder of a saved reranker, and their names into its configuration."""
+    for name in CODE:
+        shutil.copyfile(PACKAGE / name, folder / name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**config, "auto_map": AUTO_MAP})

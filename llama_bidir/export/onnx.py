@@ -1,0 +1,111 @@
+"""A folder with an ONNX graph of the whole reranker: token ids and a mask in, logits out."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..chat_template import save_tokenizer
+from ..extras import require
+from ..model_card import write_model_card
+from ..onnx_backend import INPUTS, MODEL_FILE, OnnxReranker
+from ..packing import pad
+
+# Of the largest score.
+TOLERANCE = 1e-4
+INT8_FILE = "model_int8.onnx"
+
+USE = """
+`model.onnx` is the whole reranker in float32: `input_ids` and `attention_mask` of shape (batch, length) in, `logits` of
+shape (batch, labels) out. Pooling and temperature are inside; padding may be on either side.
+
+```bash
+pip install "llama-bidir[onnx]"
+```
+
+```python
+from llama_bidir import CrossEncoder
+
+reranker = CrossEncoder("{model_id}", backend="onnx")
+results = reranker.rank("how do bees find their way?", ["Honey bees navigate by the position of the sun.", "The hive."])
+```
+
+`quantize(folder)` of `llama_bidir.export.onnx` adds `model_int8.onnx`, with int8 weights, which
+`model_kwargs={{"file_name": "model_int8.onnx"}}` loads; measure what it does to your ranking first.
+"""
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, reranker: Any):
+        super().__init__()
+        self.reranker = reranker
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.reranker(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+    """
+    Writes a reranker as an ONNX graph and checks it in onnxruntime. Weights are in a file beside it.
+
+    Args:
+        reranker: a [`LlamaBidirectionalForSequenceClassification`] in float32 on a CPU.
+        tokenizer: its tokenizer.
+        folder: an empty folder.
+        model_id: how the reranker will be found.
+
+    Raises:
+        RuntimeError: onnxruntime computes other scores from it.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "onnx")
+    reranker.float().set_attn_implementation("sdpa")
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    example = _example(reranker.config.vocab_size, "right")
+    torch.onnx.export(
+        _Logits(reranker).eval(),
+        tuple(example[name] for name in INPUTS),
+        os.fspath(folder / MODEL_FILE),
+        input_names=list(INPUTS),
+        output_names=["logits"],
+        dynamic_shapes={name: {0: batch, 1: length} for name in INPUTS},
+        dynamo=True,
+        external_data=True,
+        verbose=False,
+    )
+    reranker.config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, reranker.config)
+    exported = OnnxReranker(folder)
+    for side in ("right", "left"):
+        inputs = _example(reranker.config.vocab_size, side)
+        with torch.inference_mode():
+            expected, scores = reranker(**inputs).logits, exported(**inputs).logits
+        difference = float((scores - expected).abs().max())
+        if not difference <= TOLERANCE * float(expected.abs().max()):
+            raise RuntimeError(f"onnxruntime's scores differ by {difference} where padding is on the {side}")
+    write_model_card(folder, reranker.config, model_id, use=USE.format(model_id=model_id))
+
+
+def quantize(folder: str | os.PathLike[str]) -> Path:
+    """
+    Adds a variant with int8 weights, whose activations are quantized while it runs, to an exported folder.
+
+    Returns:
+        its file.
+    """
+    quantization = require("onnxruntime.quantization", "onnx")
+    target = Path(folder, INT8_FILE)
+    quantization.quantize_dynamic(
+        Path(folder, MODEL_FILE), target, weight_type=quantization.QuantType.QInt8, use_external_data_format=True
+    )
+    return target
+
+
+def _example(vocab_size: int, padding_side: str) -> dict[str, torch.Tensor]:
+    """A padded batch of other shape than any of the model's own sizes."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (13, 5, 9)]
+    inputs = pad(sequences, torch.device("cpu"))
+    return inputs if padding_side == "right" else {name: value.flip(1) for name, value in inputs.items()}

@@ -1,0 +1,75 @@
+"""A folder that vLLM serves without a plugin."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..chat_template import make_chat_template, save_tokenizer
+from ..model_card import write_model_card
+from .files import llama_config, write_json
+
+# vLLM builds no transformers model and does not read it. Whatever does would load the folder as a causal Llama that
+# scores the last token: it finds no attention of this name, and stops.
+ONLY_VLLM = "only_vllm_loads_this_folder"
+
+USE = """
+```bash
+pip install vllm
+vllm serve {model_id} --runner pooling --dtype {dtype} --max-model-len {config.rerank_max_length} \\
+  --chat-template {model_id}/chat_template.jinja
+```
+
+```bash
+curl localhost:8000/rerank -H 'Content-Type: application/json' -d '{{
+  "model": "{model_id}",
+  "query": "how do bees find their way?",
+  "documents": ["Honey bees navigate by the position of the sun.", "The hive was painted white."],
+  "truncate_prompt_tokens": {config.rerank_max_length}
+}}'
+```
+
+The chat template is the prompt: without it the scores are of another input. Only vLLM loads this folder: its
+`model_type` is `llama`, and transformers would score it with a causal mask. It stops instead, with an error about the
+attention `only_vllm_loads_this_folder`.
+"""
+
+
+def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+    """
+    Writes a reranker as vLLM's own bidirectional Llama. Scores are raw logits; the temperature is part of the head.
+
+    Args:
+        reranker: a [`LlamaBidirectionalForSequenceClassification`].
+        tokenizer: its tokenizer.
+        folder: an empty folder.
+        model_id: how the reranker will be found.
+
+    Raises:
+        ValueError: vLLM cannot serve it: it has several labels or a causal mask, or its prompt cannot be written as a
+            chat template.
+    """
+    config = reranker.config
+    if config.num_labels != 1:
+        raise ValueError(f"vLLM serves a reranker of one label, and this one has {config.num_labels}")
+    if config.is_causal:
+        raise ValueError("vLLM serves a bidirectional Llama, and this one has is_causal set")
+    make_chat_template(tokenizer, config.prompt_template)  # there is no other way to the prompt
+    reranker.score.weight.data = (reranker.score.weight.float() / config.temperature).to(reranker.dtype)
+    reranker.save_pretrained(folder)
+    fields = llama_config(
+        config,
+        model_type="llama",
+        architectures=["LlamaBidirectionalForSequenceClassification"],
+        pooling=config.pooling,
+        id2label={"0": "LABEL_0"},
+        label2id={"LABEL_0": 0},
+        sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"},
+        attn_implementation=ONLY_VLLM,
+    )
+    write_json(folder / "config.json", fields)
+    save_tokenizer(tokenizer, folder, config)
+    dtype = str(reranker.dtype).removeprefix("torch.")
+    write_model_card(
+        folder, config, model_id, use=USE.format(model_id=model_id, config=config, dtype=dtype), library="vllm"
+    )

@@ -1,0 +1,17 @@
+"""vLLM's bidirectional Llama, with the temperature that it does not read."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.model_executor.models import llama
+
+
+class LlamaBidirectionalForSequenceClassification(llama.LlamaBidirectionalForSequenceClassification):
+    """Logits are divided by the temperature of the configuration, as part of the head."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        temperature = getattr(self.config, "temperature", 1.0)  # a plain Llama has none
+        return super().load_weights(
+            (name, weight.float() / temperature if name == "score.weight" else weight) for name, weight in weights
+        )

@@ -1,0 +1,249 @@
+"""Exports: equal scores in the tools that the folders are for. vLLM has a script of its own, benchmarks/parity.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from tokenizers import processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
+from llama_bidir.chat_template import make_chat_template
+from llama_bidir.cli import main
+from llama_bidir.export import FORMATS, export_reranker
+
+PAIRS = [
+    ("where do bees find their way?", "Honey bees navigate by the position of the sun."),
+    (" capital  {France}", ""),
+    ("", "The hive was painted white."),
+    ("the garden", "The garden was full of clover; nobody counted the flowers. " * 8),  # is cut
+]
+PASSAGE_FIRST = "<{passage}\n{{k}} {query} !"
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Saves a tiny reranker and returns its folder and scores."""
+
+    def save(pairs=PAIRS, **fields):
+        tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+        reranker = CrossEncoder(make_model(rerank_max_length=64, **fields), tokenizer)
+        reranker.save_pretrained(tmp_path / "reranker")
+        return tmp_path / "reranker", reranker.predict(pairs)
+
+    return save
+
+
+@pytest.mark.parametrize("pooling", ["avg", "cls", "last"])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_sentence_transformers_gives_the_same_scores(save, tmp_path, pooling, temperature):
+    st = pytest.importorskip("sentence_transformers")
+    folder, scores = save(pooling=pooling, temperature=temperature)
+    export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    exported = st.CrossEncoder(str(tmp_path / "st"), device="cpu")
+    np.testing.assert_allclose(exported.predict(PAIRS), scores, rtol=1e-5, atol=1e-5)
+    # Our own folder, whose chat template is the prompt.
+    np.testing.assert_allclose(st.CrossEncoder(str(folder), device="cpu").predict(PAIRS), scores, rtol=1e-5, atol=1e-5)
+    # And back, also after sentence-transformers has saved it.
+    exported.save_pretrained(str(tmp_path / "again"))
+    for path in (tmp_path / "st", tmp_path / "again"):
+        back = CrossEncoder(path)
+        np.testing.assert_allclose(back.predict(PAIRS), scores, rtol=1e-5, atol=1e-6)
+        assert (back.config.pooling, back.config.rerank_max_length) == (pooling, 64)
+
+
+def test_a_prompt_that_ends_otherwise_is_the_same_for_pairs_that_fit(save, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    folder, scores = save(PAIRS[:3], prompt_template=PASSAGE_FIRST)
+    export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    np.testing.assert_allclose(
+        st.CrossEncoder(str(tmp_path / "st"), device="cpu").predict(PAIRS[:3]), scores, rtol=1e-5, atol=1e-5
+    )
+    assert CrossEncoder(tmp_path / "st").config.prompt_template == PASSAGE_FIRST
+
+
+def test_other_modules_of_sentence_transformers_are_refused(save, tmp_path):
+    folder, _ = save()
+    export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    dense = tmp_path / "st" / "2_Dense" / "config.json"
+    dense.write_text(json.dumps({**json.loads(dense.read_text()), "activation_function": "torch.nn.Tanh"}))
+    with pytest.raises(ValueError, match="the Dense head linear without bias"):
+        CrossEncoder(tmp_path / "st")
+    modules = tmp_path / "st" / "modules.json"
+    modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
+    with pytest.raises(ValueError, match="of the modules Transformer, Pooling: only Transformer, Pooling and Dense"):
+        CrossEncoder(tmp_path / "st")
+
+
+def test_only_vllm_loads_the_folder_for_vllm(save, tmp_path):
+    folder, _ = save(temperature=0.25)
+    export_reranker(folder, tmp_path / "vllm", format="vllm")
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    expected = {
+        "model_type": "llama",
+        "architectures": ["LlamaBidirectionalForSequenceClassification"],
+        "pooling": "avg",
+        "is_causal": False,
+        "id2label": {"0": "LABEL_0"},
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert not config.keys() & {"temperature", "prompt_template", "rerank_max_length"}
+    with pytest.raises(ValueError, match="only_vllm_loads_this_folder"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "vllm")
+    head = AutoModelForSequenceClassification.from_pretrained(folder).score.weight
+    folded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "vllm", attn_implementation="sdpa")
+    torch.testing.assert_close(folded.score.weight, 4 * head)
+    # The prompt beside the weights renders to the token ids of the reranker.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "vllm")
+    template = (tmp_path / "vllm" / "chat_template.jinja").read_text()
+    messages = [{"role": "query", "content": [{"type": "text", "text": "q"}]}, {"role": "document", "content": "p"}]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+    assert rendered == tokenizer("question:q \n \n passage:p")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"num_labels": 3}, "a reranker of one label, and this one has 3"), ({"is_causal": True}, "has is_causal set")],
+)
+def test_what_vllm_cannot_serve_is_refused(save, tmp_path, fields, message):
+    folder, _ = save(**fields)
+    with pytest.raises(ValueError, match=message):
+        export_reranker(folder, tmp_path / "vllm", format="vllm")
+    assert not (tmp_path / "vllm").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pooling", "fields"), [("avg", {"temperature": 0.3}), ("last", {"num_labels": 2})])
+def test_onnxruntime_gives_the_same_scores(save, tmp_path, pooling, fields):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder, scores = save(pooling=pooling, **fields)
+    export_reranker(folder, tmp_path / "onnx", format="onnx", int8=True)
+    exported = CrossEncoder(tmp_path / "onnx", backend="onnx")
+    np.testing.assert_allclose(exported.predict(PAIRS), scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(exported.predict(PAIRS[0]), scores[0], rtol=1e-4, atol=1e-5)
+    drift = CrossEncoder(tmp_path / "onnx", backend="onnx", model_kwargs={"file_name": "model_int8.onnx"})
+    assert 1e-5 < np.abs(drift.predict(PAIRS) - scores).max() < np.abs(scores).max()
+    with pytest.raises(TypeError, match="is not saved again: copy its folder"):
+        exported.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="backend 'onnx' takes no attn_implementation"):
+        CrossEncoder(tmp_path / "onnx", backend="onnx", model_kwargs={"attn_implementation": "eager"})
+    with pytest.raises(ValueError, match="backend 'onnx' computes on the CPU"):
+        CrossEncoder(tmp_path / "onnx", backend="onnx", device="cuda")
+
+
+def test_a_folder_without_a_graph_is_refused(save):
+    pytest.importorskip("onnxruntime")
+    folder, _ = save()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx: llama-bidir export --format onnx writes one"):
+        CrossEncoder(folder, backend="onnx")
+
+
+def test_the_folder_for_the_hub_needs_no_package(save, tmp_path):
+    folder, scores = save(temperature=0.5)
+    export_reranker(folder, tmp_path / "hub", format="hub")
+    code = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained("hub", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("hub", trust_remote_code=True)
+text = model.config.prompt_template.format(query="where do bees find their way?",
+    passage="Honey bees navigate by the position of the sun.")
+with torch.no_grad():
+    print(model(**tokenizer(text, return_tensors="pt")).logits.item())
+assert "llama_bidir" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(float(result.stdout), scores[0], rtol=1e-5)
+    np.testing.assert_allclose(CrossEncoder(tmp_path / "hub").predict(PAIRS), scores, rtol=1e-6)
+
+
+def test_every_format_has_a_card_that_says_how_to_load_it(save, tmp_path):
+    folder, _ = save()
+    said = {
+        "sentence-transformers": "from sentence_transformers",
+        "vllm": "vllm serve",
+        "hub": "trust_remote_code=True",
+    }
+    for format, line in said.items():
+        output = tmp_path / format
+        assert main(["export", "--model", str(folder), "--format", format, "--output", str(output)]) == 0
+        card = (output / "README.md").read_text()
+        assert line in card
+        assert "question:{query} \\n \\n passage:{passage}" in card
+    assert said.keys() | {"onnx"} == FORMATS.keys()
+
+
+def test_an_adapter_is_merged_on_the_way(base_checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    from llama_bidir.training.lora import add_adapter
+
+    config = LlamaBidirectionalConfig.from_pretrained(base_checkpoint, rerank_max_length=64)
+    model = make_model().from_pretrained(base_checkpoint, config=config)
+    adapted = add_adapter(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
+    torch.manual_seed(3)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    reranker = CrossEncoder(adapted, AutoTokenizer.from_pretrained(base_checkpoint))
+    reranker.save_pretrained(tmp_path / "adapter")
+    export_reranker(tmp_path / "adapter", tmp_path / "hub", format="hub")
+    np.testing.assert_allclose(CrossEncoder(tmp_path / "hub").predict(PAIRS), reranker.predict(PAIRS), rtol=1e-5)
+
+
+def test_an_export_never_replaces_what_it_reads_or_something_else(save, tmp_path):
+    folder, _ = save()
+    arguments = ["export", "--model", str(folder), "--format", "hub", "--overwrite", "--output"]
+    assert main([*arguments, str(folder)]) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert main([*arguments, str(other)]) == 2
+    assert (other / "thesis.txt").read_text() == "mine"
+    assert main(["export", "--model", str(folder), "--format", "hub", "--int8", "--output", str(tmp_path / "x")]) == 2
+
+
+def test_a_chat_template_writes_special_tokens_out():
+    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair=None, special_tokens=ids
+    )
+    template = make_chat_template(tokenizer, PASSAGE_FIRST)
+    messages = [{"role": "document", "content": "a passage"}, {"role": "query", "content": "a query"}]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+    assert rendered == tokenizer(PASSAGE_FIRST.format(passage="a passage", query="a query"))["input_ids"]
+    assert (rendered[0], rendered[-1]) == (ids[0][1], ids[1][1])
+    with pytest.raises(Exception, match="a pair needs a message of role query"):
+        tokenizer.apply_chat_template(messages[:1], chat_template=template)
+
+
+def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
+    prompt = 'Query: {query}\n\n"Text": {passage}'
+    folder, _ = save()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # As NeMo AutoModel writes it; the configuration has no prompt.
+    written = (
+        "{%- if messages | length != 2 -%}{{- raise_exception('two') -}}{%- endif -%}{{- \"\" + "
+        + json.dumps(prompt)
+        + ".format(query=messages[0]['content'], passage=messages[1]['content']) + \"\" -}}"
+    )
+    tokenizer.chat_template = {"default": "{{ messages }}", "reranking": written}
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["prompt_template"]
+    (folder / "config.json").write_text(json.dumps(config))
+    recovered = CrossEncoder(folder)
+    assert recovered.config.prompt_template == prompt
+    # Saved by us, the prompt is in the configuration, and no template of NeMo's is left to contradict it.
+    recovered.config.prompt_template = PASSAGE_FIRST
+    recovered.save_pretrained(folder)
+    assert CrossEncoder(folder).config.prompt_template == PASSAGE_FIRST
+    assert not (Path(folder) / "additional_chat_templates").exists()
