@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
@@ -55,8 +56,6 @@ def write_checkpoint(name: str, source: str | os.PathLike[str], folder: str | os
     """
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    # With one, sentence-transformers renders pairs as chat messages.
-    tokenizer.chat_template = None
     if shape := SHAPES[name]:
         # Each layer adds about as much as it is given, so that scores depend on attention.
         config = LlamaBidirectionalConfig.from_pretrained(
@@ -69,6 +68,12 @@ def write_checkpoint(name: str, source: str | os.PathLike[str], folder: str | os
     model.config.pad_token_id = tokenizer.pad_token_id
     spread_scores(model, tokenizer)
     encoder.save_pretrained(folder)
+    drop_chat_template(folder)
+
+
+def drop_chat_template(folder: str | os.PathLike[str]) -> None:
+    """Lets sentence-transformers take pairs in two halves, which it tokenizes faster than chat messages."""
+    Path(folder, "chat_template.jinja").unlink()
 
 
 @torch.inference_mode()

@@ -40,7 +40,7 @@ from llama_bidir.data import load_rows, parse_row
 from llama_bidir.losses import ranknet
 
 from .machine import describe_machine, peak_memory
-from .models import SEED, spread_scores
+from .models import SEED, drop_chat_template, spread_scores
 from .peers import SENTENCE_TRANSFORMERS, prompt_halves, render
 from .report import Columns, print_rows
 
@@ -154,14 +154,13 @@ def write_base(checkpoint: str, folder: str, *, layers: int, max_length: int) ->
     """Saves the checkpoint's first layers (all with 0) and a seeded head in float32; returns the saved tokenizer."""
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    # With one, sentence-transformers renders pairs as chat messages.
-    tokenizer.chat_template = None
     kept = {"num_hidden_layers": layers} if layers else {}
     model = LlamaBidirectionalForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32, **kept)
     encoder = CrossEncoder(model.eval(), tokenizer, device="cpu", max_length=max_length)
     model.config.pad_token_id = tokenizer.pad_token_id
     spread_scores(model, tokenizer)
     encoder.save_pretrained(folder)
+    drop_chat_template(folder)
     return tokenizer
 
 
