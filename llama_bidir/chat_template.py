@@ -24,15 +24,20 @@ SAMPLES = (("how do bees find their way?", "Honey bees, by the sun."), ("", ""),
 # What NeMo AutoModel calls the template in which it keeps a reranker's prompt.
 NEMO_TEMPLATE = "reranking"
 
+# A lone text, of which sentence-transformers counts the tokens when it writes a model card, is rendered as it is.
 TEMPLATE = """\
-{{%- macro text(role) -%}}
-{{%- set message = messages | selectattr("role", "equalto", role) | first -%}}
-{{%- if message is not defined -%}}
-{{{{- raise_exception("a pair needs a message of role " + role) -}}}}
-{{%- endif -%}}
+{{%- macro text(message) -%}}
 {{{{- message["content"] if message["content"] is string else message["content"][0]["text"] -}}}}
 {{%- endmacro -%}}
-{{{{- {expression} -}}}}"""
+{{%- set query = messages | selectattr("role", "equalto", "query") | first -%}}
+{{%- set document = messages | selectattr("role", "equalto", "document") | first -%}}
+{{%- if query is defined and document is defined -%}}
+{{{{- {expression} -}}}}
+{{%- elif messages | length == 1 -%}}
+{{{{- text(messages[0]) -}}}}
+{{%- else -%}}
+{{{{- raise_exception("a pair is a message of role query and one of role document") -}}}}
+{{%- endif -%}}"""
 
 
 def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> str:
@@ -51,7 +56,7 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str)
     middle = []
     for literal, field, _, _ in string.Formatter().parse(check_prompt_template(prompt_template)):
         middle += [_quote(literal)] * bool(literal)
-        middle += {"query": ['text("query")'], "passage": ['text("document")']}.get(str(field), [])
+        middle += {"query": ["text(query)"], "passage": ["text(document)"]}.get(str(field), [])
     # Some tokenizers of Llama 2 put a space before a text, but not behind a special token.
     for space in ("", " "):
         parts = [_quote(before + space)] * bool(before + space) + middle + [_quote(after)] * bool(after)

@@ -21,6 +21,7 @@ from .model_card import write_model_card
 from .onednn import use_onednn
 from .packing import PACKED_ATTENTION
 from .prompts import PromptEncoder, check_long_document, ensure_pad_token
+from .remote_code import add_code
 from .scoring import Engine, LocalEngine, Scorer
 from .validation import check_positive_int, check_text, check_texts, describe, read_pairs
 from .workers import WorkerPool, check_devices
@@ -382,13 +383,25 @@ class CrossEncoder:
             rankings.append(sorted(results, key=lambda result: -result["score"])[:top_k])
         return rankings
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, model_id: str | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        model_id: str | None = None,
+        with_code: bool = False,
+        evaluation: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
         Saves model, configuration, tokenizer and, where there is none yet, a model card.
 
         Args:
             directory: made when missing.
             model_id: the name that the card's code loads; `directory` when not given.
+            with_code: put the two model files beside the weights, for people without this package, who load them with
+                `trust_remote_code=True`.
+            evaluation: what `llama-bidir evaluate --json` wrote, for the measures of the card, which is then written
+                anew.
             kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
         """
         is_exported = not isinstance(self.model, torch.nn.Module)
@@ -397,8 +410,10 @@ class CrossEncoder:
         self.model.save_pretrained(directory, **kwargs)
         self.config.save_pretrained(directory)  # an adapter does not save it
         save_tokenizer(self.tokenizer, directory, self.config)
-        if not os.path.exists(os.path.join(directory, "README.md")):
-            write_model_card(directory, self.config, model_id or os.fspath(directory))
+        if with_code:
+            add_code(directory)
+        if evaluation is not None or not os.path.exists(os.path.join(directory, "README.md")):
+            write_model_card(directory, self.config, model_id or os.fspath(directory), evaluation=evaluation)
 
     def push_to_hub(
         self,
@@ -417,7 +432,8 @@ class CrossEncoder:
         Args:
             repo_id: `"name"` or `"organization/name"`.
             commit_message, private, token, revision, create_pr: as in huggingface_hub.
-            kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
+            kwargs: for [`save_pretrained`]: `with_code`, `evaluation`, and those of the model's, such as
+                `max_shard_size`.
 
         Returns:
             the address of the commit.

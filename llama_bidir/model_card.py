@@ -1,10 +1,13 @@
 """The model card (README.md) that is saved and pushed with a reranker."""
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig
 
@@ -18,6 +21,28 @@ KNOWN_LICENSES = {
     "meta-llama/llama-3.3": "llama3.3",
     "huggingfacetb/smollm": "apache-2.0",
 }
+
+TAGS = ["reranker", "cross-encoder", "llama-bidir"]
+
+# The notices that the Llama licences ask for beside what is made from a Llama.
+LLAMA_NOTICES = {
+    license: f"{model} is licensed under the {model} Community License, Copyright (c) Meta Platforms, Inc. All Rights "
+    "Reserved."
+    for license, model in {
+        "llama2": "Llama 2",
+        "llama3": "Meta Llama 3",
+        "llama3.1": "Llama 3.1",
+        "llama3.2": "Llama 3.2",
+        "llama3.3": "Llama 3.3",
+    }.items()
+}
+
+LICENSE_SECTION = """
+## Licence
+
+Built with Llama. {notice} The licence (`{license}`) asks that the name of a model that is made from it and given to
+others begins with "Llama", and that NOTICE stays beside the weights.
+"""
 
 BODY = """
 # {title}
@@ -83,6 +108,8 @@ def write_model_card(
     *,
     use: str | None = None,
     library: str = "transformers",
+    evaluation: str | os.PathLike[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Writes README.md into the folder of a saved reranker.
@@ -93,23 +120,59 @@ def write_model_card(
         model_id: what `from_pretrained` will be given, a Hub repository id or a path, for the code in the card.
         use: how the reranker is loaded, in Markdown; with this package and with transformers when not given.
         library: that the Hub will show code for.
+        evaluation: what `llama-bidir evaluate --json` wrote, for the `model-index` and a table.
+        metadata: more of what [`huggingface_hub.ModelCardData`] holds; its tags are added to the card's.
+
+    Raises:
+        ValueError: the evaluation is no such file.
     """
     base_model, license_id = find_base_model(config.name_or_path)
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag="text-ranking",
-        tags=["reranker", "cross-encoder", "llama-bidir"],
-        base_model=base_model,
-        license=license_id,
-    )
+    title = model_id.rstrip("/").split("/")[-1]
+    measures = {} if evaluation is None else read_measures(evaluation)
+    fields: dict[str, Any] = {"base_model": base_model, "license": license_id, **(metadata or {})}
+    fields["tags"] = [*TAGS, *(tag for tag in fields.get("tags") or [] if tag not in TAGS)]
+    if measures:
+        fields |= {"model_name": title, "eval_results": _results(measures, os.path.basename(str(evaluation)))}
+    data = ModelCardData(library_name=library, pipeline_tag="text-ranking", **fields)
     body = BODY.format(
-        title=model_id.rstrip("/").split("/")[-1],
+        title=title,
         use=USE.format(model_id=model_id) if use is None else use,
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not recorded",
         config=config,
         prompt=config.prompt_template.replace("\n", "\\n"),
     )
+    if measures:
+        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in measures.items())
+        body += f"\n## Measures\n\n| | |\n|---|---|\n{rows}"
+    if notice := LLAMA_NOTICES.get(str(fields["license"])):
+        body += LICENSE_SECTION.format(notice=notice, license=fields["license"])
+        Path(directory, "NOTICE").write_text(notice + "\n", encoding="utf-8")
     Path(directory, "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
+
+
+def read_measures(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Returns the aggregated measures of an evaluation; raises ValueError for another file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in content["aggregated"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)}: evaluation must be a file of llama-bidir evaluate --json, with aggregated measures "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def _results(measures: Mapping[str, float], dataset: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-ranking",
+            dataset_type="custom",
+            dataset_name=dataset.removesuffix(".json"),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in measures.items()
+    ]
 
 
 def find_base_model(name_or_path: str | None) -> tuple[str | None, str | None]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from huggingface_hub import ModelCard
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -221,8 +222,10 @@ def test_a_chat_template_writes_special_tokens_out():
     rendered = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
     assert rendered == tokenizer(PASSAGE_FIRST.format(passage="a passage", query="a query"))["input_ids"]
     assert (rendered[0], rendered[-1]) == (ids[0][1], ids[1][1])
-    with pytest.raises(Exception, match="a pair needs a message of role query"):
-        tokenizer.apply_chat_template(messages[:1], chat_template=template)
+    lone = tokenizer.apply_chat_template(messages[:1], chat_template=template, tokenize=False)
+    assert lone == "a passage"
+    with pytest.raises(Exception, match="a pair is a message of role query and one of role document"):
+        tokenizer.apply_chat_template([messages[0]] * 2, chat_template=template)
 
 
 def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
@@ -247,3 +250,29 @@ def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
     recovered.save_pretrained(folder)
     assert CrossEncoder(folder).config.prompt_template == PASSAGE_FIRST
     assert not (Path(folder) / "additional_chat_templates").exists()
+
+
+def test_a_card_has_the_measures_and_the_notice_of_the_licence(tmp_path, tokenizer, model):
+    model.config.name_or_path = "meta-llama/Llama-3.2-1B"
+    evaluation = tmp_path / "nq.json"
+    evaluation.write_text(json.dumps({"aggregated": {"nDCG@10": 0.41234, "RR@10": 0.5}, "per_query": {}}))
+    CrossEncoder(model, tokenizer).save_pretrained(tmp_path / "out", model_id="you/Llama-r", evaluation=evaluation)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("llama3.2", "meta-llama/Llama-3.2-1B")
+    results = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert results == [("nq", "nDCG@10", 0.41234), ("nq", "RR@10", 0.5)]
+    assert "| nDCG@10 | 0.4123 |" in card.text
+    notice = (tmp_path / "out" / "NOTICE").read_text()
+    assert notice.startswith("Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright")
+    assert notice.strip() in card.text
+    evaluation.write_text("{}")
+    with pytest.raises(ValueError, match=r"nq\.json: evaluation must be a file of llama-bidir evaluate --json"):
+        CrossEncoder(model, tokenizer).save_pretrained(tmp_path / "out", evaluation=evaluation)
+
+
+def test_saved_with_code(tmp_path, tokenizer, model):
+    CrossEncoder(model, tokenizer).save_pretrained(tmp_path, with_code=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_llama_bidir.LlamaBidirectionalModel"

@@ -9,6 +9,7 @@ import sys
 import pytest
 from hub_server import run_hub
 from huggingface_hub import ModelCard
+from row_files import lines, write
 
 from llama_bidir import LlamaBidirectionalConfig
 from llama_bidir.model_card import find_base_model, write_model_card
@@ -103,6 +104,29 @@ trainer.push_to_hub()
     card = files["README.md"].decode()
     assert 'CrossEncoder("tester/trained")' in card
     assert "pipeline_tag: text-ranking" in card
+
+
+def test_a_run_pushes_what_it_has_saved(hub, base_checkpoint, tmp_path):
+    pytest.importorskip("accelerate")
+    write(tmp_path / "rows.jsonl", lines(*[{"query": "q", "pos_doc": ["p"], "neg_doc": ["n"]}] * 4))
+    run(
+        f"""
+from llama_bidir.training import CrossEncoderTrainingArguments, DataArguments, ModelArguments, train
+train(
+    ModelArguments(model_name_or_path={str(base_checkpoint)!r}),
+    DataArguments(train=["rows.jsonl"], group_size=2),
+    CrossEncoderTrainingArguments(
+        "out", max_steps=2, push_to_hub=True, hub_model_id="tester/run", save_steps=1, use_cpu=True, report_to="none"
+    ),
+)
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.endpoint,
+    )
+    files, out = hub.repos["tester/run"], tmp_path / "out"
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"):
+        assert files[name] == (out / name).read_bytes(), name
+    assert not [name for name in files if name.startswith("checkpoint-")]
 
 
 def test_code_beside_the_checkpoint_serves_people_without_the_package(reranker_checkpoint, tmp_path):

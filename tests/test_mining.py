@@ -18,6 +18,7 @@ from row_files import lines, write
 from llama_bidir import CrossEncoder
 from llama_bidir.evaluation.mining import Selection, job, mine_file, mine_negatives, select_negatives
 from llama_bidir.evaluation.mining.duplicates import are_near_duplicates, make_shingles, split_words
+from llama_bidir.evaluation.mining.journal import Journal, open_journal
 
 WORDS = ["bees", "hive", "clover", "sun", "Paris", "France", "Seine", "garden", "flowers", "white"]
 EVERYTHING = Selection(num_negatives=100, relative_margin=1)
@@ -556,3 +557,50 @@ def test_several_processes_are_refused(tmp_path, reranker_checkpoint, monkeypatc
     source = write(tmp_path / "rows.jsonl", lines(*ROWS))
     with pytest.raises(ValueError, match="mining runs in one process, not under torchrun or accelerate"):
         mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl")
+
+
+def test_two_processes_do_not_mine_into_one_output(tmp_path):
+    with open_journal(tmp_path / "out.jsonl", {"depth": 1}, overwrite=False) as journal:
+        journal.append(b"{}\n", 1, {}, [])
+        with pytest.raises(RuntimeError, match="another process is at work on this output"):
+            Journal(tmp_path / "out.jsonl", {"depth": 2}, overwrite=True)
+        journal.append(b"{}\n", 1, {}, [])
+    with open_journal(tmp_path / "out.jsonl", {"depth": 1}, overwrite=False) as journal:
+        assert (journal.num_rows, journal.num_bytes) == (2, 6)
+        journal.finish()
+    assert (tmp_path / "out.jsonl").read_bytes() == b"{}\n" * 2
+
+
+def test_a_job_that_has_done_nothing_yet_does_not_hold_its_arguments(tmp_path):
+    for depth in (1, 2):
+        with open_journal(tmp_path / "out.jsonl", {"depth": depth}, overwrite=False) as journal:
+            assert journal.num_rows == 0
+    with open_journal(tmp_path / "out.jsonl", {"depth": 2}, overwrite=False) as journal:
+        journal.append(b"{}\n", 1, {}, [])
+    with pytest.raises(ValueError, match="other arguments: depth was 2 and is 3"):
+        Journal(tmp_path / "out.jsonl", {"depth": 3}, overwrite=False)
+
+
+def test_bm25_mines_a_beir_folder_of_several_runs(tmp_path, reranker_checkpoint):
+    write(tmp_path / "corpus.jsonl", lines(*({"_id": f"d{n}", "text": f"bees {word}"} for n, word in enumerate(WORDS))))
+    write(tmp_path / "queries.jsonl", lines({"_id": "q", "text": "bees"}))
+    write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    for name in ("run.a.trec", "run.b.trec"):
+        write(tmp_path / name, "q Q0 d1 1 1 t\n")
+    result = mine_file(
+        str(reranker_checkpoint), tmp_path, tmp_path / "out.jsonl", candidates="bm25", selection=EVERYTHING
+    )
+    assert (result.num_rows, result.num_candidates) == (1, len(WORDS) - 1)
+
+
+def test_a_negative_that_has_the_id_of_a_positive_is_none(tmp_path, reranker_checkpoint):
+    row = {
+        "query": "q",
+        "pos_doc": [{"id": "1", "text": "Bees fly."}],
+        "neg_doc": [{"id": "1", "text": "Bees fly, and more of it."}, {"id": "2", "text": "The garden."}],
+    }
+    write(tmp_path / "rows.jsonl", lines(row))
+    result = mine_file(
+        str(reranker_checkpoint), tmp_path / "rows.jsonl", tmp_path / "out.jsonl", keep_empty=True, selection=EVERYTHING
+    )
+    assert result.num_candidates == 1

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from llama_bidir.outputs import whole_folder
+from llama_bidir.outputs import check_apart, whole_folder
 
 
 def test_appears_whole(tmp_path):
@@ -46,3 +46,25 @@ def test_replaces_only_when_told(tmp_path):
         (folder / "new").write_text("new")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_a_folder_that_is_read_or_holds_something_else_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    (out / "adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match="lies in the output"):
+        whole_folder(out, overwrite=True, keep=str(out / "adapter")).__enter__()
+    with pytest.raises(FileExistsError, match=r"it has no config\.json"):
+        whole_folder(out, overwrite=True, marker="config.json").__enter__()
+    (out / "config.json").write_text("{}")
+    with whole_folder(out, overwrite=True, marker="config.json") as folder:
+        (folder / "new").write_text("")
+    assert os.listdir(out) == ["new"]
+
+
+def test_an_output_is_no_input_and_no_other_output(tmp_path):
+    (tmp_path / "a").write_text("")
+    check_apart({"corpus": tmp_path / "a", "run": None}, {"output": tmp_path / "b", "write_run": None})
+    with pytest.raises(ValueError, match=r"output and corpus must be two files, got '.*a' for both"):
+        check_apart({"corpus": tmp_path / "a"}, {"output": f"{tmp_path}/x/../a"})
+    with pytest.raises(ValueError, match="output and write_run must be two files"):
+        check_apart({}, {"write_run": "b", "output": "./b"})

@@ -7,6 +7,7 @@ from packaging.version import Version
 from test_modeling import SEQUENCES, logits_by_layout
 from transformers import LlamaConfig
 
+from llama_bidir import packing
 from llama_bidir.packing import PACKED_ATTENTION, batches_by_tokens, pack, pad, token_budget
 
 
@@ -162,3 +163,18 @@ def test_budget_of_a_cpu_follows_the_width_of_the_model():
     ]
     assert budgets == [512, 512, 1024]
     assert token_budget(torch.device("cpu"), torch.float32, LlamaConfig(intermediate_size=8)) == 2048
+
+
+def test_under_autocast_attention_gets_half_precision(monkeypatch):
+    # Rotary angles are float32 and make queries and keys so, which no flash kernel takes.
+    seen = []
+
+    def attend(module, *states_and_lengths, **kwargs):
+        seen.append([states.dtype for states in states_and_lengths[:3]])
+        return states_and_lengths[0].transpose(1, 2)
+
+    monkeypatch.setattr(packing, "_attend_one_by_one", attend)
+    model = make_model(attn_implementation=PACKED_ATTENTION)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**pack([[5, 6, 7], [8, 9]]))
+    assert seen == [[torch.bfloat16] * 3] * 2

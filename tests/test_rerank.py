@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -259,3 +260,42 @@ def test_the_journal_is_readable(reranker, files, tmp_path, monkeypatch):
     assert json.loads(head.partition(" ")[2])["arguments"]["depth"] == 3
     assert [line.split(" ")[1] for line in rest] == ["0", "1"]
     assert [len(json.loads(line.split(" ", 2)[2])) for line in rest] == [24, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--write-run", "out.trec"], "output and write_run must be two files"),
+        (["--write-run", "corpus.jsonl", "--overwrite"], "write_run and corpus must be two files"),
+        (["--ray-actors", "2"], "--ray-actors is for --engine ray"),
+    ],
+)
+def test_outputs_that_would_be_lost_are_refused(options, message, folder, reranker_checkpoint, capsys):
+    write_collection(folder)
+    arguments = ["--corpus", "corpus.jsonl", "--queries", "queries.jsonl", "--output", "out.trec"]
+    assert main(["rerank", "--model", str(reranker_checkpoint), *arguments, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert "hive" in (folder / "corpus.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("queries.jsonl", {"_id": "q 1", "text": "bees"}, "queries.jsonl: _id: 'q 1' is not one word"),
+        ("corpus.jsonl", {"_id": "d 1", "text": "bees"}, "corpus.jsonl: _id: 'd 1' is not one word"),
+        ("queries.jsonl", {"_id": "q1", "text": "zebra"}, "no query shares a word with a document of corpus.jsonl"),
+        ("corpus.jsonl", {"_id": "d1", "text": "the"}, "no query shares a word with a document of corpus.jsonl"),
+    ],
+)
+def test_what_bm25_cannot_rank_is_told_and_holds_no_later_start(name, content, message, folder, reranker, tmp_path):
+    files = write_collection(folder)
+    kept = (folder / name).read_text()
+    (folder / name).write_text(lines(content))
+    start = partial(
+        rerank_run, reranker, corpus=files.corpus.name, queries=files.queries.name, output="out.trec", depth=3
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start()
+    assert not (folder / "out.trec").exists()
+    (folder / name).write_text(kept)
+    assert start().num_pairs > 0

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import ROWS, arguments, stop
+from transformers import AutoTokenizer
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
+from llama_bidir import CrossEncoder
 from llama_bidir.training import (
     CrossEncoderTrainingArguments,
     DataArguments,
@@ -93,7 +96,14 @@ def test_other_arguments_are_refused_with_what_changed(base_checkpoint, rows_fil
         r"training\.learning_rate was 0\.01 and is 0\.001\. Start with the same ones to go on",
     ):
         run(base_checkpoint, rows_file, tmp_path, group_size=4, learning_rate=1e-3)
-    run(base_checkpoint, rows_file, tmp_path, logging_steps=2)
+    other_rows = tmp_path / "rows.jsonl"
+    other_rows.write_text(rows_file.read_text())
+    run_file.write_text(run_file.read_text().replace(str(rows_file), str(other_rows)))
+    run(base_checkpoint, other_rows, tmp_path, logging_steps=2)
+    run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "finished": False}))
+    other_rows.write_text(rows_file.read_text().replace("bees", "wasps", 1))
+    with pytest.raises(ValueError, match=r"other arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. Start"):
+        run(base_checkpoint, other_rows, tmp_path)
 
 
 def test_a_finished_run_is_not_replaced_unasked(base_checkpoint, rows_file, tmp_path):
@@ -172,12 +182,10 @@ def test_overwrite_removes_a_run_and_nothing_else(base_checkpoint, rows_file, tm
 
 def test_rows_that_cannot_train_are_found_before_the_first_step(base_checkpoint, tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
-    rows = [*ROWS[:5], {"query": "bare", "pos_doc": ["p"]}]
+    rows = [*ROWS[:5], {"query": "bare", "pos_doc": ["p"]}, {"query": "same", "pos_doc": ["p"], "neg_doc": ["p"]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = ModelArguments(model_name_or_path=str(base_checkpoint))
-    with pytest.raises(
-        ValueError, match=r"rows\.jsonl: row 5 \(query 'bare'\) has no neg_doc, which groups of passages need"
-    ):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 5 \(query 'bare'\) has no neg_doc beside its positives"):
         train(base, DataArguments(train=[str(path)]), arguments(CrossEncoderTrainingArguments, tmp_path / "out"))
     with pytest.raises(
         ValueError, match=r"rows\.jsonl: row 0 \(query .*\) has no pos_score and neg_score, which the loss"
@@ -193,4 +201,48 @@ def test_rows_that_cannot_train_are_found_before_the_first_step(base_checkpoint,
         arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=1),
     )
     assert len(trainer.train_dataset) == 5
-    assert any("left out 1 such rows" in record.getMessage() for record in caplog.records)
+    assert any("left out 2 such rows" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"resume_from_checkpoint": "out/checkpoint-2"}, "a stopped run goes on from its last checkpoint by itself"),
+        ({"loss": "ranknet", "group_size": 1}, "ranknet compares the passages of a group"),
+    ],
+)
+def test_what_would_change_nothing_or_cannot_work_is_refused(base_checkpoint, rows_file, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        run(base_checkpoint, rows_file, tmp_path / "out", **fields)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gradient_accumulation_steps": 3}, "makes gradient_accumulation_steps 2, got 3: give one of the two"),
+        ({"auto_find_batch_size": True}, "global_batch_size does not go with auto_find_batch_size"),
+    ],
+)
+def test_the_size_of_a_step_is_said_once(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(CrossEncoderTrainingArguments, tmp_path, per_device_train_batch_size=4, global_batch_size=8, **fields)
+
+
+def test_the_prompt_of_nemo_automodel_is_trained_and_saved(base_checkpoint, rows_file, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_checkpoint, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    written = """{{- "" + "Q {query} P {passage}".format(query=messages[0]['content']) -}}"""
+    tokenizer.chat_template = {"default": "{{ messages }}", "reranking": written}
+    tokenizer.save_pretrained(base)
+    trainer = run(base, rows_file, tmp_path / "out", max_steps=1)
+    assert trainer.model.config.prompt_template == "Q {query} P {passage}"
+    assert CrossEncoder(tmp_path / "out").config.prompt_template == "Q {query} P {passage}"
+    train(  # what the first run has left is removed, whatever the tokenizer has put there
+        ModelArguments(model_name_or_path=str(base)),
+        DataArguments(train=[str(rows_file)], group_size=3, prompt_template="{query}: {passage}"),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=1),
+        overwrite=True,
+    )
+    assert CrossEncoder(tmp_path / "out").config.prompt_template == "{query}: {passage}"

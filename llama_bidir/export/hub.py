@@ -1,7 +1,5 @@
 """A folder that carries its own code, for people who do not have this package."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_template import save_tokenizer
 from ..model_card import write_model_card
-from .files import write_json
-
-PACKAGE = Path(__file__).parents[1]
-CODE = ("configuration_llama_bidir.py", "modeling_llama_bidir.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
-    "AutoModel": "modeling_llama_bidir.LlamaBidirectionalModel",
-    "AutoModelForSequenceClassification": "modeling_llama_bidir.LlamaBidirectionalForSequenceClassification",
-}
+from ..remote_code import add_code
 
 USE = """
 Without this package, the two code files in the folder are run:
@@ -54,11 +44,3 @@ def write_hub(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, m
     save_tokenizer(tokenizer, folder, reranker.config)
     add_code(folder)
     write_model_card(folder, reranker.config, model_id, use=USE.format(model_id=model_id))
-
-
-def add_code(folder: Path) -> None:
-    """Puts the two code files into the folder of a saved reranker, and their names into its configuration."""
-    for name in CODE:
-        shutil.copyfile(PACKAGE / name, folder / name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", {**config, "auto_map": AUTO_MAP})

@@ -35,7 +35,8 @@ from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
 
-CHECKED_GROUPS = 1000
+# Of each source, for the checksum that tells whether a run goes on with the same rows.
+CHECKED_ROWS = 1000
 
 
 def train(
@@ -176,13 +177,11 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
 
 
 def describe_groups(groups: GroupDataset) -> dict[str, Any]:
-    """What tells when rows have changed: how many groups an epoch has, and a checksum of some of them."""
+    """What tells when rows have changed: how many groups an epoch has, and a checksum of rows spread over them."""
     checksum = 0
-    for index in range(0, len(groups), max(1, len(groups) // CHECKED_GROUPS)):
-        group = groups[index]
-        checksum = zlib.crc32(
-            json.dumps([group["query"], group["passages"], group["teacher_scores"]]).encode(), checksum
-        )
+    for rows, _ in groups.sources:
+        for index in range(0, len(rows), max(1, len(rows) // CHECKED_ROWS)):
+            checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True).encode(), checksum)
     return {"groups_an_epoch": len(groups), "checksum": f"{checksum:08x}"}
 
 

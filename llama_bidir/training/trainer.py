@@ -228,10 +228,36 @@ class CrossEncoderTrainer(Trainer):
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super().predict(_eval_groups(test_dataset, self._eval_grouping), *args, **kwargs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the reranker's model card, in place of the Trainer's."""
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the reranker's model card, in place of the Trainer's, with the language, the licence, the tags, the base
+        model and the training data (`dataset_tags`) that are given. The other arguments are the Trainer's and not used.
+        """
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "base_model": finetuned_from,
+            "datasets": dataset_tags,
+        }
         if self.is_world_process_zero() and self.args.output_dir is not None:
-            self.write_card(self.args.output_dir, self.hub_model_id or self.args.output_dir)
+            write_model_card(
+                self.args.output_dir,
+                self.accelerator.unwrap_model(self.model).config,
+                self.hub_model_id or model_name or self.args.output_dir,
+                metadata={name: value for name, value in given.items() if value is not None},
+            )
 
     def write_card(self, directory: str | os.PathLike[str], model_id: str) -> None:
         """Writes the model card of a saved reranker that will be found as `model_id`."""

