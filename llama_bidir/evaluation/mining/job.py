@@ -100,7 +100,8 @@ def mine_file(
     Mines hard negatives for the rows of a source and writes rows that `llama-bidir train` reads.
 
     A job that was stopped goes on when it is started again with the same arguments; device and batch size may differ.
-    The output appears when all rows are done, byte for byte as from a job that was never stopped.
+    The output appears when all rows are done, byte for byte as from a job that was never stopped; on a GPU, where the
+    tokens of a batch follow the memory that is free, last digits of scores may differ.
 
     Args:
         model: the teacher, a checkpoint or the id of a Hub repository.
