@@ -43,7 +43,8 @@ for folder in folders:
     llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=MAX_LENGTH)
     template = Path(folder, "chat_template.jinja").read_text()
     options = {"truncate_prompt_tokens": MAX_LENGTH}
-    outputs = llm.score(*zip(*pairs), chat_template=template, tokenization_kwargs=options, use_tqdm=False)
+    queries, passages = map(list, zip(*pairs))
+    outputs = llm.score(queries, passages, chat_template=template, tokenization_kwargs=options, use_tqdm=False)
     print("SCORES", json.dumps([output.outputs.score for output in outputs]), flush=True)
 """.replace("MAX_LENGTH", str(MAX_LENGTH))
 VLLM_ENVIRONMENT = {
