@@ -33,20 +33,20 @@ PAIRS = [
     ("what grew in the garden?", "The garden was full of clover; nobody counted the flowers. " * 20),  # is cut
 ]
 MAX_LENGTH = 64
+# One engine a process: a second one finds the process groups of the first.
 VLLM = """
 import json, sys
 from pathlib import Path
 from vllm import LLM
 
-folders, pairs = json.loads(sys.stdin.read())
-for folder in folders:
-    llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=MAX_LENGTH)
-    template = Path(folder, "chat_template.jinja").read_text()
-    options = {"truncate_prompt_tokens": MAX_LENGTH}
-    queries, passages = map(list, zip(*pairs))
-    outputs = llm.score(queries, passages, chat_template=template, tokenization_kwargs=options, use_tqdm=False)
-    print("SCORES", json.dumps([output.outputs.score for output in outputs]), flush=True)
-""".replace("MAX_LENGTH", str(MAX_LENGTH))
+folder, pairs, length = json.loads(sys.stdin.read())
+llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=length)
+queries, passages = map(list, zip(*pairs))
+template = Path(folder, "chat_template.jinja").read_text()
+options = {"truncate_prompt_tokens": length}
+outputs = llm.score(queries, passages, chat_template=template, tokenization_kwargs=options, use_tqdm=False)
+print("SCORES", json.dumps([output.outputs.score for output in outputs]), flush=True)
+"""
 VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -121,21 +121,25 @@ def score_here(folders: dict[str, str]) -> dict[str, np.ndarray]:
 
 def score_with_vllm(python: str, folders: list[dict[str, str]]) -> dict[str, list[np.ndarray]]:
     """Scores of vLLM, of the exports and of the folders that its plugin serves."""
-    found: dict[str, list[np.ndarray]] = {}
-    for name, kind in (("vLLM", "vllm"), ("vLLM, plugin", "reranker")):
-        output = subprocess.run(
-            [python, "-c", VLLM],
-            input=json.dumps([[paths[kind] for paths in folders], PAIRS]),
-            env={**os.environ, **VLLM_ENVIRONMENT},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = [line for line in output.stdout.splitlines() if line.startswith("SCORES ")]
-        if len(lines) != len(folders):
-            raise RuntimeError(f"vLLM failed: {output.stderr[-3000:]}")
-        found[name] = [np.array(json.loads(line.removeprefix("SCORES "))) for line in lines]
-    return found
+    return {
+        name: [run_vllm(python, paths[kind]) for paths in folders]
+        for name, kind in (("vLLM", "vllm"), ("vLLM, plugin", "reranker"))
+    }
+
+
+def run_vllm(python: str, folder: str) -> np.ndarray:
+    output = subprocess.run(
+        [python, "-c", VLLM],
+        input=json.dumps([folder, PAIRS, MAX_LENGTH]),
+        env={**os.environ, **VLLM_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in output.stdout.splitlines() if line.startswith("SCORES ")]
+    if len(lines) != 1:
+        raise RuntimeError(f"vLLM failed: {output.stderr[-3000:]}")
+    return np.array(json.loads(lines[0].removeprefix("SCORES ")))
 
 
 def versions(vllm_python: str | None) -> dict[str, str]:

@@ -52,7 +52,7 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             model = LlamaBidirectionalForSequenceClassification.from_pretrained(
                 name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}
             )
-        model.score.weight.data = weight.to(model.score.weight)
+        model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
     adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)

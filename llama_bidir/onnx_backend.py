@@ -55,6 +55,11 @@ class OnnxReranker:
             Path(found[0]), sess_options=options, providers=["CPUExecutionProvider"]
         )
 
+    def to(self, device: str | int | torch.device) -> None:
+        """Raises ValueError for another device than the CPU."""
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"backend 'onnx' computes on the CPU: leave device out, got {device!r}")
+
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
         inputs = dict(zip(INPUTS, (input_ids.long().numpy(), attention_mask.long().numpy()), strict=True))
         return SequenceClassifierOutput(logits=torch.from_numpy(self._session.run(["logits"], inputs)[0]))

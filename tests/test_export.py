@@ -1,6 +1,7 @@
 """Exports: equal scores in the tools that the folders are for. vLLM has a script of its own, benchmarks/parity.py."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,16 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
+from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, cross_encoder
 from llama_bidir.chat_template import make_chat_template
 from llama_bidir.cli import main
+from llama_bidir.evaluation.rerank.scorer import check_one_score
 from llama_bidir.export import FORMATS, export_reranker
+from llama_bidir.onnx_backend import OnnxReranker
 
 PAIRS = [
     ("where do bees find their way?", "Honey bees navigate by the position of the sun."),
@@ -276,3 +280,38 @@ def test_saved_with_code(tmp_path, tokenizer, model):
     assert names >= {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_llama_bidir.LlamaBidirectionalModel"
+
+
+@pytest.mark.parametrize("format", ["sentence-transformers", "vllm"])
+def test_half_precision_does_not_round_the_temperature_into_the_head(save, tmp_path, format):
+    folder, _ = save(temperature=0.3)
+    export_reranker(folder, tmp_path / "half", format=format, dtype="bfloat16")
+    files = {"sentence-transformers": ("2_Dense/model.safetensors", "linear.weight")}
+    file, name = files.get(format, ("model.safetensors", "score.weight"))
+    head = load_file(tmp_path / "half" / file)[name]
+    exact = load_file(folder / "model.safetensors")["score.weight"].bfloat16().float() / 0.3
+    torch.testing.assert_close(head, exact, rtol=1e-6, atol=0)
+
+
+def test_a_cached_checkpoint_loads_without_a_network(reranker_checkpoint, tmp_path):
+    # As after `snapshot_download`, nobody has asked for modules.json, so that the cache cannot say that there is none.
+    commit = "0" * 40
+    repo = tmp_path / "models--you--cached"
+    shutil.copytree(reranker_checkpoint, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    cached = CrossEncoder("you/cached", cache_folder=str(tmp_path))
+    assert cached.predict(PAIRS).tolist() == CrossEncoder(reranker_checkpoint).predict(PAIRS).tolist()
+
+
+def test_what_an_exported_graph_cannot_do_is_told(save, tmp_path, monkeypatch):
+    folder, _ = save()
+    config = LlamaBidirectionalConfig.from_pretrained(folder)
+    graph = OnnxReranker.__new__(OnnxReranker)  # without onnxruntime, which is not needed to refuse
+    graph.config = config
+    monkeypatch.setattr(cross_encoder, "load_onnx", lambda *args, **kwargs: graph)
+    reranker = CrossEncoder(folder, backend="onnx")
+    with pytest.raises(ValueError, match="backend 'onnx' computes on the CPU: leave device out"):
+        reranker.predict(PAIRS, device="cuda:1")
+    with pytest.raises(TypeError, match="a run is reranked with backend 'torch'"):
+        check_one_score(reranker)

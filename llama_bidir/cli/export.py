@@ -2,13 +2,13 @@
 
 import argparse
 
-FORMATS = ("sentence-transformers", "vllm", "onnx", "hub")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.add_argument("--model", required=True, metavar="M", help="folder or Hub id of a reranker or of its adapter")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="the tool that will load it")
+    parser.add_argument(
+        "--format", required=True, metavar="F", help="what will load it: sentence-transformers, vllm, onnx or hub"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype",

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 
 # What LlamaConfig does not have, or what says how this checkpoint was loaded.
@@ -11,6 +13,12 @@ OWN_FIELDS = (
     "model_type", "pooling", "temperature", "prompt_template", "rerank_max_length", "sentence_transformers", "auto_map",
     "architectures", "id2label", "label2id", "problem_type", "_name_or_path", "transformers_version",
 )  # fmt: skip
+
+
+def fold_temperature(reranker: Any) -> torch.Tensor:
+    """The weight of the head, divided by the temperature: in float32, as half precision would round it."""
+    weight: torch.Tensor = reranker.score.weight.detach().float() / reranker.config.temperature
+    return weight.contiguous()
 
 
 def write_json(path: Path, content: Any) -> None:

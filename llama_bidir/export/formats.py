@@ -12,7 +12,7 @@ from ..loading import cast_parameters, load_merged
 from ..outputs import whole_folder
 from ..prompts import ensure_pad_token
 from .hub import write_hub
-from .onnx import quantize, write_onnx
+from .onnx import check_installed, quantize, write_onnx
 from .sentence_transformers import write_sentence_transformers
 from .vllm import write_vllm
 
@@ -57,6 +57,8 @@ def export_reranker(
         raise ValueError(f"the graph of onnx is float32: leave dtype out, got {dtype!r}")
     if int8 and format != "onnx":
         raise ValueError(f"int8 is for onnx, and not for {format}")
+    if format == "onnx":
+        check_installed()
     name = os.fspath(model)
     with whole_folder(output, overwrite=overwrite, keep=name, marker="config.json") as folder:
         reranker = load_merged(name, "float32" if format == "onnx" else "auto")

@@ -46,6 +46,12 @@ class _Logits(torch.nn.Module):
         return self.reranker(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
+def check_installed() -> None:
+    """Raises ImportError where a package is missing that the export needs."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "onnx")
+
+
 def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
     """
     Writes a reranker as an ONNX graph and checks it in onnxruntime. Weights are in a file beside it.
@@ -59,9 +65,7 @@ def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     Raises:
         RuntimeError: onnxruntime computes other scores from it.
     """
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        require(module, "onnx")
-    reranker.float().set_attn_implementation("sdpa")
+    reranker.set_attn_implementation("sdpa")
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     example = _example(reranker.config.vocab_size, "right")
     torch.onnx.export(

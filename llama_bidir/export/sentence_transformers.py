@@ -9,11 +9,11 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from ..chat_template import make_chat_template, save_tokenizer
 from ..model_card import write_model_card
 from ..sentence_transformers_layout import DENSE, MODULES, POOLING, POOLING_MODES, TRANSFORMER
-from .files import llama_config, write_json
+from .files import fold_temperature, llama_config, write_json
 
 USE = """
 ```bash
-pip install "sentence-transformers>=5.6"
+pip install "sentence-transformers>=6.2"
 ```
 
 ```python
@@ -68,8 +68,7 @@ def write_sentence_transformers(reranker: Any, tokenizer: PreTrainedTokenizerBas
             "module_output_name": "scores",
         },
     )
-    weight = (reranker.score.weight.detach().float() / config.temperature).to(reranker.dtype)
-    save_file({"linear.weight": weight.contiguous()}, head / "model.safetensors", metadata={"format": "pt"})
+    save_file({"linear.weight": fold_temperature(reranker)}, head / "model.safetensors", metadata={"format": "pt"})
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     write_json(
         folder / "sentence_bert_config.json",

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_template import make_chat_template, save_tokenizer
 from ..model_card import write_model_card
-from .files import llama_config, write_json
+from .files import fold_temperature, llama_config, write_json
 
 # vLLM builds no transformers model and does not read it. Whatever does would load the folder as a causal Llama that
 # scores the last token: it finds no attention of this name, and stops.
@@ -55,7 +55,8 @@ def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     if config.is_causal:
         raise ValueError("vLLM serves a bidirectional Llama, and this one has is_causal set")
     make_chat_template(tokenizer, config.prompt_template)  # there is no other way to the prompt
-    reranker.score.weight.data = (reranker.score.weight.float() / config.temperature).to(reranker.dtype)
+    dtype = str(reranker.dtype).removeprefix("torch.")
+    reranker.score.weight.data = fold_temperature(reranker)
     reranker.save_pretrained(folder)
     fields = llama_config(
         config,
@@ -69,7 +70,6 @@ def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     )
     write_json(folder / "config.json", fields)
     save_tokenizer(tokenizer, folder, config)
-    dtype = str(reranker.dtype).removeprefix("torch.")
     write_model_card(
         folder, config, model_id, use=USE.format(model_id=model_id, config=config, dtype=dtype), library="vllm"
     )

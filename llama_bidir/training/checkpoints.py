@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..outputs import write_whole
+from ..resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
 
@@ -157,15 +158,10 @@ def check_same_run(output: Path, arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{os.fspath(output)!r} holds checkpoints of something else: choose another training.output_dir"
         )
-    former = _read_run(output)["arguments"]
-    changed = [
-        f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
-        for name in sorted({*former, *arguments})
-        if former.get(name) != arguments.get(name)
-    ]
-    if changed:
+    changes = describe_changes(_read_run(output)["arguments"], arguments)
+    if changes:
         raise ValueError(
-            f"{os.fspath(output)!r} holds a stopped run with other arguments: {'; '.join(changed)}. Start with the "
+            f"{os.fspath(output)!r} holds a stopped run with other arguments: {changes}. Start with the "
             "same ones to go on, with overwrite (--overwrite) to train anew, or with another training.output_dir"
         )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ...outputs import check_free
-from ..resume import as_recorded, can_go_on, lock
+from ...resume import as_recorded, can_go_on, lock
 
 logger = logging.getLogger(__name__)
 

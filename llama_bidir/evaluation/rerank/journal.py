@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..resume import as_recorded, can_go_on, lock
+from ...resume import as_recorded, can_go_on, lock
 
 logger = logging.getLogger(__name__)
 

@@ -75,7 +75,9 @@ def limit_caches() -> None:
 
 
 def check_one_score(cross_encoder: CrossEncoder) -> None:
-    """Raises ValueError for a model of several labels."""
+    """Raises ValueError for a model of several labels, TypeError for an exported one, whose weights it cannot tell."""
+    if not isinstance(cross_encoder.model, torch.nn.Module):
+        raise TypeError("a run is reranked with backend 'torch': load the checkpoint that was exported")
     if cross_encoder.config.num_labels != 1:
         raise ValueError(
             f"reranking needs one score a pair, but the model has {cross_encoder.config.num_labels} labels: use predict"

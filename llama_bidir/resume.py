@@ -1,4 +1,4 @@
-"""What jobs that go on after a kill have in common: they go on with the same arguments only."""
+"""What runs that go on after a kill have in common: they go on with the same arguments only."""
 
 import json
 import logging
@@ -20,6 +20,15 @@ def as_recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(arguments)))
 
 
+def describe_changes(former: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """Says which arguments of a stopped run are others now; empty when none is."""
+    return "; ".join(
+        f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
+        for name in [*arguments, *sorted(former.keys() - arguments.keys())]
+        if former.get(name) != arguments.get(name)
+    )
+
+
 def can_go_on(
     journal: str | os.PathLike[str], former: Mapping[str, Any], arguments: Mapping[str, Any], *, overwrite: bool
 ) -> bool:
@@ -34,11 +43,7 @@ def can_go_on(
     Raises:
         ValueError: the arguments are others, with what has changed, and `overwrite` is not set.
     """
-    changes = "; ".join(
-        f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
-        for name in [*arguments, *sorted(former.keys() - arguments.keys())]
-        if former.get(name) != arguments.get(name)
-    )
+    changes = describe_changes(former, arguments)
     if not changes:
         return True
     if not overwrite:
