@@ -11,8 +11,7 @@ from conftest import TEXTS, make_model, make_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, TorchAoConfig
 
-from llama_bidir import CrossEncoder
-from llama_bidir.loading import cpu_dtype
+from llama_bidir import CrossEncoder, loading
 from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
 from llama_bidir.scoring import LocalEngine, map_ahead, side_by_side, split_into_chunks
@@ -219,19 +218,25 @@ def test_long_pairs_score_as_with_a_padded_model(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "stored", "expected"),
+    ("capabilities", "bfloat16_seconds", "stored", "expected"),
     [
-        ({"avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16, torch.bfloat16),
-        ({"bf16": True}, torch.bfloat16, torch.bfloat16),
-        ({"avx512_bf16": False, "avx2": True}, torch.bfloat16, torch.float32),
-        ({"avx512_bf16": True}, torch.float32, torch.float32),
-        ({"avx512_bf16": True}, torch.float16, torch.float32),
+        ({"avx512_bf16": True}, 0.5, torch.bfloat16, torch.bfloat16),
+        ({"amx_bf16": True}, 0.5, torch.bfloat16, torch.bfloat16),
+        ({"bf16": True}, 0.5, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": True}, 0.9, torch.bfloat16, torch.float32),  # has the instructions, and they do not help
+        ({"avx512_bf16": False, "avx2": True}, 0.5, torch.bfloat16, torch.float32),
+        ({"avx512_bf16": True}, 0.5, torch.float32, torch.float32),
+        ({"avx512_bf16": True}, 0.5, torch.float16, torch.float32),
     ],
 )
-def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, tokenizer, caplog):
+def test_dtype_on_a_cpu(
+    capabilities, bfloat16_seconds, stored, expected, monkeypatch, tmp_path, tokenizer, caplog, request
+):
+    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert cpu_dtype(stored) == expected
+    monkeypatch.setattr(loading, "_time_of_a_product", seconds.get)
+    loading._multiplies_bfloat16_faster.cache_clear()
+    request.addfinalizer(loading._multiplies_bfloat16_faster.cache_clear)
     make_model().to(stored).save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
         reranker = CrossEncoder(tmp_path, tokenizer, device="cpu")
