@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import SHARED, make_model, make_tokenizer
 from row_files import lines, write
@@ -59,6 +60,14 @@ def test_a_depth_of_none_reranks_all_and_one_changes_nothing(cross_encoder):
     one = evaluate_reranker(cross_encoder, DATASET._asdict(), depth=1)
     assert one.num_pairs == 2
     assert one.after == one.before
+
+
+def test_documents_below_the_depth_have_the_next_lower_scores_and_top_k_is_refused(cross_encoder):
+    scores = list(evaluate_reranker(cross_encoder, DATASET, depth=3).run["q1"].values())
+    assert scores[3:] == [np.nextafter(np.float32(scores[2]), np.float32(-np.inf)), scores[4]]
+    assert scores[4] == np.nextafter(np.float32(scores[3]), np.float32(-np.inf))
+    with pytest.raises(ValueError, match="top_k would drop documents of the run: give depth"):
+        evaluate_reranker(cross_encoder, DATASET, top_k=2)
 
 
 def test_a_folder_gives_the_same_as_a_dataset(cross_encoder, tmp_path):

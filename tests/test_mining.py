@@ -571,6 +571,21 @@ def test_two_processes_do_not_mine_into_one_output(tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == b"{}\n" * 2
 
 
+def test_a_kill_after_the_rows_were_moved_leaves_nothing_to_clean_up(tmp_path, reranker_checkpoint, monkeypatch):
+    write(tmp_path / "rows.jsonl", lines({"query": "q", "pos_doc": ["Bees fly."], "neg_doc": ["The garden."]}))
+    arguments = (str(reranker_checkpoint), tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            mine_file(*arguments, selection=EVERYTHING)
+    mined = (tmp_path / "out.jsonl").read_bytes()
+    assert (tmp_path / "out.jsonl.partial").exists()
+    with pytest.raises(FileExistsError, match=r"out\.jsonl"):
+        mine_file(*arguments, selection=EVERYTHING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+    assert (tmp_path / "out.jsonl").read_bytes() == mined
+
+
 def test_a_job_that_has_done_nothing_yet_does_not_hold_its_arguments(tmp_path):
     for depth in (1, 2):
         with open_journal(tmp_path / "out.jsonl", {"depth": depth}, overwrite=False) as journal:

@@ -11,6 +11,7 @@ from ..validation import check_positive_int, describe
 from .comparison import Comparison, compare
 from .files import read_documents, read_qrels, read_queries, read_run
 from .measures import DEFAULT_MEASURES, Evaluation, Qrels, Run, evaluate_queries, parse_measures, rank_documents
+from .ranking import rank_candidates
 
 if TYPE_CHECKING:
     from ..cross_encoder import CrossEncoder
@@ -83,6 +84,8 @@ def evaluate_reranker(
         TypeError: `dataset` is none of the three.
     """
     check_positive_int("depth", depth)
+    if "top_k" in scoring:
+        raise ValueError("top_k would drop documents of the run: give depth, below which documents keep their order")
     parsed = [str(measure) for measure in parse_measures(measures)]
     if isinstance(dataset, (str, os.PathLike)):
         dataset = load_dataset(dataset, qrels=qrels, run=run, depth=depth)
@@ -153,8 +156,7 @@ def _rerank(
     )
     reranked = {}
     for (query_id, doc_ids), ranking in zip(top.items(), rankings, strict=True):
-        scores = {doc_ids[result["corpus_id"]]: result["score"] for result in ranking}
-        lowest = min(scores.values(), default=0.0)
-        below = ranked[query_id][len(doc_ids) :]
-        reranked[query_id] = {**scores, **{doc_id: lowest - rank for rank, doc_id in enumerate(below, start=1)}}
+        scores = {result["corpus_id"]: result["score"] for result in ranking}
+        order, values = rank_candidates([scores[place] for place in range(len(doc_ids))], len(ranked[query_id]))
+        reranked[query_id] = {ranked[query_id][place]: value for place, value in zip(order, values, strict=True)}
     return reranked, sum(map(len, top.values()))

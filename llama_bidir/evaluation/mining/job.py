@@ -21,7 +21,7 @@ from ...outputs import check_apart, check_free
 from ...validation import check_positive_int
 from ..rerank.candidates import open_corpus
 from .candidates import CandidateFinder
-from .journal import Journal, open_journal
+from .journal import Journal, open_journal, remove_finished
 from .selection import DEFAULT_SELECTION, REASONS, Selection
 from .sources import describe_state, open_source
 from .windows import WINDOW_PAIRS, MinedRow, check_teacher, mine_windows
@@ -188,6 +188,7 @@ def _check_arguments(model: str, source: str, output: Path, depth: int, overwrit
         )
     if output.is_dir():
         raise ValueError(f"output must be a file, but {os.fspath(output)!r} is a folder")
+    remove_finished(output)
     check_free(output, overwrite=overwrite)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(

@@ -98,7 +98,7 @@ class Journal:
         self.windows.append(window)
 
     def finish(self) -> None:
-        """Moves the rows to their place and removes the journal."""
+        """Moves the rows to their place and removes the journal (see [`remove_finished`])."""
         self.close()
         check_free(self.output, overwrite=self.overwrite)  # something may have appeared there meanwhile
         self._rows_path.replace(self.output)
@@ -147,6 +147,14 @@ class Journal:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_finished(output: Path) -> None:
+    """Removes what a kill between the two last steps of [`Journal.finish`] leaves: a journal without its rows."""
+    path, rows = (output.with_name(f"{output.name}.{name}") for name in ("partial", "partial-rows"))
+    if output.exists() and path.exists() and not rows.exists():
+        with lock(path):
+            path.unlink()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Reranking of whole runs: resumable, in bounded memory, in one process or in many."""
 
+from ..ranking import rank_candidates
 from .job import RerankJob
 from .local import RerankResult, rerank_job, rerank_run
-from .ranking import rank_candidates
 from .ray import CrossEncoderActor, rerank_with_ray
 
 __all__ = [

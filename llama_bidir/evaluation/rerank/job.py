@@ -17,9 +17,9 @@ from ...outputs import check_apart, check_free
 from ...scoring import Pair
 from ...validation import check_positive_int
 from ..bm25 import rank_bm25
+from ..ranking import rank_candidates, run_lines
 from .candidates import Candidates, open_candidates, open_corpus
 from .journal import Journal
-from .ranking import rank_candidates, run_lines
 from .ranks import Ranks, check_shared_file, share_windows
 
 logger = logging.getLogger(__name__)

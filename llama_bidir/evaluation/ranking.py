@@ -14,12 +14,14 @@ def rank_candidates(scores: Sequence[float], num_candidates: int) -> tuple[list[
     score keep the order.
 
     Args:
-        scores: float32 values, of the first candidates; at least one.
+        scores: float32 values, of the first candidates; at least one where there are candidates.
         num_candidates: the scored ones and those below.
 
     Returns:
         positions of the candidates, best first, and their scores.
     """
+    if not num_candidates:
+        return [], []
     values = np.asarray(scores, dtype=np.float32)
     order = np.argsort(-values, kind="stable")
     ranked: list[float] = values[order].tolist()
