@@ -13,7 +13,6 @@ import gzip
 import json
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,7 @@ def main() -> None:
         "bf16": half,
     }
     if not (model / "config.json").exists():
-        start = time.monotonic()
         train(*recipe)
-        result["training_minutes"] = round((time.monotonic() - start) / 60, 1)
     result["history"] = read_history(model / "history.jsonl")
     dtype = "bfloat16" if half else "float32"
     before = CrossEncoder(base, dtype=dtype, max_length=recipe.data.rerank_max_length)

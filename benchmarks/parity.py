@@ -7,6 +7,7 @@ this package for its plugin; without --vllm-python it is left out.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -18,14 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+from llama_bidir.chat_template import VLLM_TEMPLATE_FILE
 from llama_bidir.export import FORMATS, export_reranker
 
 from .machine import describe_machine
 
-PROMPTS = ("question:{query} \n \n passage:{passage}", "Query: {query}\nDocument: {passage}")
+# And whether the tokenizer puts its first special token before a text, as those of Llama do.
+PROMPTS = (("question:{query} \n \n passage:{passage}", False), ("Query: {query}\nDocument: {passage}", True))
 PAIRS = [
     ("how do bees find their way?", "Honey bees navigate by the position of the sun."),
     ("capital of France", "Paris, on the river Seine, is the capital of France and its largest city."),
@@ -33,16 +37,17 @@ PAIRS = [
     ("what grew in the garden?", "The garden was full of clover; nobody counted the flowers. " * 20),  # is cut
 ]
 MAX_LENGTH = 64
+CASE = ("pooling", "temperature", "prompt", "adds_bos")
 # One engine a process: a second one finds the process groups of the first.
 VLLM = """
 import json, sys
 from pathlib import Path
 from vllm import LLM
 
-folder, pairs, length = json.loads(sys.stdin.read())
+folder, template, pairs, length = json.loads(sys.stdin.read())
 llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=length)
 queries, passages = map(list, zip(*pairs))
-template = Path(folder, "chat_template.jinja").read_text()
+template = Path(folder, template).read_text()
 options = {"truncate_prompt_tokens": length}
 outputs = llm.score(queries, passages, chat_template=template, tokenization_kwargs=options, use_tqdm=False)
 print("SCORES", json.dumps([output.outputs.score for output in outputs]), flush=True)
@@ -71,19 +76,29 @@ def main() -> None:
             folders = {name: f"{folder}/{number}/{name}" for name in ("reranker", *FORMATS)}
             cases.append((case, folders, make_reranker(tokenizer, *case, folders)))
         served = score_with_vllm(args.vllm_python, [folders for _, folders, _ in cases]) if args.vllm_python else {}
-        for number, ((pooling, temperature, prompt), folders, expected) in enumerate(cases):
+        for number, ((pooling, temperature, (prompt, adds_bos)), folders, expected) in enumerate(cases):
             scores = {**score_here(folders), **{name: values[number] for name, values in served.items()}}
             worst = np.abs(expected).max()
             differences = {name: float(np.abs(values - expected).max() / worst) for name, values in scores.items()}
-            rows.append({"pooling": pooling, "temperature": temperature, "prompt": prompt, **differences})
+            case = {"pooling": pooling, "temperature": temperature, "prompt": prompt, "adds_bos": adds_bos}
+            rows.append({**case, **differences})
     result: dict[str, Any] = {"machine": describe_machine("cpu"), "versions": versions(args.vllm_python), "rows": rows}
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def make_reranker(tokenizer: Any, pooling: str, temperature: float, prompt: str, folders: dict[str, str]) -> np.ndarray:
+def make_reranker(
+    tokenizer: Any, pooling: str, temperature: float, prompt: tuple[str, bool], folders: dict[str, str]
+) -> np.ndarray:
     """Saves a tiny reranker and its exports; returns its scores."""
+    template, adds_bos = prompt
+    if adds_bos:
+        tokenizer = copy.deepcopy(tokenizer)
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=None, special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
     torch.manual_seed(0)
     config = LlamaBidirectionalConfig(
         vocab_size=len(tokenizer),
@@ -96,7 +111,7 @@ def make_reranker(tokenizer: Any, pooling: str, temperature: float, prompt: str,
         initializer_range=0.2,
         pooling=pooling,
         temperature=temperature,
-        prompt_template=prompt,
+        prompt_template=template,
         rerank_max_length=MAX_LENGTH,
     )
     reranker = CrossEncoder(LlamaBidirectionalForSequenceClassification(config), tokenizer)
@@ -122,15 +137,19 @@ def score_here(folders: dict[str, str]) -> dict[str, np.ndarray]:
 def score_with_vllm(python: str, folders: list[dict[str, str]]) -> dict[str, list[np.ndarray]]:
     """Scores of vLLM, of the exports and of the folders that its plugin serves."""
     return {
-        name: [run_vllm(python, paths[kind]) for paths in folders]
-        for name, kind in (("vLLM", "vllm"), ("vLLM, plugin", "reranker"))
+        name: [run_vllm(python, paths[kind], template, PAIRS, MAX_LENGTH) for paths in folders]
+        for name, kind, template in (
+            ("vLLM", "vllm", "chat_template.jinja"),
+            ("vLLM, plugin", "reranker", VLLM_TEMPLATE_FILE),
+        )
     }
 
 
-def run_vllm(python: str, folder: str) -> np.ndarray:
+def run_vllm(python: str, folder: str, template: str, pairs: list[tuple[str, str]], max_length: int) -> np.ndarray:
+    """Scores of pairs by vLLM's offline interface, with a template of the folder."""
     output = subprocess.run(
         [python, "-c", VLLM],
-        input=json.dumps([folder, PAIRS, MAX_LENGTH]),
+        input=json.dumps([folder, template, pairs, max_length]),
         env={**os.environ, **VLLM_ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -153,7 +172,7 @@ def versions(vllm_python: str | None) -> dict[str, str]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows in Markdown: one line a tool, the largest difference of all cases and the case."""
-    tools = [name for name in result["rows"][0] if name not in ("pooling", "temperature", "prompt")]
+    tools = [name for name in result["rows"][0] if name not in CASE]
     lines = ["| tool | largest difference | cases |", "|---|---|---|"]
     for tool in tools:
         worst = max(result["rows"], key=lambda row: row[tool])

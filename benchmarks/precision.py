@@ -2,13 +2,14 @@
 
     python -m benchmarks.precision --checkpoint HuggingFaceTB/SmolLM2-135M --train rows.jsonl.gz --data path/to/beir
 
-from the root of the repository, after `pip install -e ".[train,eval,quantize]"`. The first `--layers` layers of the
-checkpoint are fine-tuned on the rows, and the first-stage run of the folder is reranked with each precision. A reranker
-that is trained already is used as it is with `--layers 0 --steps 0`.
+from the root of the repository, after `pip install -e ".[train,eval,onnx,quantize]"`. The first `--layers` layers of
+the checkpoint are fine-tuned on the rows, and the first-stage run of the folder is reranked with each precision. A
+reranker that is trained already is used as it is with `--layers 0 --steps 0`.
 """
 
 import argparse
 import csv
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from llama_bidir import (
 )
 from llama_bidir.data import load_rows
 from llama_bidir.evaluation import Qrels, evaluate_run
+from llama_bidir.export import export_reranker
 
 from .workloads import Collection, read_collection, spread
 
@@ -98,8 +100,8 @@ def measure(collection: Collection, qrels: Qrels, folder: str, args: argparse.Na
     first_stage = [-rank for query_id in query_ids for rank in range(len(doc_ids[query_id]))]
     print(f"{'first stage':<38}{ndcg(first_stage):>9.4f}")
     expected = None
-    for name, options in precisions(args.device).items():
-        reranker = CrossEncoder(folder, device=args.device, **options)
+    for name, (path, options) in precisions(folder, args.device).items():
+        reranker = CrossEncoder(path, **options)
         reranker.predict(pairs[:8])
         start = time.perf_counter()
         scores = reranker.predict(pairs)
@@ -109,8 +111,8 @@ def measure(collection: Collection, qrels: Qrels, folder: str, args: argparse.Na
         print(f"{name:<38}{ndcg(scores):>9.4f}{len(pairs) / seconds:>9.1f}{difference:>22.4f}", flush=True)
 
 
-def precisions(device: str) -> dict[str, dict[str, Any]]:
-    """Arguments of CrossEncoder by name; float32 is the first. fp8 needs a GPU."""
+def precisions(folder: str, device: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Folder and arguments of CrossEncoder by name; float32 is the first. fp8 is for a GPU, onnxruntime for a CPU."""
     from torchao import quantization
 
     configs = {
@@ -119,10 +121,16 @@ def precisions(device: str) -> dict[str, dict[str, Any]]:
     }
     if torch.device(device).type == "cuda":
         configs["fp8 weights and activations (torchao)"] = quantization.Float8DynamicActivationFloat8WeightConfig()
-    result: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
+    options: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
     for name, config in configs.items():
         quantized = TorchAoConfig(config, modules_to_not_convert=["score"])
-        result[name] = {"dtype": "bfloat16", "model_kwargs": {"quantization_config": quantized}}
+        options[name] = {"dtype": "bfloat16", "model_kwargs": {"quantization_config": quantized}}
+    result = {name: (folder, {"device": device, **values}) for name, values in options.items()}
+    if torch.device(device).type == "cpu":
+        exported = os.path.join(folder, "onnx")
+        export_reranker(folder, exported, format="onnx", int8=True)
+        for name, file_name in (("float32 (onnxruntime)", "model.onnx"), ("int8 (onnxruntime)", "model_int8.onnx")):
+            result[name] = exported, {"backend": "onnx", "model_kwargs": {"file_name": file_name}}
     return result
 
 

@@ -16,9 +16,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
+from .configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE, LlamaBidirectionalConfig, check_prompt_template
 
 logger = logging.getLogger(__name__)
+
+# vLLM's own file in a saved folder. Its tokenizer puts special tokens around what a template renders.
+VLLM_TEMPLATE_FILE = "vllm_template.jinja"
 
 SAMPLES = (("how do bees find their way?", "Honey bees, by the sun."), ("", ""), (" a  {b}", "\u00e9 \n c"))
 # What NeMo AutoModel calls the template in which it keeps a reranker's prompt.
@@ -46,17 +49,14 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str)
 
     Args:
         tokenizer: the special tokens that it puts around a text are written out, as a rendered chat template is
-            tokenized without them.
+            tokenized without them, except by vLLM (see [`make_vllm_template`]).
         prompt_template: see [`LlamaBidirectionalConfig`].
 
     Raises:
         ValueError: the tokenizer gives other ids for text that has its special tokens in it.
     """
     before, after = _special_tokens(tokenizer)
-    middle = []
-    for literal, field, _, _ in string.Formatter().parse(check_prompt_template(prompt_template)):
-        middle += [_quote(literal)] * bool(literal)
-        middle += {"query": ["text(query)"], "passage": ["text(document)"]}.get(str(field), [])
+    middle = _parts(prompt_template)
     # Some tokenizers of Llama 2 put a space before a text, but not behind a special token.
     for space in ("", " "):
         parts = [_quote(before + space)] * bool(before + space) + middle + [_quote(after)] * bool(after)
@@ -69,12 +69,18 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str)
     )
 
 
+def make_vllm_template(prompt_template: str) -> str:
+    """Writes a prompt template as a chat template that renders to the bare prompt, whatever the tokenizer adds."""
+    return TEMPLATE.format(expression=" + ".join(_parts(prompt_template)))
+
+
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str], config: LlamaBidirectionalConfig
 ) -> None:
     """
     Saves the tokenizer of a reranker, for tools that do not read the reranker's configuration: its chat template is the
-    prompt, instead of the one for talking that its base may have had, and its longest input that of a pair.
+    prompt, instead of the one for talking that its base may have had, and its longest input that of a pair. A file
+    beside it holds the prompt for vLLM.
 
     Args:
         tokenizer: not changed.
@@ -86,16 +92,27 @@ def save_tokenizer(
     try:
         saved.chat_template = make_chat_template(tokenizer, config.prompt_template)
     except ValueError as error:
-        logger.info(f"saved without a chat template: {error}")
+        logger.warning(
+            f"saved without a chat template, so that sentence-transformers does not know the prompt: {error}"
+        )
         saved.chat_template = None
     # What the Trainer has saved of the base's, for one.
     Path(directory, "chat_template.jinja").unlink(missing_ok=True)
     shutil.rmtree(Path(directory, "additional_chat_templates"), ignore_errors=True)
     saved.save_pretrained(directory)
+    Path(directory, VLLM_TEMPLATE_FILE).write_text(make_vllm_template(config.prompt_template), encoding="utf-8")
 
 
-def recover_prompt_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Returns the prompt template that NeMo AutoModel has saved as a chat template; None where there is none."""
+def find_prompt_template(tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig) -> str:
+    """
+    Returns the prompt template of a checkpoint: its configuration's, or where that has none of its own, what NeMo
+    AutoModel has saved as a chat template.
+    """
+    recovered = _read_nemo_template(tokenizer) if config.prompt_template == DEFAULT_PROMPT_TEMPLATE else None
+    return recovered or config.prompt_template
+
+
+def _read_nemo_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     templates = tokenizer.chat_template
     written = templates.get(NEMO_TEMPLATE) if isinstance(templates, Mapping) else None
     found = re.search(r'("(?:[^"\\]|\\.)*")\s*\.format\(', written or "")
@@ -104,6 +121,15 @@ def recover_prompt_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             logger.warning(f"the chat template {NEMO_TEMPLATE!r} holds no prompt template that can be read: pass one")
         return None
     return check_prompt_template(json.loads(found[1]))
+
+
+def _parts(prompt_template: str) -> list[str]:
+    """Expressions of Jinja, whose values joined are the prompt."""
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(check_prompt_template(prompt_template)):
+        parts += [_quote(literal)] * bool(literal)
+        parts += {"query": ["text(query)"], "passage": ["text(document)"]}.get(str(field), [])
+    return parts
 
 
 def _quote(text: str) -> str:

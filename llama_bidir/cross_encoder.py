@@ -13,11 +13,11 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat_template import recover_prompt_template, save_tokenizer
+from .chat_template import find_prompt_template, save_tokenizer
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from .distributed import is_shared, score_shared
 from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_onnx, load_reranker
-from .model_card import write_model_card
+from .model_card import read_measures, write_model_card
 from .onednn import use_onednn
 from .packing import PACKED_ATTENTION
 from .prompts import PromptEncoder, check_long_document, ensure_pad_token
@@ -111,6 +111,7 @@ class CrossEncoder:
             name_or_path = os.fspath(model_name_or_path_or_model)
             # A GGUF file holds its tokenizer, and a subfolder has one of its own.
             source = {name: model_kwargs[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in model_kwargs}
+        self._stored_dtype: torch.dtype | None = None  # where it is not the model's
         if backend == "onnx":
             self.model: Any = load_onnx(model_name_or_path_or_model, model_kwargs, device=device, dtype=dtype)
         elif isinstance(model_name_or_path_or_model, (str, os.PathLike)):
@@ -124,6 +125,7 @@ class CrossEncoder:
                 devices = self._devices or [model_device or self.model.device]
                 if all(torch.device(name).type == "cpu" for name in devices):
                     if cpu_dtype(self.model.dtype) != self.model.dtype:
+                        self._stored_dtype = self.model.dtype
                         cast_parameters(self.model, cpu_dtype(self.model.dtype))
                     logger.info(f"scoring in {self.model.dtype} on this CPU")
         else:
@@ -148,9 +150,7 @@ class CrossEncoder:
         self.tokenizer = tokenizer
         self.activation_fn = activation_fn
         # Checked together before the configuration, which may be the caller's, is changed.
-        template = prompt_template
-        if template is None:
-            template = recover_prompt_template(tokenizer) or self.config.prompt_template
+        template = find_prompt_template(tokenizer, self.config) if prompt_template is None else prompt_template
         length = self.config.rerank_max_length if max_length is None else max_length
         PromptEncoder(
             tokenizer,
@@ -407,6 +407,13 @@ class CrossEncoder:
         is_exported = not isinstance(self.model, torch.nn.Module)
         if is_exported:
             raise TypeError("an exported reranker (backend='onnx') is not saved again: copy its folder")
+        if evaluation is not None:
+            read_measures(evaluation)  # raises before anything is written
+        if self._stored_dtype is not None:
+            logger.warning(
+                f"saved in {self.model.dtype}, as this CPU computes, and was stored in {self._stored_dtype}: load with "
+                "dtype='auto' to save it as it was"
+            )
         self.model.save_pretrained(directory, **kwargs)
         self.config.save_pretrained(directory)  # an adapter does not save it
         save_tokenizer(self.tokenizer, directory, self.config)

@@ -9,15 +9,18 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .chat_template import find_prompt_template
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
 from .extras import require
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .onednn import OneDNNLinear
 from .onnx_backend import MODEL_FILE, OnnxReranker
+from .prompts import ensure_pad_token
 from .sentence_transformers_layout import read_head
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -51,6 +54,11 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         if head is None:
             return LlamaBidirectionalForSequenceClassification.from_pretrained(name_or_path, **model_kwargs)
         pooling, weight = head
+        if model_kwargs.get("num_labels") not in (None, len(weight)):
+            raise ValueError(
+                f"num_labels is {model_kwargs['num_labels']}, but the head of {name_or_path!r} has {len(weight)}: "
+                "leave num_labels out"
+            )
         with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the head is in a file beside
             model = LlamaBidirectionalForSequenceClassification.from_pretrained(
                 name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}
@@ -110,18 +118,35 @@ def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, d
     return OnnxReranker(name_or_path, model_kwargs.get("file_name", MODEL_FILE), source)
 
 
-def load_merged(name_or_path: str, dtype: str = "auto") -> Any:
+def load_merged(
+    name_or_path: str, dtype: str = "auto", *, revision: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """
-    Loads a checkpoint, or an adapter merged into its base model, which are float32 weights then.
+    Loads a checkpoint, or an adapter merged into its base model, which are float32 weights then, with its prompt.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
         dtype: of a checkpoint's weights; `"auto"` is its own.
+        revision: branch, tag or commit of the repository.
+
+    Returns:
+        the model and its tokenizer.
+
+    Raises:
+        ValueError: the weights of the checkpoint are quantized.
     """
-    if find_adapter_config_file(name_or_path) is None:
-        return load_reranker(name_or_path, {"dtype": dtype}).eval()
-    adapted = load_reranker(name_or_path, {"dtype": "float32"}, dequantize=True)
-    return adapted.merge_and_unload(safe_merge=True).eval()
+    source: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if find_adapter_config_file(name_or_path, **source) is None:
+        model = load_reranker(name_or_path, {"dtype": dtype, **source})
+        if getattr(model, "is_quantized", False):
+            raise ValueError(f"{name_or_path!r} holds quantized weights: give the checkpoint that they were made from")
+    else:
+        adapted = load_reranker(name_or_path, {"dtype": "float32", **source}, dequantize=True)
+        model = adapted.merge_and_unload(safe_merge=True)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+    model.config.prompt_template = find_prompt_template(tokenizer, model.config)
+    ensure_pad_token(tokenizer, model.config.vocab_size)
+    return model.eval(), tokenizer
 
 
 @contextmanager

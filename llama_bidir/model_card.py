@@ -3,11 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils.hub import cached_file
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig
 
@@ -24,25 +25,49 @@ KNOWN_LICENSES = {
 
 TAGS = ["reranker", "cross-encoder", "llama-bidir"]
 
-# The notices that the Llama licences ask for beside what is made from a Llama.
-LLAMA_NOTICES = {
-    license: f"{model} is licensed under the {model} Community License, Copyright (c) Meta Platforms, Inc. All Rights "
-    "Reserved."
-    for license, model in {
-        "llama2": "Llama 2",
-        "llama3": "Meta Llama 3",
-        "llama3.1": "Llama 3.1",
-        "llama3.2": "Llama 3.2",
-        "llama3.3": "Llama 3.3",
-    }.items()
-}
+LLAMA_NOTICE = (
+    "{model} is licensed under the {license} Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+)
 
 LICENSE_SECTION = """
 ## Licence
 
-Built with Llama. {notice} The licence (`{license}`) asks that the name of a model that is made from it and given to
-others begins with "Llama", and that NOTICE stays beside the weights.
+{built_with}{notice} Who gives this model to others has to give them that agreement and the file NOTICE as well{naming}.
 """
+
+
+class LlamaLicense(NamedTuple):
+    """What a Llama licence asks of a model that is made from a Llama: the names in its notice, and a name to show."""
+
+    model: str
+    license: str
+    built_with: str | None = None
+    prefix: str | None = None
+
+    @property
+    def notice(self) -> str:
+        """The text of the file NOTICE."""
+        return LLAMA_NOTICE.format(model=self.model, license=self.license)
+
+    @property
+    def section(self) -> str:
+        """What a model card says about it."""
+        built_with = f"Built with {self.built_with}. " if self.built_with else ""
+        naming = f', and its name has to begin with "{self.prefix}"' if self.prefix else ""
+        return LICENSE_SECTION.format(built_with=built_with, notice=self.notice, naming=naming)
+
+
+LLAMA_LICENSES = {
+    "llama2": LlamaLicense("Llama 2", "LLAMA 2"),
+    "llama3": LlamaLicense("Meta Llama 3", "Meta Llama 3", "Meta Llama 3", "Llama 3"),
+    "llama3.1": LlamaLicense("Llama 3.1", "Llama 3.1", "Llama", "Llama"),
+    "llama3.2": LlamaLicense("Llama 3.2", "Llama 3.2", "Llama", "Llama"),
+    "llama3.3": LlamaLicense("Llama 3.3", "Llama 3.3", "Llama", "Llama"),
+}
+# What an export says as the reranker's own card does.
+CARRIED = (
+    "base_model", "license", "license_name", "license_link", "datasets", "language", "model_name", "eval_results",
+)  # fmt: skip
 
 BODY = """
 # {title}
@@ -126,10 +151,11 @@ def write_model_card(
     Raises:
         ValueError: the evaluation is no such file.
     """
-    base_model, license_id = find_base_model(config.name_or_path)
+    origin = find_origin(config.name_or_path)
+    base_model = origin.get("base_model")
     title = model_id.rstrip("/").split("/")[-1]
     measures = {} if evaluation is None else read_measures(evaluation)
-    fields: dict[str, Any] = {"base_model": base_model, "license": license_id, **(metadata or {})}
+    fields: dict[str, Any] = {**origin, **(metadata or {})}
     fields["tags"] = [*TAGS, *(tag for tag in fields.get("tags") or [] if tag not in TAGS)]
     if measures:
         fields |= {"model_name": title, "eval_results": _results(measures, os.path.basename(str(evaluation)))}
@@ -144,9 +170,9 @@ def write_model_card(
     if measures:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in measures.items())
         body += f"\n## Measures\n\n| | |\n|---|---|\n{rows}"
-    if notice := LLAMA_NOTICES.get(str(fields["license"])):
-        body += LICENSE_SECTION.format(notice=notice, license=fields["license"])
-        Path(directory, "NOTICE").write_text(notice + "\n", encoding="utf-8")
+    if license := LLAMA_LICENSES.get(str(fields.get("license"))):
+        body += license.section
+        Path(directory, "NOTICE").write_text(license.notice + "\n", encoding="utf-8")
     Path(directory, "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
 
 
@@ -175,21 +201,47 @@ def _results(measures: Mapping[str, float], dataset: str) -> list[EvalResult]:
     ]
 
 
-def find_base_model(name_or_path: str | None) -> tuple[str | None, str | None]:
+def find_origin(name_or_path: str | None) -> dict[str, Any]:
     """
-    Returns the Hub id and the licence id of what a reranker was made from, each None where it is not known.
+    Returns what a card says of the model that a reranker was made from, as far as it is known: its Hub id as
+    `base_model`, and the fields of its licence.
 
-    A folder is asked for them by its own model card; a name that is no folder is taken for a Hub id.
+    A folder is asked for them by its own model card; a name that is no folder is taken for a Hub id, of which only the
+    licence is read.
     """
     name = name_or_path or ""
+    fields = ("license", "license_name", "license_link")
     if os.path.isdir(name):
-        card_path = Path(name, "README.md")
-        if not card_path.is_file():
-            return None, None
-        data = ModelCard.load(card_path, ignore_metadata_errors=True).data
-        base_model = data.base_model[0] if isinstance(data.base_model, list) else data.base_model
-        return base_model, data.license
+        return read_card(name, ("base_model", *fields))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return None, None
+        return {}
     known = [prefix for prefix in KNOWN_LICENSES if name.lower().startswith(prefix)]
-    return name, KNOWN_LICENSES[max(known, key=len)] if known else None
+    return {
+        "base_model": name,
+        **({"license": KNOWN_LICENSES[max(known, key=len)]} if known else read_card(name, fields)),
+    }
+
+
+def read_card(name_or_path: str, fields: Sequence[str] = CARRIED, **source: Any) -> dict[str, Any]:
+    """
+    Returns those fields that the model card of a folder or of a Hub repository has; none where there is no card, or no
+    network.
+
+    Args:
+        source: arguments of the Hub, such as `revision`.
+    """
+    path = cached_file(
+        name_or_path,
+        "README.md",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **source,
+    )
+    if path is None:
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    found = {field: value for field in fields if (value := getattr(data, field, None))}
+    if isinstance(base_models := found.get("base_model"), list):
+        found["base_model"] = base_models[0]
+    return found

@@ -15,11 +15,18 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, cross_encoder
+from llama_bidir import (
+    CrossEncoder,
+    LlamaBidirectionalConfig,
+    LlamaBidirectionalForSequenceClassification,
+    cross_encoder,
+    loading,
+)
 from llama_bidir.chat_template import make_chat_template
 from llama_bidir.cli import main
 from llama_bidir.evaluation.rerank.scorer import check_one_score
 from llama_bidir.export import FORMATS, export_reranker
+from llama_bidir.model_card import write_model_card
 from llama_bidir.onnx_backend import OnnxReranker
 
 PAIRS = [
@@ -108,8 +115,8 @@ def test_only_vllm_loads_the_folder_for_vllm(save, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "vllm")
     template = (tmp_path / "vllm" / "chat_template.jinja").read_text()
     messages = [{"role": "query", "content": [{"type": "text", "text": "q"}]}, {"role": "document", "content": "p"}]
-    rendered = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
-    assert rendered == tokenizer("question:q \n \n passage:p")["input_ids"]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert rendered == "question:q \n \n passage:p"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,8 @@ def test_every_format_has_a_card_that_says_how_to_load_it(save, tmp_path):
     assert said.keys() | {"onnx"} == FORMATS.keys()
 
 
-def test_an_adapter_is_merged_on_the_way(base_checkpoint, tmp_path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_adapter_is_merged_on_the_way(base_checkpoint, tmp_path, format):
     peft = pytest.importorskip("peft")
     from llama_bidir.training.lora import add_adapter
 
@@ -199,8 +207,22 @@ def test_an_adapter_is_merged_on_the_way(base_checkpoint, tmp_path):
             weight.data.normal_(std=0.1)
     reranker = CrossEncoder(adapted, AutoTokenizer.from_pretrained(base_checkpoint))
     reranker.save_pretrained(tmp_path / "adapter")
-    export_reranker(tmp_path / "adapter", tmp_path / "hub", format="hub")
-    np.testing.assert_allclose(CrossEncoder(tmp_path / "hub").predict(PAIRS), reranker.predict(PAIRS), rtol=1e-5)
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    export_reranker(tmp_path / "adapter", tmp_path / "out", format=format)
+    expected = reranker.predict(PAIRS)
+    if format == "sentence-transformers":
+        st = pytest.importorskip("sentence_transformers")
+        scores = st.CrossEncoder(str(tmp_path / "out"), device="cpu").predict(PAIRS)
+    elif format == "vllm":
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
+        ours = LlamaBidirectionalForSequenceClassification(config)
+        ours.load_state_dict(merged.state_dict())
+        scores = CrossEncoder(ours, reranker.tokenizer).predict(PAIRS)
+    else:
+        scores = CrossEncoder(tmp_path / "out", backend="onnx" if format == "onnx" else "torch").predict(PAIRS)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_export_never_replaces_what_it_reads_or_something_else(save, tmp_path):
@@ -232,6 +254,75 @@ def test_a_chat_template_writes_special_tokens_out():
         tokenizer.apply_chat_template([messages[0]] * 2, chat_template=template)
 
 
+def test_vllm_puts_special_tokens_around_what_its_template_renders(tmp_path):
+    tokenizer = make_tokenizer(bos_token="<s>", pad_token="<|pad|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair=None, special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    CrossEncoder(make_model(prompt_template=PASSAGE_FIRST), tokenizer).save_pretrained(tmp_path / "reranker")
+    export_reranker(tmp_path / "reranker", tmp_path / "vllm", format="vllm")
+    messages = [{"role": "query", "content": "a query"}, {"role": "document", "content": "a passage"}]
+    expected = tokenizer(PASSAGE_FIRST.format(passage="a passage", query="a query"))["input_ids"]
+    assert expected.count(tokenizer.bos_token_id) == 1
+    for file in ("vllm/chat_template.jinja", "reranker/vllm_template.jinja"):
+        saved = AutoTokenizer.from_pretrained((tmp_path / file).parent)
+        template = (tmp_path / file).read_text(encoding="utf-8")
+        # As vLLM does it: rendered to text, which is then tokenized as any other.
+        rendered = saved.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert saved(rendered)["input_ids"] == expected
+    # sentence-transformers tokenizes what it renders without special tokens.
+    saved = AutoTokenizer.from_pretrained(tmp_path / "reranker")
+    assert saved.apply_chat_template(messages, return_dict=True)["input_ids"] == expected
+
+
+def test_quantized_weights_and_another_number_of_labels_are_refused(save, tmp_path, monkeypatch):
+    folder, _ = save()
+    export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    with pytest.raises(ValueError, match=r"num_labels is 3, but the head of .* has 1: leave num_labels out"):
+        CrossEncoder(tmp_path / "st", num_labels=3)
+    load = loading.load_reranker
+
+    def load_quantized(*args):
+        model = load(*args)
+        model.is_quantized = True
+        return model
+
+    monkeypatch.setattr(loading, "load_reranker", load_quantized)
+    with pytest.raises(ValueError, match="holds quantized weights: give the checkpoint that they were made from"):
+        export_reranker(folder, tmp_path / "hub", format="hub")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_the_card_of_an_export_says_what_the_rerankers_card_says(save, tmp_path):
+    folder, _ = save()
+    evaluation = tmp_path / "nq.json"
+    evaluation.write_text(json.dumps({"aggregated": {"nDCG@10": 0.5}}))
+    metadata = {"base_model": "meta-llama/Llama-3.2-1B", "license": "llama3.2", "datasets": ["squad"], "language": "en"}
+    write_model_card(folder, LlamaBidirectionalConfig(), "Llama-r", evaluation=evaluation, metadata=metadata)
+    export_reranker(folder, tmp_path / "hub", format="hub", model_id="you/Llama-r")
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert {name: getattr(card.data, name) for name in metadata} == metadata
+    assert [result.metric_value for result in card.data.eval_results] == [0.5]
+    assert 'from_pretrained("you/Llama-r"' in card.text
+    assert (tmp_path / "hub" / "NOTICE").read_text() == (folder / "NOTICE").read_text()
+    evaluation.write_text(json.dumps({"aggregated": {"nDCG@10": 0.75}}))
+    arguments = ["export", "--model", str(folder), "--format", "hub", "--output", str(tmp_path / "again")]
+    assert main([*arguments, "--evaluation", str(evaluation)]) == 0
+    assert ModelCard.load(tmp_path / "again" / "README.md").data.eval_results[0].metric_value == 0.75
+
+
+def test_a_checkpoint_that_was_cast_for_this_cpu_says_so_when_it_is_saved(save, tmp_path, monkeypatch, caplog):
+    folder, _ = save()
+    export_reranker(folder, tmp_path / "half", format="hub", dtype="bfloat16")
+    monkeypatch.setattr(loading, "_multiplies_bfloat16_faster", lambda: False)
+    CrossEncoder(tmp_path / "half", dtype="auto").save_pretrained(tmp_path / "auto")
+    assert not [record for record in caplog.records if "saved in" in record.message]
+    CrossEncoder(tmp_path / "half").save_pretrained(tmp_path / "cast")
+    assert (
+        "saved in torch.float32, as this CPU computes, and was stored in torch.bfloat16: load with dty" in caplog.text
+    )
+
+
 def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
     prompt = 'Query: {query}\n\n"Text": {passage}'
     folder, _ = save()
@@ -249,6 +340,11 @@ def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     recovered = CrossEncoder(folder)
     assert recovered.config.prompt_template == prompt
+    export_reranker(folder, tmp_path / "hub", format="hub")
+    assert CrossEncoder(tmp_path / "hub").config.prompt_template == prompt
+    # A prompt that the configuration has goes before it.
+    other = make_model(prompt_template=PASSAGE_FIRST)
+    assert CrossEncoder(other, AutoTokenizer.from_pretrained(folder)).config.prompt_template == PASSAGE_FIRST
     # Saved by us, the prompt is in the configuration, and no template of NeMo's is left to contradict it.
     recovered.config.prompt_template = PASSAGE_FIRST
     recovered.save_pretrained(folder)
@@ -291,6 +387,11 @@ def test_half_precision_does_not_round_the_temperature_into_the_head(save, tmp_p
     head = load_file(tmp_path / "half" / file)[name]
     exact = load_file(folder / "model.safetensors")["score.weight"].bfloat16().float() / 0.3
     torch.testing.assert_close(head, exact, rtol=1e-6, atol=0)
+    if format == "sentence-transformers":
+        st = pytest.importorskip("sentence_transformers")
+        scores = CrossEncoder(tmp_path / "half", dtype="float32").predict(PAIRS)
+        peer = st.CrossEncoder(str(tmp_path / "half"), device="cpu", model_kwargs={"dtype": "float32"})
+        np.testing.assert_allclose(peer.predict(PAIRS), scores, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cached_checkpoint_loads_without_a_network(reranker_checkpoint, tmp_path):

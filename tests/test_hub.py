@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from row_files import lines, write
 
 from llama_bidir import LlamaBidirectionalConfig
-from llama_bidir.model_card import find_base_model, write_model_card
+from llama_bidir.model_card import find_origin, write_model_card
 
 PAIRS = [("where do bees go?", "Honey bees navigate by the sun."), ("q", "Paris.")]
 
@@ -222,16 +222,31 @@ def test_card_of_a_known_base_model(tmp_path):
     ],
 )
 def test_licence_of_the_base_model(name, expected):
-    assert find_base_model(name) == (name, expected)
+    assert find_origin(name) == {"base_model": name, **({"license": expected} if expected else {})}
+
+
+@pytest.mark.parametrize(
+    ("base", "notice", "said"),
+    [
+        ("Llama-2-7b-hf", "Llama 2 is licensed under the LLAMA 2 Community", ()),
+        ("Meta-Llama-3-8B", "Meta Llama 3 is licensed", ("Built with Meta Llama 3.", 'to begin with "Llama 3"')),
+        ("Llama-3.2-1B", "Llama 3.2 is licensed under the Llama 3.2", ("Built with Llama.", 'to begin with "Llama"')),
+    ],
+)
+def test_each_llama_licence_asks_for_something_else(tmp_path, base, notice, said):
+    write_model_card(tmp_path, LlamaBidirectionalConfig(name_or_path=f"meta-llama/{base}"), "me/Llama-r")
+    assert (tmp_path / "NOTICE").read_text().startswith(notice)
+    text = (tmp_path / "README.md").read_text()
+    assert all(words in text for words in said)
+    assert ("Built with" in text) == bool(said)
 
 
 def test_base_model_is_carried_from_card_to_card(tmp_path):
     config = LlamaBidirectionalConfig(name_or_path="meta-llama/Llama-3.1-8B")
     write_model_card(tmp_path, config, "me/first")
-    assert find_base_model(str(tmp_path)) == ("meta-llama/Llama-3.1-8B", "llama3.1")
+    assert find_origin(str(tmp_path)) == {"base_model": "meta-llama/Llama-3.1-8B", "license": "llama3.1"}
     (tmp_path / "README.md").unlink()
-    assert find_base_model(str(tmp_path)) == (None, None)
-    assert find_base_model("") == find_base_model(None) == find_base_model("/gone/away") == (None, None)
+    assert find_origin(str(tmp_path)) == find_origin("") == find_origin(None) == find_origin("/gone/away") == {}
 
 
 def test_card_of_an_unknown_base_model_says_so(tmp_path):

@@ -6,11 +6,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template import save_tokenizer
-from ..model_card import write_model_card
 from ..remote_code import add_code
 
 USE = """
-Without this package, the two code files in the folder are run:
+Without this package, the two code files in the folder are run (transformers 5.6 or newer):
 
 ```python
 import torch
@@ -30,7 +29,7 @@ With it (`pip install llama-bidir`), they are not: `llama_bidir.CrossEncoder("{m
 """
 
 
-def write_hub(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+def write_hub(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> str:
     """
     Writes a reranker with the code of its model, which transformers runs under `trust_remote_code=True`.
 
@@ -39,8 +38,11 @@ def write_hub(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, m
         tokenizer: its tokenizer.
         folder: an empty folder.
         model_id: how the reranker will be found.
+
+    Returns:
+        what the model card says of its use.
     """
     reranker.save_pretrained(folder)
     save_tokenizer(tokenizer, folder, reranker.config)
     add_code(folder)
-    write_model_card(folder, reranker.config, model_id, use=USE.format(model_id=model_id))
+    return USE.format(model_id=model_id)

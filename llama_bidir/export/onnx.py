@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_template import save_tokenizer
 from ..extras import require
-from ..model_card import write_model_card
 from ..onnx_backend import INPUTS, MODEL_FILE, OnnxReranker
 from ..packing import pad
 
@@ -52,7 +51,7 @@ def check_installed() -> None:
         require(module, "onnx")
 
 
-def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> str:
     """
     Writes a reranker as an ONNX graph and checks it in onnxruntime. Weights are in a file beside it.
 
@@ -61,6 +60,9 @@ def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         tokenizer: its tokenizer.
         folder: an empty folder.
         model_id: how the reranker will be found.
+
+    Returns:
+        what the model card says of its use.
 
     Raises:
         RuntimeError: onnxruntime computes other scores from it.
@@ -89,7 +91,7 @@ def write_onnx(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         difference = float((scores - expected).abs().max())
         if not difference <= TOLERANCE * float(expected.abs().max()):
             raise RuntimeError(f"onnxruntime's scores differ by {difference} where padding is on the {side}")
-    write_model_card(folder, reranker.config, model_id, use=USE.format(model_id=model_id))
+    return USE.format(model_id=model_id)
 
 
 def quantize(folder: str | os.PathLike[str]) -> Path:

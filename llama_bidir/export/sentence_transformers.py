@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from ..chat_template import make_chat_template, save_tokenizer
-from ..model_card import write_model_card
 from ..sentence_transformers_layout import DENSE, MODULES, POOLING, POOLING_MODES, TRANSFORMER
 from .files import fold_temperature, llama_config, write_json
 
@@ -22,10 +21,13 @@ from sentence_transformers import CrossEncoder
 reranker = CrossEncoder("{model_id}")
 results = reranker.rank("how do bees find their way?", ["Honey bees navigate by the position of the sun.", "The hive."])
 ```
+
+sentence-transformers computes head and scores in the dtype of the weights. Where they are half precision,
+`model_kwargs={{"dtype": "float32"}}` keeps the digits.
 """
 
 
-def write_sentence_transformers(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+def write_sentence_transformers(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> str:
     """
     Writes a reranker in the layout of sentence-transformers. Scores are raw logits; the temperature is in the head.
 
@@ -34,6 +36,9 @@ def write_sentence_transformers(reranker: Any, tokenizer: PreTrainedTokenizerBas
         tokenizer: its tokenizer.
         folder: an empty folder.
         model_id: how the reranker will be found.
+
+    Returns:
+        what the model card says of its use.
 
     Raises:
         ValueError: the prompt cannot be written as a chat template.
@@ -45,7 +50,7 @@ def write_sentence_transformers(reranker: Any, tokenizer: PreTrainedTokenizerBas
     # Not read by sentence-transformers; for the way back.
     fields |= {"prompt_template": config.prompt_template, "rerank_max_length": config.rerank_max_length}
     LlamaConfig(**fields).save_pretrained(folder)
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     save_tokenizer(tokenizer, folder, config)
     write_json(folder / MODULES, [TRANSFORMER, POOLING, DENSE])
     write_json(
@@ -88,4 +93,4 @@ def write_sentence_transformers(reranker: Any, tokenizer: PreTrainedTokenizerBas
             "requirements": {"transformers": ">=5.2"},
         },
     )
-    write_model_card(folder, config, model_id, use=USE.format(model_id=model_id), library="sentence-transformers")
+    return USE.format(model_id=model_id)

@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_template import make_chat_template, save_tokenizer
-from ..model_card import write_model_card
+from ..chat_template import VLLM_TEMPLATE_FILE, save_tokenizer
 from .files import fold_temperature, llama_config, write_json
 
 # vLLM builds no transformers model and does not read it. Whatever does would load the folder as a causal Llama that
@@ -35,7 +34,7 @@ attention `only_vllm_loads_this_folder`.
 """
 
 
-def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> None:
+def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, model_id: str) -> str:
     """
     Writes a reranker as vLLM's own bidirectional Llama. Scores are raw logits; the temperature is part of the head.
 
@@ -45,16 +44,17 @@ def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         folder: an empty folder.
         model_id: how the reranker will be found.
 
+    Returns:
+        what the model card says of its use.
+
     Raises:
-        ValueError: vLLM cannot serve it: it has several labels or a causal mask, or its prompt cannot be written as a
-            chat template.
+        ValueError: vLLM cannot serve it: it has several labels or a causal mask.
     """
     config = reranker.config
     if config.num_labels != 1:
         raise ValueError(f"vLLM serves a reranker of one label, and this one has {config.num_labels}")
     if config.is_causal:
         raise ValueError("vLLM serves a bidirectional Llama, and this one has is_causal set")
-    make_chat_template(tokenizer, config.prompt_template)  # there is no other way to the prompt
     dtype = str(reranker.dtype).removeprefix("torch.")
     reranker.score.weight.data = fold_temperature(reranker)
     reranker.save_pretrained(folder)
@@ -70,6 +70,5 @@ def write_vllm(reranker: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     )
     write_json(folder / "config.json", fields)
     save_tokenizer(tokenizer, folder, config)
-    write_model_card(
-        folder, config, model_id, use=USE.format(model_id=model_id, config=config, dtype=dtype), library="vllm"
-    )
+    (folder / VLLM_TEMPLATE_FILE).replace(folder / "chat_template.jinja")
+    return USE.format(model_id=model_id, config=config, dtype=dtype)

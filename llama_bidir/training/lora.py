@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..chat_template import save_tokenizer
@@ -86,8 +86,8 @@ def merge_adapter(
     if find_adapter_config_file(name) is None:
         raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
     with whole_folder(output, overwrite=overwrite, keep=name, marker="config.json") as folder:
-        merged = load_merged(name)
+        merged, tokenizer = load_merged(name)
         cast_parameters(merged, getattr(torch, dtype))
         merged.save_pretrained(folder)
-        save_tokenizer(AutoTokenizer.from_pretrained(name), folder, merged.config)
+        save_tokenizer(tokenizer, folder, merged.config)
         write_model_card(folder, merged.config, os.fspath(output))

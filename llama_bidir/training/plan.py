@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import AutoTokenizer
 
-from ..chat_template import recover_prompt_template
+from ..chat_template import find_prompt_template
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -261,7 +261,7 @@ def _read_checkpoint(
     config = LlamaBidirectionalConfig.from_pretrained(name, **given)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.revision)
     if data_args.prompt_template is None:
-        config.prompt_template = recover_prompt_template(tokenizer) or config.prompt_template
+        config.prompt_template = find_prompt_template(tokenizer, config)
     return config, PromptEncoder(tokenizer, prompt_template=config.prompt_template, max_length=config.rerank_max_length)
 
 

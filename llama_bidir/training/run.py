@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..chat_template import recover_prompt_template
+from ..chat_template import find_prompt_template
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -69,7 +70,10 @@ def train(
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
     if data_args.prompt_template is None:
-        data_args = replace(data_args, prompt_template=recover_prompt_template(tokenizer))
+        config = LlamaBidirectionalConfig.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.revision or "main"
+        )
+        data_args = replace(data_args, prompt_template=find_prompt_template(tokenizer, config))
     if overwrite:
         check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
     elif is_finished(output):
