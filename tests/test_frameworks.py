@@ -12,6 +12,7 @@ from llama_bidir.export import export_reranker
 
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8")
 QUERY = "how do bees find their way?"
+THEIR_OWN = "What the frameworks bring"
 PASSAGES = ["By the sun.", "A hive holds a queen.", "Trains run on rails.", "They see polarised light.", ""]
 
 
@@ -25,11 +26,11 @@ def ranking(tmp_path, monkeypatch):
     return [(PASSAGES[item["corpus_id"]], item["score"]) for item in reranker.rank(QUERY, PASSAGES, top_k=3)]
 
 
-def run_block(section: str) -> dict:
-    """What the names of a section's first block stand for once it has run."""
-    code = PAGE.split(f"\n## {section}\n")[1].split("```python\n")[1].split("```")[0]
+def run_block(section: str, number: int = 0) -> dict:
+    """What the names of a section's block stand for once it has run."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.split(f"\n## {section}\n")[1], flags=re.DOTALL)
     names: dict = {"__name__": "page"}
-    exec(compile(code, section, "exec"), names)
+    exec(compile(blocks[number].replace("512", "48"), section, "exec"), names)
     return names
 
 
@@ -80,33 +81,24 @@ def exported(ranking):
     return "my-reranker-st"
 
 
-def call(name: str) -> str:
-    """The call of a framework's own class, as the page's last block has it."""
-    (found,) = re.findall(rf"^{name}\(.*?\)(?=$|  #)", PAGE, flags=re.MULTILINE)
-    return found
-
-
 def test_langchains_own_cross_encoder(ranking, exported):
-    huggingface = pytest.importorskip("langchain_community.cross_encoders")
-    own = eval(call("HuggingFaceCrossEncoder"), vars(huggingface))
+    pytest.importorskip("langchain_community")
     texts = [text for text, _ in ranking]
-    scores = own.score([(QUERY, text) for text in texts])
+    scores = run_block(THEIR_OWN, 0)["cross_encoder"].score([(QUERY, text) for text in texts])
     assert_same(list(zip(texts, scores, strict=True)), ranking)
 
 
 def test_llama_indexs_own_postprocessor(ranking, exported):
-    sbert = pytest.importorskip("llama_index.postprocessor.sbert_rerank")
+    pytest.importorskip("llama_index.postprocessor.sbert_rerank")
     schema = pytest.importorskip("llama_index.core.schema")
-    own = eval(call("SentenceTransformerRerank").replace("512", "48"), vars(sbert))
-    own.top_n = 3
     nodes = [schema.NodeWithScore(node=schema.TextNode(text=text), score=0.0) for text in PASSAGES]
-    found = own.postprocess_nodes(nodes, query_str=QUERY)
+    found = run_block(THEIR_OWN, 1)["postprocessor"].postprocess_nodes(nodes, query_str=QUERY)
     assert_same([(item.node.text, item.score) for item in found], ranking)
 
 
 def test_haystacks_own_ranker(ranking, exported):
-    rankers = pytest.importorskip("haystack_integrations.components.rankers.sentence_transformers")
+    pytest.importorskip("haystack_integrations.components.rankers.sentence_transformers")
     haystack = pytest.importorskip("haystack")
-    own = eval(call("SentenceTransformersSimilarityRanker"), vars(rankers))
-    found = own.run(query=QUERY, documents=[haystack.Document(content=text) for text in PASSAGES], top_k=3)
+    documents = [haystack.Document(content=text) for text in PASSAGES]
+    found = run_block(THEIR_OWN, 2)["ranker"].run(query=QUERY, documents=documents)
     assert_same([(document.content, document.score) for document in found["documents"]], ranking)

