@@ -87,6 +87,7 @@ def read(path: Path, *sources: str, **environment: str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_rows_of_the_hub_are_read_once(tmp_path):
     news = [{"id": "d1", "text": "one"}, {"id": "d2", "text": "two"}]
     wiki = [{"id": 1, "text": "uno"}, {"id": 2, "text": "due"}]

@@ -143,6 +143,7 @@ print(growth * 1024, len(dataset), dataset[15999]["query"], dataset.cache_files[
 """
 
 
+@pytest.mark.slow
 def test_processes_read_a_large_new_file_at_once_in_little_memory(folder):
     write(folder / "small.jsonl", lines(ROW))
     size = 0

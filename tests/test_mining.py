@@ -414,6 +414,7 @@ def test_a_corpus_id_file_keeps_its_fields(tmp_path, reranker_checkpoint):
     assert {*mined["neg_doc"]} <= {"The hive is here.", "The clover is here."}
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path, reranker_checkpoint):
     rows = [{**row, "id": f"{number} {row['id']}"} for number in range(12) for row in ROWS]
     source = write(tmp_path / "rows.jsonl", lines(*rows))
