@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template import save_tokenizer
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..extras import require
 from ..onnx_backend import INPUTS, MODEL_FILE, OnnxReranker
 from ..packing import pad
@@ -98,13 +99,25 @@ def quantize(folder: str | os.PathLike[str]) -> Path:
     """
     Adds a variant with int8 weights, whose activations are quantized while it runs, to an exported folder.
 
+    The down projections of the MLPs stay in float32: their input has a few values that are so large that one scale for
+    all leaves nothing of the others.
+
     Returns:
         its file.
     """
     quantization = require("onnxruntime.quantization", "onnx")
-    target = Path(folder, INT8_FILE)
+    source, target = Path(folder, MODEL_FILE), Path(folder, INT8_FILE)
+    config = LlamaBidirectionalConfig.from_pretrained(folder)
+    graph = require("onnx", "onnx").load(source, load_external_data=False).graph
+    shape = [config.intermediate_size, config.hidden_size]
+    down = {weight.name for weight in graph.initializer if list(weight.dims) == shape}
     quantization.quantize_dynamic(
-        Path(folder, MODEL_FILE), target, weight_type=quantization.QuantType.QInt8, use_external_data_format=True
+        source,
+        target,
+        weight_type=quantization.QuantType.QInt8,
+        per_channel=True,
+        nodes_to_exclude=[node.name for node in graph.node if down & set(node.input)],
+        use_external_data_format=True,
     )
     return target
 
