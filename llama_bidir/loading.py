@@ -18,7 +18,7 @@ from .chat_template import find_prompt_template
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
 from .extras import require
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .onednn import OneDNNLinear
+from .onednn import use_onednn
 from .onnx_backend import MODEL_FILE, OnnxReranker
 from .prompts import ensure_pad_token
 from .sentence_transformers_layout import read_head
@@ -201,8 +201,9 @@ def _multiplies_bfloat16_faster() -> bool:
 
 def _time_of_a_product(dtype: torch.dtype) -> float:
     """Seconds for one linear layer on 512 tokens, as a model would compute it."""
-    layer = torch.nn.utils.skip_init(OneDNNLinear, 1024, 1024, bias=False, dtype=dtype)
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, 1024, 1024, bias=False, dtype=dtype)
     layer.weight.data.fill_(1)
+    use_onednn(layer)
     tokens = torch.ones(512, 1024, dtype=dtype)
     with torch.inference_mode():
         start = time.perf_counter()

@@ -13,14 +13,22 @@ def use_onednn(model: nn.Module) -> None:
 
     They compute what they computed before, and where oneDNN does not apply (training, another dtype or device, hooks,
     quantized weights), they compute it as before. Layers of another type, such as those of adapters, are left alone.
+    Nothing is turned where torch's BLAS is the one of the CPU's maker.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or blas_is_tuned():
         return
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
             module.__class__ = OneDNNMLP
+
+
+def blas_is_tuned() -> bool:
+    """Whether products are computed by Intel's MKL on a CPU of Intel: it is faster there, and slower on others."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in every supported torch
+        return False
+    return torch.backends.mkl.is_available() and "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
 class OneDNNLinear(nn.Linear):

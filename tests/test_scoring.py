@@ -11,7 +11,7 @@ from conftest import TEXTS, make_model, make_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, TorchAoConfig
 
-from llama_bidir import CrossEncoder, loading
+from llama_bidir import CrossEncoder, loading, onednn
 from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
 from llama_bidir.scoring import LocalEngine, map_ahead, side_by_side, split_into_chunks
@@ -246,7 +246,24 @@ def test_dtype_on_a_cpu(
     assert CrossEncoder(tmp_path, tokenizer, device="cpu", dtype="auto").model.dtype == stored
 
 
-def test_onednn_layers_compute_what_they_replace(reranker, reranker_checkpoint):
+@pytest.fixture
+def plain_blas(monkeypatch):
+    """As on a CPU for which torch's BLAS is not tuned."""
+    monkeypatch.setattr(onednn, "blas_is_tuned", lambda: False)
+
+
+def test_onednn_is_left_out_where_the_blas_is_tuned(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon"}, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    kinds = {type(module) for module in CrossEncoder(model, tokenizer, device="cpu").model.modules()}
+    assert nn.Linear in kinds
+    assert not {OneDNNLinear, OneDNNMLP} & kinds
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC"}, raising=False)
+    kinds = {type(module) for module in CrossEncoder(model, tokenizer, device="cpu").model.modules()}
+    assert {OneDNNLinear, OneDNNMLP} <= kinds
+
+
+def test_onednn_layers_compute_what_they_replace(reranker, reranker_checkpoint, plain_blas):
     stock = AutoModelForSequenceClassification.from_pretrained(reranker_checkpoint).eval()
     fused = CrossEncoder(reranker_checkpoint, device="cpu").model
     kinds = {type(module) for module in fused.modules()}
@@ -262,7 +279,7 @@ def test_onednn_layers_compute_what_they_replace(reranker, reranker_checkpoint):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_onednn_with_bias_and_with_gradients(tokenizer, bias):
+def test_onednn_with_bias_and_with_gradients(tokenizer, bias, plain_blas):
     model = make_model(attention_bias=bias, mlp_bias=bias)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -276,7 +293,7 @@ def test_onednn_with_bias_and_with_gradients(tokenizer, bias):
     assert all(parameter.grad.abs().sum() > 0 for parameter in fused.parameters())
 
 
-def test_layers_of_another_type_are_left_alone(base_checkpoint, tokenizer):
+def test_layers_of_another_type_are_left_alone(base_checkpoint, tokenizer, plain_blas):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=["up_proj"])
     model = peft.get_peft_model(make_model(), lora).eval()
