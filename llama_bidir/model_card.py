@@ -1,6 +1,7 @@
 """The model card (README.md) that is saved and pushed with a reranker."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,11 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
+from yaml import YAMLError
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig
+
+logger = logging.getLogger(__name__)
 
 # Hub licence ids of the families that a Llama reranker is usually made from, by the start of the repository id.
 KNOWN_LICENSES = {
@@ -151,11 +155,10 @@ def write_model_card(
     Raises:
         ValueError: the evaluation is no such file.
     """
-    origin = find_origin(config.name_or_path)
-    base_model = origin.get("base_model")
     title = model_id.rstrip("/").split("/")[-1]
     measures = {} if evaluation is None else read_measures(evaluation)
-    fields: dict[str, Any] = {**origin, **(metadata or {})}
+    fields: dict[str, Any] = {**find_origin(config.name_or_path), **(metadata or {})}
+    base_model = fields.get("base_model")
     fields["tags"] = [*TAGS, *(tag for tag in fields.get("tags") or [] if tag not in TAGS)]
     if measures:
         fields |= {"model_name": title, "eval_results": _results(measures, os.path.basename(str(evaluation)))}
@@ -207,7 +210,7 @@ def find_origin(name_or_path: str | None) -> dict[str, Any]:
     `base_model`, and the fields of its licence.
 
     A folder is asked for them by its own model card; a name that is no folder is taken for a Hub id, of which only the
-    licence is read.
+    licence is read, where the card is in the cache.
     """
     name = name_or_path or ""
     fields = ("license", "license_name", "license_link")
@@ -216,31 +219,24 @@ def find_origin(name_or_path: str | None) -> dict[str, Any]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return {}
     known = [prefix for prefix in KNOWN_LICENSES if name.lower().startswith(prefix)]
-    return {
-        "base_model": name,
-        **({"license": KNOWN_LICENSES[max(known, key=len)]} if known else read_card(name, fields)),
-    }
+    if known:
+        return {"base_model": name, "license": KNOWN_LICENSES[max(known, key=len)]}
+    return {"base_model": name, **read_card(name, fields, local_files_only=True)}
 
 
 def read_card(name_or_path: str, fields: Sequence[str] = CARRIED, **source: Any) -> dict[str, Any]:
     """
-    Returns those fields that the model card of a folder or of a Hub repository has; none where there is no card, or no
-    network.
+    Returns those fields that the model card of a folder or of a Hub repository has; none where no card can be read.
 
     Args:
         source: arguments of the Hub, such as `revision`.
     """
-    path = cached_file(
-        name_or_path,
-        "README.md",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **source,
-    )
-    if path is None:
+    try:
+        path = cached_file(name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **source)
+        data = ModelCard.load(path, ignore_metadata_errors=True).data if path else None
+    except (OSError, ValueError, YAMLError) as error:
+        logger.info(f"no model card was read of {name_or_path}: {error}")
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
     found = {field: value for field in fields if (value := getattr(data, field, None))}
     if isinstance(base_models := found.get("base_model"), list):
         found["base_model"] = base_models[0]

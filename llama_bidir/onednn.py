@@ -13,9 +13,9 @@ def use_onednn(model: nn.Module) -> None:
 
     They compute what they computed before, and where oneDNN does not apply (training, another dtype or device, hooks,
     quantized weights), they compute it as before. Layers of another type, such as those of adapters, are left alone.
-    Nothing is turned where torch's BLAS is the one of the CPU's maker.
+    Nothing is turned where torch has Intel's MKL and the CPU is one of Intel's, for which it is tuned.
     """
-    if not torch.backends.mkldnn.is_available() or blas_is_tuned():
+    if not torch.backends.mkldnn.is_available() or (torch.backends.mkl.is_available() and is_intel()):
         return
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -24,11 +24,11 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = OneDNNMLP
 
 
-def blas_is_tuned() -> bool:
-    """Whether products are computed by Intel's MKL on a CPU of Intel: it is faster there, and slower on others."""
+def is_intel() -> bool:
+    """Whether this CPU is one of Intel's, as far as torch tells."""
     if not hasattr(torch.cpu, "get_capabilities"):  # not in every supported torch
         return False
-    return torch.backends.mkl.is_available() and "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
+    return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
 class OneDNNLinear(nn.Linear):

@@ -1,4 +1,4 @@
-"""Exports: equal scores in the tools that the folders are for. vLLM has a script of its own, benchmarks/parity.py."""
+"""Exports: equal scores in the tools that the folders are for. vLLM has a file of its own, test_vllm.py."""
 
 import json
 import shutil
@@ -143,7 +143,7 @@ def test_onnxruntime_gives_the_same_scores(save, tmp_path, pooling, fields):
     np.testing.assert_allclose(exported.predict(PAIRS), scores, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(exported.predict(PAIRS[0]), scores[0], rtol=1e-4, atol=1e-5)
     drift = CrossEncoder(tmp_path / "onnx", backend="onnx", model_kwargs={"file_name": "model_int8.onnx"})
-    assert 1e-5 < np.abs(drift.predict(PAIRS) - scores).max() < 0.1 * np.abs(scores).max()
+    assert 1e-5 < np.abs(drift.predict(PAIRS) - scores).max() < 0.5 * np.abs(scores).max()
     weights = [
         (each.data_type, list(each.dims))
         for each in load(tmp_path / "onnx" / "model_int8.onnx", load_external_data=False).graph.initializer

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 from hub_server import run_hub
 from huggingface_hub import ModelCard
@@ -247,6 +248,15 @@ def test_base_model_is_carried_from_card_to_card(tmp_path):
     assert find_origin(str(tmp_path)) == {"base_model": "meta-llama/Llama-3.1-8B", "license": "llama3.1"}
     (tmp_path / "README.md").unlink()
     assert find_origin(str(tmp_path)) == find_origin("") == find_origin(None) == find_origin("/gone/away") == {}
+
+
+def test_a_base_model_that_cannot_be_asked_does_not_stop_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text("---\nlicense: [\n---\n")
+    for name in ("gone/away", "no/such/id", str(tmp_path / "folder")):
+        write_model_card(tmp_path, LlamaBidirectionalConfig(name_or_path=name), "me/reranker")
+        assert "license" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
 
 
 def test_card_of_an_unknown_base_model_says_so(tmp_path):

@@ -508,6 +508,10 @@ def test_a_file_that_is_no_journal_is_kept(content, tmp_path, reranker_checkpoin
     with pytest.raises(ValueError, match=r"out\.jsonl\.partial: is not a journal of mine: move it away"):
         mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl", overwrite=True)
     assert other.read_text() == content
+    write(tmp_path / "out.jsonl", "mined before")
+    with pytest.raises(FileExistsError):
+        mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl")
+    assert other.read_text() == content
 
 
 def test_a_journal_without_a_whole_line_is_begun_anew(tmp_path, reranker_checkpoint):

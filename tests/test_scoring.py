@@ -11,7 +11,7 @@ from conftest import TEXTS, make_model, make_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, TorchAoConfig
 
-from llama_bidir import CrossEncoder, loading, onednn
+from llama_bidir import CrossEncoder, onednn
 from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
 from llama_bidir.scoring import LocalEngine, map_ahead, side_by_side, split_into_chunks
@@ -218,25 +218,19 @@ def test_long_pairs_score_as_with_a_padded_model(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "bfloat16_seconds", "stored", "expected"),
+    ("capabilities", "stored", "expected"),
     [
-        ({"avx512_bf16": True}, 0.5, torch.bfloat16, torch.bfloat16),
-        ({"amx_bf16": True}, 0.5, torch.bfloat16, torch.bfloat16),
-        ({"bf16": True}, 0.5, torch.bfloat16, torch.bfloat16),
-        ({"avx512_bf16": True}, 0.9, torch.bfloat16, torch.float32),  # has the instructions, and they do not help
-        ({"avx512_bf16": False, "avx2": True}, 0.5, torch.bfloat16, torch.float32),
-        ({"avx512_bf16": True}, 0.5, torch.float32, torch.float32),
-        ({"avx512_bf16": True}, 0.5, torch.float16, torch.float32),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, torch.float32),
+        ({"amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, torch.bfloat16, torch.float32),
+        ({"avx512_bf16": True}, torch.float32, torch.float32),
+        ({"avx512_bf16": True}, torch.float16, torch.float32),
     ],
 )
-def test_dtype_on_a_cpu(
-    capabilities, bfloat16_seconds, stored, expected, monkeypatch, tmp_path, tokenizer, caplog, request
-):
-    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
+def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, tokenizer, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(loading, "_time_of_a_product", seconds.get)
-    loading._multiplies_bfloat16_faster.cache_clear()
-    request.addfinalizer(loading._multiplies_bfloat16_faster.cache_clear)
     make_model().to(stored).save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
         reranker = CrossEncoder(tmp_path, tokenizer, device="cpu")
@@ -248,8 +242,8 @@ def test_dtype_on_a_cpu(
 
 @pytest.fixture
 def plain_blas(monkeypatch):
-    """As on a CPU for which torch's BLAS is not tuned."""
-    monkeypatch.setattr(onednn, "blas_is_tuned", lambda: False)
+    """As on a CPU that is not Intel's."""
+    monkeypatch.setattr(onednn, "is_intel", lambda: False)
 
 
 def test_onednn_is_left_out_where_the_blas_is_tuned(model, tokenizer, monkeypatch):

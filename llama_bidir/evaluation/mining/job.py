@@ -188,13 +188,13 @@ def _check_arguments(model: str, source: str, output: Path, depth: int, overwrit
         )
     if output.is_dir():
         raise ValueError(f"output must be a file, but {os.fspath(output)!r} is a folder")
-    remove_finished(output)
-    check_free(output, overwrite=overwrite)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "mining runs in one process, not under torchrun or accelerate: start it without them, and name several "
             "devices to use them all, such as --device cuda:0,cuda:1"
         )
+    remove_finished(output)
+    check_free(output, overwrite=overwrite)
 
 
 def _append(journal: Journal, window: list[MinedRow], *, keep_empty: bool) -> None:

@@ -102,7 +102,7 @@ class Journal:
         self.close()
         check_free(self.output, overwrite=self.overwrite)  # something may have appeared there meanwhile
         self._rows_path.replace(self.output)
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes rows and journal."""
@@ -152,9 +152,12 @@ class Journal:
 def remove_finished(output: Path) -> None:
     """Removes what a kill between the two last steps of [`Journal.finish`] leaves: a journal without its rows."""
     path, rows = (output.with_name(f"{output.name}.{name}") for name in ("partial", "partial-rows"))
-    if output.exists() and path.exists() and not rows.exists():
-        with lock(path):
-            path.unlink()
+    if not output.exists() or not path.exists() or rows.exists():
+        return
+    with lock(path) as file:
+        job, _ = next(_whole_lines(file), (None, 0))
+        if isinstance(job, dict):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
