@@ -591,6 +591,13 @@ def test_a_kill_after_the_rows_were_moved_leaves_nothing_to_clean_up(tmp_path, r
     assert (tmp_path / "out.jsonl").read_bytes() == mined
 
 
+def test_a_positive_behind_its_title_is_no_negative():
+    candidates = ["Bees Honey bees live in a hive.", "Honey bees live in a hive of wax.", "He went to Paris."]
+    selected = select_negatives(["Honey bees live in a hive.", "Paris"], [9.0, 9.0], candidates, [1.0] * 3, EVERYTHING)
+    assert selected.indices == [1, 2]
+    assert selected.removed["positive"] == 1
+
+
 def test_a_job_that_has_done_nothing_yet_does_not_hold_its_arguments(tmp_path):
     for depth in (1, 2):
         with open_journal(tmp_path / "out.jsonl", {"depth": depth}, overwrite=False) as journal:

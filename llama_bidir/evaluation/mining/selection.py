@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .duplicates import are_near_duplicates, make_shingles, split_words
+from .duplicates import SHINGLE_WORDS, are_near_duplicates, make_shingles, split_words
 
 SAMPLING = ("top", "random")
 # Why a candidate is no negative, in the order of the checks.
@@ -104,10 +104,10 @@ def select_negatives(
     Chooses the negatives of a query among candidates.
 
     A candidate falls out, for the first reason that holds: it has no letter and no digit (`empty`); it has the words of
-    a positive (`positive`); it is one of the first `skip_top` that are left (`skipped`); its score is not below the
-    threshold of the positives (`margin`) or above `max_score`; it is nearly the same as a positive or as a negative
-    already taken (`duplicate`); there are enough (`surplus`). The threshold is that of the positive with the lowest
-    score: a negative must rank below everything that is known to be relevant.
+    a positive, alone or behind a title (`positive`); it is one of the first `skip_top` that are left (`skipped`); its
+    score is not below the threshold of the positives (`margin`) or above `max_score`; it is nearly the same as a
+    positive or as a negative already taken (`duplicate`); there are enough (`surplus`). The threshold is that of the
+    positive with the lowest score: a negative must rank below everything that is known to be relevant.
 
     Args:
         positives, positive_scores: passages that are relevant, and the teacher's logits.
@@ -139,7 +139,7 @@ def select_negatives(
         words = split_words(text)
         if not words:
             removed["empty"] += 1
-        elif words in positive_words:
+        elif any(words == known or _is_titled(words, known) for known in positive_words):
             removed["positive"] += 1
         elif (rank := rank + 1) <= selection.skip_top:
             removed["skipped"] += 1
@@ -166,3 +166,8 @@ def select_negatives(
             taken.append(index)
             shingles.append(candidate)
     return Selected(sorted(taken, key=lambda index: (-scores[index], index)), removed)
+
+
+def _is_titled(words: tuple[str, ...], positive: tuple[str, ...]) -> bool:
+    """Whether a passage is a positive behind a title; a shorter positive could be the end of any sentence."""
+    return len(positive) >= SHINGLE_WORDS and words[-len(positive) :] == positive
