@@ -409,7 +409,7 @@ class CrossEncoder:
             raise TypeError("an exported reranker (backend='onnx') is not saved again: copy its folder")
         if evaluation is not None:
             read_measures(evaluation)  # raises before anything is written
-        if self._stored_dtype is not None:
+        if self._stored_dtype not in (None, self.model.dtype):
             logger.warning(
                 f"saved in {self.model.dtype}, as this CPU computes, and was stored in {self._stored_dtype}: load with "
                 "dtype='auto' to save it as it was"

@@ -16,7 +16,7 @@ from .chat_template import find_prompt_template
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
 from .extras import require
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .onednn import is_intel
+from .onednn import cpu_capabilities, is_intel
 from .onnx_backend import MODEL_FILE, OnnxReranker
 from .prompts import ensure_pad_token
 from .sentence_transformers_layout import read_head
@@ -184,11 +184,8 @@ def _multiplies_bfloat16_faster() -> bool:
     A rule and not a measurement, which might end otherwise in the next process: AMX and Arm's instructions are faster
     than float32, and so is AVX-512 BF16 on AMD's CPUs. On an Intel Xeon it took twice the time of float32.
     """
-    if not hasattr(torch.cpu, "get_capabilities"):  # not in every supported torch
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    names = ("amx_bf16", "bf16", "sve_bf16") if is_intel() else ("amx_bf16", "bf16", "sve_bf16", "avx512_bf16")
-    return any(capabilities.get(name) for name in names)
+    names = ["amx_bf16", "bf16", "sve_bf16", *([] if is_intel() else ["avx512_bf16"])]
+    return any(cpu_capabilities().get(name) for name in names)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype, *, only_trained: bool = False) -> None:

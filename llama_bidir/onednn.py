@@ -1,5 +1,6 @@
 """Linear layers and MLPs of a Llama by oneDNN's kernels, for inference in float32 on a CPU."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = OneDNNMLP
 
 
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of this CPU; nothing where it is too old to tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def is_intel() -> bool:
     """Whether this CPU is one of Intel's, as far as torch tells."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # not in every supported torch
-        return False
-    return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
+    return "Intel" in str(cpu_capabilities().get("cpu_name"))
 
 
 class OneDNNLinear(nn.Linear):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, TorchAoConfig
 
 from llama_bidir import CrossEncoder, onednn
+from llama_bidir.loading import cpu_dtype
 from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
 from llama_bidir.scoring import LocalEngine, map_ahead, side_by_side, split_into_chunks
@@ -231,6 +232,7 @@ def test_long_pairs_score_as_with_a_padded_model(tokenizer):
 )
 def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, tokenizer, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cpu_dtype(stored) == expected
     make_model().to(stored).save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
         reranker = CrossEncoder(tmp_path, tokenizer, device="cpu")
