@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .chat_template import find_prompt_template, save_tokenizer
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from .distributed import is_shared, score_shared
+from .inference import use_inference_layers
 from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_onnx, load_reranker
 from .model_card import read_measures, write_model_card
-from .onednn import use_onednn
 from .packing import PACKED_ATTENTION
 from .prompts import PromptEncoder, check_long_document, ensure_pad_token
 from .remote_code import add_code
@@ -141,7 +141,7 @@ class CrossEncoder:
                 self.model.to(model_device)
             if self.config._attn_implementation == "sdpa":
                 self.model.set_attn_implementation(PACKED_ATTENTION)
-            use_onednn(self.model)
+            use_inference_layers(self.model)
             self.model.eval()
         self._local_engine = LocalEngine(self.model)
         self._pool: WorkerPool | None = None

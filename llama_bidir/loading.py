@@ -15,8 +15,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .chat_template import find_prompt_template
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
 from .extras import require
+from .inference import cpu_capabilities, is_intel
 from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .onednn import cpu_capabilities, is_intel
 from .onnx_backend import MODEL_FILE, OnnxReranker
 from .prompts import ensure_pad_token
 from .sentence_transformers_layout import read_head

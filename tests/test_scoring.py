@@ -1,6 +1,8 @@
 """The pipeline behind `predict`: chunks, memory, windows, precision, CPU kernels."""
 
+import copy
 import logging
+import pickle
 import re
 import threading
 
@@ -9,11 +11,11 @@ import pytest
 import torch
 from conftest import TEXTS, make_model, make_tokenizer
 from torch import nn
-from transformers import AutoModelForSequenceClassification, TorchAoConfig
+from transformers import TorchAoConfig
 
-from llama_bidir import CrossEncoder, onednn
+from llama_bidir import CrossEncoder, inference
+from llama_bidir.inference import InferenceDecoderLayer
 from llama_bidir.loading import cpu_dtype
-from llama_bidir.onednn import OneDNNLinear, OneDNNMLP
 from llama_bidir.prompts import PromptEncoder
 from llama_bidir.scoring import LocalEngine, map_ahead, side_by_side, split_into_chunks
 
@@ -242,54 +244,77 @@ def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, t
     assert CrossEncoder(tmp_path, tokenizer, device="cpu", dtype="auto").model.dtype == stored
 
 
-@pytest.fixture
-def plain_blas(monkeypatch):
-    """As on a CPU that is not Intel's."""
-    monkeypatch.setattr(onednn, "is_intel", lambda: False)
+@pytest.fixture(params=["blas", "onednn"])
+def either_blas(request, monkeypatch):
+    """As on an Intel CPU, and as on one that is not."""
+    if request.param == "onednn" and inference._onednn_linear is None:
+        pytest.skip("needs a torch with oneDNN")
+    monkeypatch.setattr(inference, "_onednn_is_faster", lambda: request.param == "onednn")
 
 
-def test_onednn_is_left_out_where_the_blas_is_tuned(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon"}, raising=False)
+@pytest.mark.parametrize("name", ["Intel Xeon", "AMD EPYC"])
+def test_onednn_is_left_out_where_the_blas_is_tuned(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    kinds = {type(module) for module in CrossEncoder(model, tokenizer, device="cpu").model.modules()}
-    assert nn.Linear in kinds
-    assert not {OneDNNLinear, OneDNNMLP} & kinds
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC"}, raising=False)
-    kinds = {type(module) for module in CrossEncoder(model, tokenizer, device="cpu").model.modules()}
-    assert {OneDNNLinear, OneDNNMLP} <= kinds
+    monkeypatch.setattr(inference, "_onednn_linear", object())
+    assert inference._onednn_is_faster.__wrapped__() == (name != "Intel Xeon")
 
 
-def test_onednn_layers_compute_what_they_replace(reranker, reranker_checkpoint, plain_blas):
-    stock = AutoModelForSequenceClassification.from_pretrained(reranker_checkpoint).eval()
-    fused = CrossEncoder(reranker_checkpoint, device="cpu").model
-    kinds = {type(module) for module in fused.modules()}
-    assert {OneDNNLinear, OneDNNMLP} <= kinds
-    assert nn.Linear not in kinds
-    assert fused.state_dict().keys() == stock.state_dict().keys()
-    ids = torch.randint(0, 320, (3, 40))
-    states = torch.randn(2, 7, 32)
-    with torch.inference_mode():
-        torch.testing.assert_close(fused(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-6)
-        for mine, theirs in zip(fused.model.layers, stock.model.layers, strict=True):
-            torch.testing.assert_close(mine.mlp(states), theirs.mlp(states), rtol=1e-5, atol=1e-5)
-
-
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_onednn_with_bias_and_with_gradients(tokenizer, bias, plain_blas):
-    model = make_model(attention_bias=bias, mlp_bias=bias)
+def test_inference_layers_compute_what_they_replace(tokenizer, bias, implementation, either_blas, monkeypatch):
+    model = make_model(attention_bias=bias, mlp_bias=bias, attn_implementation=implementation)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "norm.weight")):
             nn.init.normal_(parameter, std=0.5)
-    ids = torch.randint(0, 320, (2, 9))
-    expected = model(ids).logits
-    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    names = model.state_dict().keys()
+    ids = torch.randint(0, 320, (3, 40))
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    wanted = {"output_hidden_states": True, "output_attentions": implementation == "eager"}
     with torch.inference_mode():
-        torch.testing.assert_close(fused(ids).logits, expected, rtol=1e-5, atol=1e-6)
+        expected = copy.deepcopy(model)(ids, attention_mask=mask, **wanted)
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    assert all(type(layer) is InferenceDecoderLayer for layer in fused.model.layers)
+    assert fused.state_dict().keys() == names
+    used = []
+    monkeypatch.setattr(inference, "rotate", lambda *args, rotate=inference.rotate: used.append(1) or rotate(*args))
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(ids, attention_mask=mask).logits, expected.logits, rtol=1e-5, atol=1e-6)
+        assert len(used) == 4
+        outputs = fused(ids, attention_mask=mask, **wanted)
+    torch.testing.assert_close(outputs.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs.attentions, expected.attentions, rtol=1e-5, atol=1e-6)
+
+
+def test_inference_layers_train_as_before(tokenizer, either_blas):
+    model, ids = make_model(), torch.randint(0, 320, (2, 9))
+    model(ids).logits.sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
     fused(ids).logits.sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in fused.parameters())
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    assert type(copy.deepcopy(fused).model.layers[0]) is InferenceDecoderLayer
+    assert type(pickle.loads(pickle.dumps(fused)).model.layers[0]) is InferenceDecoderLayer
 
 
-def test_layers_of_another_type_are_left_alone(base_checkpoint, tokenizer, plain_blas):
+@pytest.mark.parametrize("module", ["mlp.down_proj", "input_layernorm", "self_attn", "mlp.act_fn"])
+def test_inference_layers_call_modules_that_have_hooks(tokenizer, module):
+    reranker = CrossEncoder(make_model(), tokenizer, device="cpu")
+    expected = reranker.predict(PAIRS)
+    seen = []
+    layer = reranker.model.model.layers[0]
+    handle = layer.get_submodule(module).register_forward_hook(lambda *args: seen.append(1))
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
+    assert seen
+    handle.remove()
+    layer.get_submodule(module).forward = layer.get_submodule(module).forward  # as accelerate does
+    assert not layer._applies(torch.empty(0))
+
+
+def test_adapters_are_left_alone(tokenizer, either_blas):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=["up_proj"])
     model = peft.get_peft_model(make_model(), lora).eval()

@@ -1,0 +1,183 @@
+"""Llama's decoder layer for inference: what transformers' layer computes, in fewer passes over memory."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, rms_norm, silu
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    eager_attention_forward,
+)
+
+
+def use_inference_layers(model: nn.Module) -> None:
+    """
+    Turns the decoder layers of a Llama into their inference kind, in place; names and weights stay.
+
+    They compute what they computed before. Where it takes more than plain weights and no gradient (training, adapters,
+    hooks, quantized weights, autocast, `torch.compile`), they compute it as before.
+    """
+    for module in model.modules():
+        if type(module) is LlamaDecoderLayer and module.mlp.config.hidden_act == "silu":
+            module.__class__ = InferenceDecoderLayer
+
+
+class InferenceDecoderLayer(LlamaDecoderLayer):
+    """
+    A decoder layer that overwrites what nobody needs again, adds the residual within the matrix product, normalizes in
+    one kernel on a GPU, and activates within the matrix product where that is oneDNN's.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if position_embeddings is None or not self._applies(hidden_states):
+            output: torch.Tensor = super().forward(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+            )
+            return output
+        attention, mlp = self.self_attn, self.mlp
+        normed = normalize(hidden_states, self.input_layernorm)
+        # (batch_size, sequence_length, hidden_size) -> (batch_size, sequence_length, heads, head_dim)
+        query, key, value = (
+            project(normed, projection).unflatten(-1, (-1, attention.head_dim))
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        cos, sin = (angles.unsqueeze(2) for angles in position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(
+            attention,
+            rotate(query, cos, sin).transpose(1, 2),
+            rotate(key, cos, sin).transpose(1, 2),
+            value.transpose(1, 2),
+            attention_mask,
+            dropout=0.0,
+            scaling=attention.scaling,
+            **kwargs,
+        )
+        hidden_states = add_projected(hidden_states, attended.flatten(2), attention.o_proj)
+        normed = normalize(hidden_states, self.post_attention_layernorm)
+        return add_projected(hidden_states, gate(normed, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+
+    def _applies(self, hidden_states: torch.Tensor) -> bool:
+        is_inference = not (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled(hidden_states.device.type)
+            or torch.compiler.is_compiling()
+        )
+        return is_inference and all(_is_plain(module, hidden_states) for module in self.modules() if module is not self)
+
+
+# FSDP and device maps find the layers of a model by this name.
+InferenceDecoderLayer.__name__ = LlamaDecoderLayer.__name__
+
+_PLAIN_TYPES = (nn.Linear, LlamaAttention, LlamaMLP, LlamaRMSNorm, type(ACT2FN["silu"]))
+
+
+def _is_plain(module: nn.Module, states: torch.Tensor) -> bool:
+    """Whether calling the module does no more than its class says: no adapter, quantizer or hook has changed it."""
+    is_stock = type(module) in _PLAIN_TYPES and "forward" not in vars(module)
+    weight = module._parameters.get("weight")
+    return (
+        is_stock
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and (
+            weight is None
+            or (type(weight) is nn.Parameter and weight.dtype == states.dtype and weight.device == states.device)
+        )
+    )
+
+
+def normalize(states: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
+    """`norm(states)`, of any shape `(..., hidden_size)`."""
+    if states.device.type == "cuda":
+        return rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    if states.dtype != torch.float32:
+        normed: torch.Tensor = norm(states)
+        return normed
+    variance = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_() / states.shape[-1]
+    return (states * (variance + norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotary position embedding, as of `apply_rotary_pos_emb`.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch_size, sequence_length, heads, head_dim)`): queries or keys.
+        cos, sin (`torch.Tensor` of shape `(batch_size, sequence_length, 1, head_dim)`): whose halves are equal.
+    """
+    half = states.shape[-1] // 2
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
+
+
+def project(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """`layer(states)`"""
+    if _is_for_onednn(states):
+        product: torch.Tensor = _onednn_linear(states, layer.weight, layer.bias, "none", [], "")
+        return product
+    return linear(states, layer.weight, layer.bias)
+
+
+def add_projected(residual: torch.Tensor, states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """`residual + layer(states)`"""
+    if _is_for_onednn(states):
+        total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
+        return total
+    total = torch.addmm(residual.flatten(0, 1), states.flatten(0, 1), layer.weight.t()).view_as(residual)
+    return total if layer.bias is None else total.add_(layer.bias)
+
+
+def gate(states: torch.Tensor, gate_proj: nn.Linear, up_proj: nn.Linear) -> torch.Tensor:
+    """`silu(gate_proj(states)) * up_proj(states)`"""
+    if _is_for_onednn(states):
+        activated = _onednn_linear(states, gate_proj.weight, gate_proj.bias, "swish", [1.0], "")
+        product: torch.Tensor = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
+        return product
+    return silu(project(states, gate_proj), inplace=True).mul_(project(states, up_proj))
+
+
+# The operator of torch.compile's own CPU backend: it has no name in the public interface.
+_onednn_linear: Any = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+
+
+def _is_for_onednn(states: torch.Tensor) -> bool:
+    """
+    Whether to multiply by oneDNN instead of the BLAS that torch was built with, which is not tuned for every CPU. In
+    bfloat16 torch takes oneDNN by itself.
+    """
+    return states.device.type == "cpu" and states.dtype == torch.float32 and _onednn_is_faster()
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Intel's CPUs are what Intel's MKL is tuned for."""
+    return _onednn_linear is not None and not (torch.backends.mkl.is_available() and is_intel())
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of this CPU; nothing where it is too old to tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def is_intel() -> bool:
+    """Whether this CPU is one of Intel's, as far as torch tells."""
+    return "Intel" in str(cpu_capabilities().get("cpu_name"))
