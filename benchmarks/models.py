@@ -44,15 +44,18 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def write_checkpoint(name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+def write_checkpoint(
+    name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str], device: str = "cpu"
+) -> None:
     """
-    Writes a `llama_bidirec` checkpoint in float32, the same at every call.
+    Writes a `llama_bidirec` checkpoint in float32, the same at every call on a device.
 
     Args:
         name: one of `SHAPES`.
         source: a plain Llama checkpoint, which gives the tokenizer, the vocabulary and, for an empty shape, the
             weights of the body.
         folder: made when missing.
+        device: where random weights are drawn.
     """
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -61,10 +64,11 @@ def write_checkpoint(name: str, source: str | os.PathLike[str], folder: str | os
         config = LlamaBidirectionalConfig.from_pretrained(
             source, **shape, initializer_range=shape["hidden_size"] ** -0.5, dtype=torch.float32
         )
-        model = LlamaBidirectionalForSequenceClassification(config)
+        with torch.device(device):
+            model = LlamaBidirectionalForSequenceClassification(config)
     else:
-        model = LlamaBidirectionalForSequenceClassification.from_pretrained(source, dtype=torch.float32)
-    encoder = CrossEncoder(model.eval(), tokenizer, device="cpu")
+        model = LlamaBidirectionalForSequenceClassification.from_pretrained(source, dtype=torch.float32).to(device)
+    encoder = CrossEncoder(model.eval(), tokenizer, device=device)
     model.config.pad_token_id = tokenizer.pad_token_id
     spread_scores(model, tokenizer)
     encoder.save_pretrained(folder)
@@ -89,7 +93,7 @@ def spread_scores(model: LlamaBidirectionalForSequenceClassification, tokenizer:
         model.config.prompt_template.format(query=query, passage=collection.corpus[collection.run[query_id][0]][:150])
         for query_id, query in collection.queries.items()
     ]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
     pooled = pool(model.model(**batch).last_hidden_state, batch["attention_mask"], model.config.pooling)
     head, mean = model.score.weight[0], pooled.mean(dim=0)
     head -= (head @ mean) / (mean @ mean) * mean

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
+import numpy as np
 import torch
 from packaging.version import Version
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED_ATTENTION = "packed_attention"
@@ -121,10 +122,8 @@ def _attend_by_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"enable_gqa": True}
-    if Version("2.12") > _TORCH:  # can go when 2.12 is the floor: varlen_attn had no grouped-query attention
-        groups = query.shape[1] // key.shape[1]
-        key, value, options = repeat_kv(key, groups), repeat_kv(value, groups), {}
+    # Grouped queries are what its kernels always took; from 2.12 on they must be announced.
+    options: dict[str, Any] = {"enable_gqa": True} if Version("2.12") <= _TORCH else {}
     # (1, heads, total_tokens, head_dim) -> (total_tokens, heads, head_dim)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     cu_seq_lens = cu_seq_lens.to(torch.int32)
@@ -164,7 +163,7 @@ def pack(input_ids: Sequence[Sequence[int]], device: torch.device | str | None =
     """
     lengths = [len(ids) for ids in input_ids]
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    stream = torch.tensor([token for ids in input_ids for token in ids])
+    stream = torch.from_numpy(np.fromiter(chain.from_iterable(input_ids), np.int64, sum(lengths)))
     if device is not None and torch.device(device).type == "cuda":
         starts, stream = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (starts, stream))
     else:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # A chunk is large enough for batches of like lengths, and small enough for memory not to notice.
 CHUNK_PAIRS = 4096
+# Where the device waits for the tokens of the first chunk, it is smaller.
+FIRST_CHUNK_PAIRS = 1024
 CHUNK_CHARACTERS = 4_000_000
 PADDED_PAIRS = 32
 # More would wait for Python's lock.
@@ -268,17 +270,24 @@ class EncodedChunk:
     positions: list[int]
 
 
-def split_into_chunks(pairs: Iterable[Pair], chunk_pairs: int) -> Iterator[list[Pair]]:
-    """Pairs in lists of at most `chunk_pairs`, and of fewer where texts are long."""
+def split_into_chunks(
+    pairs: Iterable[Pair], chunk_pairs: int, first_chunk_pairs: int | None = None
+) -> Iterator[list[Pair]]:
+    """
+    Pairs in lists of at most `chunk_pairs`, and of fewer where texts are long. Where `first_chunk_pairs` is given, the
+    first list has at most so many, and each one after it twice as many as the one before.
+    """
     most_characters = CHUNK_CHARACTERS * max(1, chunk_pairs // CHUNK_PAIRS)
+    most_pairs = min(chunk_pairs, first_chunk_pairs or chunk_pairs)
     chunk: list[Pair] = []
     characters = 0
     for pair in pairs:
         chunk.append(pair)
         characters += len(pair[0]) + len(pair[1])
-        if len(chunk) == chunk_pairs or characters >= most_characters:
+        if len(chunk) == most_pairs or characters >= most_characters:
             yield chunk
             chunk, characters = [], 0
+            most_pairs = min(chunk_pairs, 2 * most_pairs)
     if chunk:
         yield chunk
 
@@ -313,8 +322,9 @@ class Scorer:
 
     def score(self, pairs: Iterable[Pair]) -> torch.Tensor:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
-        chunks = split_into_chunks(pairs, self.engine.chunk_pairs)
-        mapped = map_ahead if self.engine.tokenizes_ahead else map
+        is_ahead = self.engine.tokenizes_ahead
+        chunks = split_into_chunks(pairs, self.engine.chunk_pairs, FIRST_CHUNK_PAIRS if is_ahead else None)
+        mapped = map_ahead if is_ahead else map
         return torch.cat([torch.empty(0, self.num_labels), *map(self.score_chunk, mapped(self.encode_chunk, chunks))])
 
     def encode_chunk(self, chunk: list[Pair]) -> EncodedChunk:

@@ -37,6 +37,9 @@ def test_chunks_hold_every_pair_once_and_end_where_texts_are_long(monkeypatch):
     pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"), ("i" * 9, "j"), ("k", "l")]
     assert list(split_into_chunks(iter(pairs), 3)) == [pairs[:3], pairs[3:5], pairs[5:]]
     assert list(split_into_chunks([], 3)) == []
+    pairs = [("q", str(number)) for number in range(12)]
+    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, 1)] == [1, 2, 4, 5]
+    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, 9)] == [5, 5, 2]
 
 
 def test_scores_do_not_depend_on_chunks(reranker, small_chunks, monkeypatch):
