@@ -3,9 +3,9 @@
     python -m benchmarks.fine_tuning --checkpoint HuggingFaceTB/SmolLM2-135M --data path/to/data --output out
 
 from the root of the repository, after `pip install -e ".[train,eval]"`. The base is the first layers of a plain Llama,
-so that a CPU can train it. The data folder has `train/*-train.jsonl.gz` (rows) and `eval/NAME` (BEIR folders with
-`qrels.tsv` and `run.bm25.trec`). The recipe is fine_tuning.yaml, in bf16 where the machine multiplies it faster. A
-stopped run goes on when it is started again.
+so that a CPU can train it; for a GPU there is `--recipe benchmarks/fine_tuning_gpu.yaml`. The data folder has
+`train/*-train.jsonl.gz` (rows) and `eval/NAME` (BEIR folders with `qrels.tsv` and `run.bm25.trec`). Training is in bf16
+where the machine multiplies it faster. A stopped run goes on when it is started again.
 """
 
 import argparse
@@ -41,6 +41,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="the first of the checkpoint's (default: 12)")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=Path(__file__).with_name("fine_tuning.yaml"),
+        help="fine_tuning.yaml when not given",
+    )
     parser.add_argument("--depth", type=int, default=20, help="candidates of a query that are reranked (default: 20)")
     parser.add_argument("--max-steps", type=int, help="of the optimizer; the recipe's when not given")
     parser.add_argument("--queries", type=int, help="the first of each set; all when not given")
@@ -52,12 +58,13 @@ def main() -> None:
     base = os.fspath(args.output / "base")
     AutoModelForCausalLM.from_pretrained(args.checkpoint, num_hidden_layers=args.layers).save_pretrained(base)
     AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(base)
-    half = bool(torch.accelerator.is_available()) or cpu_dtype(torch.bfloat16) == torch.bfloat16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = device == "cuda" or cpu_dtype(torch.bfloat16) == torch.bfloat16
     training = {"output_dir": os.fspath(model), "bf16": half}
     if args.max_steps:
         training["max_steps"] = args.max_steps
     recipe = load_recipe(
-        Path(__file__).with_name("fine_tuning.yaml"),
+        args.recipe,
         {
             "model": {"model_name_or_path": base},
             "data": {
@@ -68,7 +75,7 @@ def main() -> None:
         },
     )
     result: dict[str, Any] = {
-        "machine": describe_machine("cpu"),
+        "machine": describe_machine(device),
         "layers": args.layers,
         "depth": args.depth,
         "bf16": half,
