@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import pickle
 import re
 import threading
@@ -315,6 +316,14 @@ def test_inference_layers_call_modules_that_have_hooks(tokenizer, module):
     handle.remove()
     layer.get_submodule(module).forward = layer.get_submodule(module).forward  # as accelerate does
     assert not layer._applies(torch.empty(0))
+
+
+def test_caches_of_onednn_are_bounded_unless_the_user_says_how_large_they_are(model, tokenizer, monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    CrossEncoder(model, tokenizer, device="cpu")
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("7", "64")
 
 
 def test_adapters_are_left_alone(tokenizer, either_blas):

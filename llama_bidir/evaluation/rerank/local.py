@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ...cross_encoder import CrossEncoder
 from .job import RerankJob
-from .scorer import WindowScorer, check_one_score, choose_settings, describe_scoring, limit_caches
+from .scorer import WindowScorer, check_one_score, choose_settings, describe_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,6 @@ def rerank_run(
 
 def rerank_job(job: RerankJob, cross_encoder: CrossEncoder, *, show_progress_bar: bool | None = None) -> RerankResult:
     """The same for a job whose input has been read, so that errors in it come before a model is loaded."""
-    limit_caches()
     check_one_score(cross_encoder)
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)

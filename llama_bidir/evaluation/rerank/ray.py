@@ -16,7 +16,7 @@ from ...extras import require
 from .candidates import open_candidates, open_corpus
 from .job import RerankJob
 from .local import RerankResult, progress_bar
-from .scorer import WindowScorer, check_one_score, choose_settings, describe_scoring, limit_caches
+from .scorer import WindowScorer, check_one_score, choose_settings, describe_scoring
 
 # Blocks of windows that Ray hands out: what an actor that dies has to do again.
 MOST_BLOCKS = 10_000
@@ -46,7 +46,6 @@ class CrossEncoderActor:
         batch_size: int | None = None,
         **kwargs: Any,
     ):
-        limit_caches()
         self.columns, self.score_column, self.batch_size = (query_column, passage_column), score_column, batch_size
         self.cross_encoder = CrossEncoder(*args, **{"distributed": False, **kwargs})
 
@@ -148,7 +147,6 @@ def rerank_with_ray(
 def _describe(
     model: str, arguments: Mapping[str, Any], max_tokens: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    limit_caches()
     cross_encoder = CrossEncoder(model, **arguments)
     check_one_score(cross_encoder)
     return describe_scoring(cross_encoder), choose_settings(cross_encoder, max_tokens)
@@ -172,7 +170,6 @@ class _WindowActor:
     """Scores windows by number, as a single process would."""
 
     def __init__(self, model: str, arguments: Mapping[str, Any], inputs: Mapping[str, Any]):
-        limit_caches()
         open_run = partial(open_candidates, cache_dir=inputs["cache_dir"])
         corpus = open_corpus(Path(inputs["corpus"]), inputs["cache_dir"])
         self.candidates = open_run(corpus, Path(inputs["queries"]), Path(inputs["run"]))

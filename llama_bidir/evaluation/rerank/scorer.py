@@ -16,10 +16,6 @@ from ...scoring import Pair, Scorer, map_ahead
 CPU_WINDOW_PAIRS = 256
 # Of each weight, for its fingerprint.
 FINGERPRINT_VALUES = 64
-# On a CPU, oneDNN and what torch puts around it keep 0.4 to 2.4 MB for each number of tokens that a batch has had,
-# 1,024 of them as a rule: gigabytes in a long job. They read these when they compute for the first time.
-ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-ONEDNN_CACHE_ENTRIES = "64"
 
 
 class WindowScorer:
@@ -66,12 +62,6 @@ class WindowScorer:
     def log(self) -> None:
         """Says how many pairs were cut or split."""
         self._scorer.tally.log(self._max_length)
-
-
-def limit_caches() -> None:
-    """Bounds the memory of oneDNN's caches, unless the environment says how large they are."""
-    for name in ONEDNN_CACHES:
-        os.environ.setdefault(name, ONEDNN_CACHE_ENTRIES)
 
 
 def check_one_score(cross_encoder: CrossEncoder) -> None:
