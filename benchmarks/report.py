@@ -133,7 +133,7 @@ def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         raise ValueError("nothing to plot: no row has a ratio to sentence-transformers")
     num_columns = min(2, len(panels))
     num_rows = -(-len(panels) // num_columns)
-    figure = Figure(figsize=(6.5 * num_columns, 0.7 + 2.9 * num_rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(9.0, 6.5 * num_columns), 0.7 + 2.9 * num_rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(num_rows, num_columns, sharey="row", squeeze=False).flatten()
     for axes, (title, panel) in zip(grid, panels, strict=False):
