@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def write_checkpoint(
-    name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str], device: str = "cpu"
+    name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str], *, device: str = "cpu"
 ) -> None:
     """
     Writes a `llama_bidirec` checkpoint in float32, the same at every call on a device.

@@ -172,7 +172,7 @@ def prepare(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Workload]
     collection = read_collection(args.data) if args.data else make_collection()
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(name, args.checkpoint, folder, args.device)
+            write_checkpoint(name, args.checkpoint, folder, device=args.device)
             workloads = make_workloads(
                 args.workloads,
                 collection,

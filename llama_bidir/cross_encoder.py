@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .chat_template import find_prompt_template, save_tokenizer
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from .distributed import is_shared, score_shared
-from .inference import use_inference_layers
+from .inference import limit_onednn_caches, use_inference_layers
 from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_onnx, load_reranker
 from .model_card import read_measures, write_model_card
 from .packing import PACKED_ATTENTION
@@ -97,6 +97,9 @@ class CrossEncoder:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.distributed = distributed
         self._devices, model_device = _split_devices(device)
+        at = self._devices or [model_device or getattr(model_name_or_path_or_model, "device", None) or default_device()]
+        if any(torch.device(name).type == "cpu" for name in at):
+            limit_onednn_caches()
         model_kwargs = dict(model_kwargs or {})
         if isinstance(model_name_or_path_or_model, (str, os.PathLike)):
             given = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -24,19 +24,22 @@ ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 ONEDNN_CACHE_ENTRIES = "64"
 
 
+def limit_onednn_caches() -> None:
+    """Bounds the memory of oneDNN's caches in this process, unless the environment says how large they are."""
+    for name in ONEDNN_CACHES:
+        os.environ.setdefault(name, ONEDNN_CACHE_ENTRIES)
+
+
 def use_inference_layers(model: nn.Module) -> None:
     """
     Turns the decoder layers of a Llama into their inference kind, in place; names and weights stay.
 
-    They compute what they computed before. Where it takes more than plain weights and no gradient (training, adapters,
-    hooks, quantized weights, autocast, `torch.compile`), they compute it as before.
-
-    The memory of oneDNN's caches is bounded, unless the environment says how large they are.
+    They compute what they computed before. Training, autocast, `torch.compile` and layers with hooks go the way that
+    they went before, and so does each part of a layer that is more than a plain weight (adapters, quantizers, hooks).
     """
-    for name in ONEDNN_CACHES:
-        os.environ.setdefault(name, ONEDNN_CACHE_ENTRIES)
     for module in model.modules():
-        if type(module) is LlamaDecoderLayer and module.mlp.config.hidden_act == "silu":
+        # accelerate has bound the forward of the class that the layer had when its hooks came.
+        if type(module) is LlamaDecoderLayer and "forward" not in vars(module):
             module.__class__ = InferenceDecoderLayer
 
 
@@ -50,12 +53,15 @@ class InferenceDecoderLayer(LlamaDecoderLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *args: Any,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if position_embeddings is None or not self._applies(hidden_states):
+        has_cache = args or any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        if has_cache or position_embeddings is None or not self._applies(hidden_states):
             output: torch.Tensor = super().forward(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+                hidden_states, attention_mask, position_ids, *args, position_embeddings=position_embeddings, **kwargs
             )
             return output
         attention, mlp = self.self_attn, self.mlp
@@ -75,51 +81,55 @@ class InferenceDecoderLayer(LlamaDecoderLayer):
             attention_mask,
             dropout=0.0,
             scaling=attention.scaling,
+            position_ids=position_ids,
             **kwargs,
         )
         hidden_states = add_projected(hidden_states, attended.flatten(2), attention.o_proj)
         normed = normalize(hidden_states, self.post_attention_layernorm)
-        return add_projected(hidden_states, gate(normed, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+        return add_projected(hidden_states, gate(normed, mlp), mlp.down_proj, overwrite=True)
 
     def _applies(self, hidden_states: torch.Tensor) -> bool:
-        is_inference = not (
-            torch.is_grad_enabled()
-            or torch.is_autocast_enabled(hidden_states.device.type)
+        device = hidden_states.device.type
+        return not (
+            self.training
+            or torch.is_grad_enabled()
+            or device == "meta"
+            or torch.is_autocast_enabled(device)
             or torch.compiler.is_compiling()
-        )
-        return is_inference and all(_is_plain(module, hidden_states) for module in self.modules() if module is not self)
+            or torch.nn.modules.module._has_any_global_hook()
+        ) and (_is_plain(self.self_attn, LlamaAttention) and _is_plain(self.mlp, LlamaMLP))
 
 
 # FSDP and device maps find the layers of a model by this name.
 InferenceDecoderLayer.__name__ = LlamaDecoderLayer.__name__
 
-_PLAIN_TYPES = (nn.Linear, LlamaAttention, LlamaMLP, LlamaRMSNorm, type(ACT2FN["silu"]))
 
-
-def _is_plain(module: nn.Module, states: torch.Tensor) -> bool:
-    """Whether calling the module does no more than its class says: no adapter, quantizer or hook has changed it."""
-    is_stock = type(module) in _PLAIN_TYPES and "forward" not in vars(module)
+def _is_plain(module: nn.Module, kind: type[nn.Module], states: torch.Tensor | None = None) -> bool:
+    """
+    Whether calling a module does what its class says and no more: it has no hooks, no forward of its own, is not
+    compiled, and its weight is an ordinary one that can be multiplied with `states`.
+    """
+    if type(module) is not kind or "forward" in vars(module) or module._compiled_call_impl is not None:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
     weight = module._parameters.get("weight")
-    return (
-        is_stock
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and (
-            weight is None
-            or (type(weight) is nn.Parameter and weight.dtype == states.dtype and weight.device == states.device)
-        )
+    return states is None or (
+        type(weight) is nn.Parameter and weight.dtype == states.dtype and weight.device == states.device
     )
 
 
 def normalize(states: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
-    """`norm(states)`, of any shape `(..., hidden_size)`."""
-    if states.device.type == "cuda":
-        return rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    if states.dtype != torch.float32:
-        normed: torch.Tensor = norm(states)
-        return normed
-    variance = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_() / states.shape[-1]
-    return (states * (variance + norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+    """`norm(states)`, of shape `(batch_size, sequence_length, hidden_size)`."""
+    if _is_plain(norm, LlamaRMSNorm, states):
+        weight, epsilon = norm.weight, norm.variance_epsilon
+        if states.device.type == "cuda":
+            return rms_norm(states, weight.shape, weight, epsilon)
+        if states.dtype == torch.float32:
+            variance = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_() / states.shape[-1]
+            return (states * (variance + epsilon).rsqrt_()).mul_(weight)
+    normed: torch.Tensor = norm(states)
+    return normed
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -138,29 +148,42 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def project(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """`layer(states)`"""
-    if _is_for_onednn(states):
+    """`layer(states)`, of shape `(batch_size, sequence_length, layer.out_features)`."""
+    if _is_plain(layer, nn.Linear, states) and _is_for_onednn(states):
         product: torch.Tensor = _onednn_linear(states, layer.weight, layer.bias, "none", [], "")
-        return product
-    return linear(states, layer.weight, layer.bias)
+    else:
+        product = layer(states)
+    return product
 
 
-def add_projected(residual: torch.Tensor, states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """`residual + layer(states)`"""
-    if _is_for_onednn(states):
-        total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
-        return total
-    total = torch.addmm(residual.flatten(0, 1), states.flatten(0, 1), layer.weight.t()).view_as(residual)
-    return total if layer.bias is None else total.add_(layer.bias)
+def add_projected(
+    residual: torch.Tensor, states: torch.Tensor, layer: nn.Linear, *, overwrite: bool = False
+) -> torch.Tensor:
+    """`residual + layer(states)`, of the shape of `residual`, which may be overwritten where `overwrite` says so."""
+    if not _is_plain(layer, nn.Linear, states):
+        total: torch.Tensor = residual + layer(states)
+    elif _is_for_onednn(states):
+        total = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
+    else:
+        rows, inputs, weight = residual.flatten(0, 1), states.flatten(0, 1), layer.weight.t()
+        total = rows.addmm_(inputs, weight) if overwrite else torch.addmm(rows, inputs, weight)
+        total = total.view_as(residual)
+        if layer.bias is not None:
+            total += layer.bias
+    return total
 
 
-def gate(states: torch.Tensor, gate_proj: nn.Linear, up_proj: nn.Linear) -> torch.Tensor:
-    """`silu(gate_proj(states)) * up_proj(states)`"""
-    if _is_for_onednn(states):
+def gate(states: torch.Tensor, mlp: LlamaMLP) -> torch.Tensor:
+    """`silu(gate_proj(states)) * up_proj(states)`, of shape `(batch_size, sequence_length, intermediate_size)`."""
+    gate_proj, up_proj = mlp.gate_proj, mlp.up_proj
+    if not _is_plain(mlp.act_fn, type(ACT2FN["silu"])):
+        product: torch.Tensor = mlp.act_fn(gate_proj(states)) * up_proj(states)
+    elif _is_for_onednn(states) and all(_is_plain(layer, nn.Linear, states) for layer in (gate_proj, up_proj)):
         activated = _onednn_linear(states, gate_proj.weight, gate_proj.bias, "swish", [1.0], "")
-        product: torch.Tensor = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
-        return product
-    return silu(project(states, gate_proj), inplace=True).mul_(project(states, up_proj))
+        product = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
+    else:
+        product = silu(project(states, gate_proj), inplace=True).mul_(project(states, up_proj))
+    return product
 
 
 # The operator of torch.compile's own CPU backend: it has no name in the public interface.

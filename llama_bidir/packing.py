@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from heapq import heappop, heappush
 from itertools import chain, groupby
 from typing import Any
 
@@ -21,8 +22,8 @@ PACKED_IMPLEMENTATIONS = (PACKED_ATTENTION, "flash_attention_2", "flash_attentio
 MATMUL_LENGTH = 512
 # Fewer tokens are not worth the start of a batch, by the type of the device.
 SMALLEST_BATCH = {"cpu": 64, "cuda": 4096}
-# The widest activation of a batch that stays in the caches of a CPU, in bytes.
-CPU_CACHE = 3 * 2**20
+# The widest activation of a batch on a CPU, in bytes. Larger ones gain nothing and cost memory.
+CPU_ACTIVATION = 9 * 2**20
 
 _TORCH = Version(torch.__version__)
 
@@ -231,12 +232,61 @@ def batches_by_tokens(
         yield batch
 
 
+def balanced_batches(
+    lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None, num_workers: int = 1
+) -> list[list[int]]:
+    """
+    Indices of sequences in as few batches as hold them, as many for each worker, and all of about as many tokens: none
+    is too small to be worth its start, and no worker waits long for another.
+
+    Args:
+        lengths: tokens of each sequence.
+        max_tokens: of a batch; a longer sequence is a batch of its own.
+        max_sequences: of a batch, where given.
+        num_workers: how many take batches at the same time.
+
+    Returns:
+        the batches, those with the most tokens first; sequences of a batch from the longest to the shortest.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    alone = [[index] for index in order if lengths[index] >= max_tokens]
+    order = order[len(alone) :]
+    batches: list[list[int]] = []
+    if order:
+        total = sum(lengths[index] for index in order)
+        count = max(-(-total // max_tokens), -(-len(order) // (max_sequences or len(order))))
+        while not batches:
+            count = -(-count // num_workers) * num_workers
+            batches = _fill(order, lengths, count, max_tokens=max_tokens, max_sequences=max_sequences)
+            count += 1
+    return alone + sorted(batches, key=lambda batch: -sum(lengths[index] for index in batch))
+
+
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], count: int, *, max_tokens: int, max_sequences: int | None
+) -> list[list[int]]:
+    """Puts each sequence, the longest first, into the emptiest of `count` batches; nothing where one overflows."""
+    batches: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, number) for number in range(count)]
+    for index in order:
+        if not emptiest:
+            return []
+        tokens, number = heappop(emptiest)
+        tokens += lengths[index]
+        if tokens > max_tokens:
+            return []
+        batches[number].append(index)
+        if len(batches[number]) != max_sequences:
+            heappush(emptiest, (tokens, number))
+    return [batch for batch in batches if batch]
+
+
 def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
     """
     Tokens of a batch that keep a device busy.
 
-    On a CPU the activations of a small batch stay in its caches, and larger ones fall out of them. A GPU wants many
-    tokens, within a quarter of the memory that is free or held by torch for reuse.
+    On a CPU a batch repays reading the weights, and needs no more. A GPU wants many tokens, within a quarter of the
+    memory that is free or held by torch for reuse.
 
     Args:
         device: where the model is.
@@ -244,7 +294,7 @@ def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
         config: with `hidden_size` and `intermediate_size`.
     """
     if device.type == "cpu":
-        return max(512, min(2048, CPU_CACHE // (config.intermediate_size * dtype.itemsize)))
+        return max(1024, min(2048, CPU_ACTIVATION // (config.intermediate_size * dtype.itemsize)))
     if device.type != "cuda":
         return 8192
     # What is alive at once in a layer, in bytes a token: residual, norm, query, key, value, output; gate, up, product.

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from .packing import PACKED_IMPLEMENTATIONS, batches_by_tokens, pack, pad, token_budget
+from .packing import PACKED_IMPLEMENTATIONS, balanced_batches, batches_by_tokens, pack, pad, token_budget
 from .prompts import EncodedPairs, PromptEncoder
 
 logger = logging.getLogger(__name__)
@@ -147,11 +147,10 @@ class LocalEngine:
             num_calls = self._num_calls()
             batches = [
                 [waiting[position] for position in batch]
-                for batch in batches_by_tokens(
+                for batch in self._batches(
                     [lengths[index] for index in waiting],
                     max_tokens=min(max_tokens, self._tokens_that_fit or max_tokens),
                     max_sequences=max_sequences,
-                    padded=not self.is_packed,
                     num_workers=num_calls,
                 )
             ]
@@ -181,6 +180,12 @@ class LocalEngine:
         if device not in self._budgets:
             self._budgets[device] = token_budget(device, self.model.dtype, self.model.config)
         return self._budgets[device]
+
+    def _batches(self, lengths: Sequence[int], **limits: Any) -> Iterable[list[int]]:
+        """Padding asks for like lengths in a batch."""
+        return (
+            balanced_batches(lengths, **limits) if self.is_packed else batches_by_tokens(lengths, padded=True, **limits)
+        )
 
     def _num_calls(self) -> int:
         """How many batches to compute side by side: as many as leave no thread idle, up to four."""
@@ -271,14 +276,14 @@ class EncodedChunk:
 
 
 def split_into_chunks(
-    pairs: Iterable[Pair], chunk_pairs: int, first_chunk_pairs: int | None = None
+    pairs: Iterable[Pair], chunk_pairs: int, *, first_chunk_pairs: int | None = None
 ) -> Iterator[list[Pair]]:
     """
     Pairs in lists of at most `chunk_pairs`, and of fewer where texts are long. Where `first_chunk_pairs` is given, the
     first list has at most so many, and each one after it twice as many as the one before.
     """
     most_characters = CHUNK_CHARACTERS * max(1, chunk_pairs // CHUNK_PAIRS)
-    most_pairs = min(chunk_pairs, first_chunk_pairs or chunk_pairs)
+    most_pairs = chunk_pairs if first_chunk_pairs is None else min(chunk_pairs, first_chunk_pairs)
     chunk: list[Pair] = []
     characters = 0
     for pair in pairs:
@@ -323,7 +328,8 @@ class Scorer:
     def score(self, pairs: Iterable[Pair]) -> torch.Tensor:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
         is_ahead = self.engine.tokenizes_ahead
-        chunks = split_into_chunks(pairs, self.engine.chunk_pairs, FIRST_CHUNK_PAIRS if is_ahead else None)
+        first = FIRST_CHUNK_PAIRS if is_ahead else None
+        chunks = split_into_chunks(pairs, self.engine.chunk_pairs, first_chunk_pairs=first)
         mapped = map_ahead if is_ahead else map
         return torch.cat([torch.empty(0, self.num_labels), *map(self.score_chunk, mapped(self.encode_chunk, chunks))])
 

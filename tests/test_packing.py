@@ -1,3 +1,4 @@
+import random
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from test_modeling import SEQUENCES, logits_by_layout
 from transformers import LlamaConfig
 
 from llama_bidir import packing
-from llama_bidir.packing import PACKED_ATTENTION, batches_by_tokens, pack, pad, token_budget
+from llama_bidir.packing import PACKED_ATTENTION, balanced_batches, batches_by_tokens, pack, pad, token_budget
 
 
 def test_pack_by_hand():
@@ -144,12 +145,47 @@ def test_batches_shrink_towards_the_end_for_several_workers():
     assert [len(batch) for batch in batches_by_tokens(lengths, max_tokens=1000)] == [10, 10, 10, 10]
 
 
+def test_balanced_batches_by_hand():
+    lengths = [100, 40, 30, 20, 10, 10]
+    assert balanced_batches(lengths, max_tokens=60) == [[0], [1, 4, 5], [2, 3]]
+    assert balanced_batches(lengths, max_tokens=500) == [[0, 1, 2, 3, 4, 5]]
+    assert balanced_batches(lengths, max_tokens=500, num_workers=2) == [[0, 5], [1, 2, 3, 4]]
+    assert balanced_batches(lengths, max_tokens=500, max_sequences=2) == [[0, 5], [1, 4], [2, 3]]
+    assert balanced_batches([5, 5], max_tokens=1) == [[0], [1]]
+    assert balanced_batches([], max_tokens=8) == []
+
+
+def test_balanced_batches_hold_each_sequence_once_within_every_limit():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 80))]
+        limits = {"max_tokens": rng.randint(1, 2000), "max_sequences": rng.choice([None, 1, 2, 7])}
+        batches = balanced_batches(lengths, num_workers=rng.randint(1, 4), **limits)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        tokens = [sum(lengths[index] for index in batch) for batch in batches]
+        assert all(
+            len(batch) == 1 or count <= limits["max_tokens"] for batch, count in zip(batches, tokens, strict=True)
+        )
+        assert all(len(batch) <= (limits["max_sequences"] or len(batch)) for batch in batches)
+        assert tokens == sorted(tokens, reverse=True)
+
+
+def test_balanced_batches_leave_no_worker_waiting():
+    rng = random.Random(0)
+    lengths = [rng.randint(40, 300) for _ in range(100)]
+    batches = balanced_batches(lengths, max_tokens=1536, num_workers=2)
+    tokens = [sum(lengths[index] for index in batch) for batch in batches]
+    assert len(batches) == -(-sum(lengths) // 1536 // 2) * 2
+    # The fullest was the emptiest before it got its last sequence.
+    assert max(tokens) - min(tokens) <= lengths[batches[0][-1]]
+
+
 def test_budget_of_a_cpu_follows_the_width_of_the_model():
     budgets = [
         token_budget(torch.device("cpu"), dtype, LlamaConfig(intermediate_size=intermediate_size))
         for intermediate_size, dtype in ((8192, torch.bfloat16), (1536, torch.float32), (768, torch.float32))
     ]
-    assert budgets == [512, 512, 1024]
+    assert budgets == [1024, 1536, 2048]
     assert token_budget(torch.device("cpu"), torch.float32, LlamaConfig(intermediate_size=8)) == 2048
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import TEXTS, make_model, make_tokenizer
 from torch import nn
-from transformers import TorchAoConfig
+from transformers import DynamicCache, TorchAoConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama_bidir import CrossEncoder, inference
 from llama_bidir.inference import InferenceDecoderLayer
@@ -39,8 +40,8 @@ def test_chunks_hold_every_pair_once_and_end_where_texts_are_long(monkeypatch):
     assert list(split_into_chunks(iter(pairs), 3)) == [pairs[:3], pairs[3:5], pairs[5:]]
     assert list(split_into_chunks([], 3)) == []
     pairs = [("q", str(number)) for number in range(12)]
-    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, 1)] == [1, 2, 4, 5]
-    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, 9)] == [5, 5, 2]
+    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, first_chunk_pairs=1)] == [1, 2, 4, 5]
+    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, first_chunk_pairs=9)] == [5, 5, 2]
 
 
 def test_scores_do_not_depend_on_chunks(reranker, small_chunks, monkeypatch):
@@ -304,18 +305,80 @@ def test_inference_layers_train_as_before(tokenizer, either_blas):
     assert type(pickle.loads(pickle.dumps(fused)).model.layers[0]) is InferenceDecoderLayer
 
 
-@pytest.mark.parametrize("module", ["mlp.down_proj", "input_layernorm", "self_attn", "mlp.act_fn"])
-def test_inference_layers_call_modules_that_have_hooks(tokenizer, module):
+@pytest.mark.parametrize("module", ["mlp.down_proj", "mlp.gate_proj", "input_layernorm", "self_attn", "mlp.act_fn"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+def test_inference_layers_call_modules_that_do_more(tokenizer, module, kind, either_blas):
     reranker = CrossEncoder(make_model(), tokenizer, device="cpu")
     expected = reranker.predict(PAIRS)
     seen = []
-    layer = reranker.model.model.layers[0]
-    handle = layer.get_submodule(module).register_forward_hook(lambda *args: seen.append(1))
+    changed = reranker.model.model.layers[0].get_submodule(module)
+    if kind == "hook":
+        changed.register_forward_hook(lambda *args: seen.append(1))
+    elif kind == "pre-hook":
+        changed.register_forward_pre_hook(lambda *args: seen.append(1))
+    else:  # as accelerate does it
+        changed.forward = lambda *args, forward=changed.forward, **kwargs: seen.append(1) or forward(*args, **kwargs)
     np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
     assert seen
-    handle.remove()
-    layer.get_submodule(module).forward = layer.get_submodule(module).forward  # as accelerate does
-    assert not layer._applies(torch.empty(0))
+
+
+@pytest.mark.parametrize("state", ["training", "autocast", "cache", "meta"])
+def test_inference_layers_leave_other_ways_alone(tokenizer, state):
+    model = make_model(attention_dropout=0.5)
+    stock, ids = copy.deepcopy(model), torch.randint(0, 320, (2, 9))
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    outputs = []
+    for subject in (stock, fused):
+        torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=state == "autocast"):
+            if state == "meta":
+                outputs.append(torch.empty(subject.to("meta")(ids.to("meta")).logits.shape))
+                outputs[-1].fill_(0)
+            elif state == "cache":
+                cache = DynamicCache(config=subject.config)
+                for _ in range(2):
+                    outputs.append(subject.model(ids, past_key_values=cache).last_hidden_state)
+            else:
+                outputs.append(subject.train(state == "training")(ids).logits)
+    half = len(outputs) // 2
+    for expected, output in zip(outputs[:half], outputs[half:], strict=True):
+        assert torch.equal(output, expected)
+
+
+def test_gradient_checkpointing_that_computes_twice_draws_the_same_dropout(tokenizer):
+    model = make_model(attention_dropout=0.5)
+    ids = torch.randint(0, 320, (2, 9))
+    results = []
+    for subject in (copy.deepcopy(model), CrossEncoder(model, tokenizer, device="cpu").model):
+        subject.train().gradient_checkpointing_enable({"use_reentrant": True})
+        subject.enable_input_require_grads()
+        torch.manual_seed(0)
+        loss = subject(ids).logits.sum()
+        loss.backward()
+        results.append((loss, subject.score.weight.grad, subject.model.layers[0].mlp.up_proj.weight.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inference_layers_in_half_precision_are_as_exact_as_those_they_replace(tokenizer, dtype):
+    squared = []
+    for seed in range(6):
+        exact, stock = make_model(seed=seed), make_model(seed=seed).to(dtype)
+        fused = CrossEncoder(copy.deepcopy(stock), tokenizer, device="cpu").model
+        ids = torch.randint(0, 320, (8, 30))
+        with torch.inference_mode():
+            expected = exact(ids).logits
+            squared.append([(model(ids).logits - expected).square().mean() for model in (stock, fused)])
+    replaced, error = torch.tensor(squared).mean(dim=0).tolist()
+    assert 0 < error < 1.5 * replaced
+
+
+def test_layers_that_accelerate_has_hooked_keep_their_class(tokenizer):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_model()
+    hooks.add_hook_to_module(model.model.layers[0], hooks.ModelHook())
+    kinds = [type(layer) for layer in CrossEncoder(model, tokenizer, device="cpu").model.model.layers]
+    assert kinds == [LlamaDecoderLayer, InferenceDecoderLayer]
 
 
 def test_caches_of_onednn_are_bounded_unless_the_user_says_how_large_they_are(model, tokenizer, monkeypatch):
@@ -326,13 +389,16 @@ def test_caches_of_onednn_are_bounded_unless_the_user_says_how_large_they_are(mo
     assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("7", "64")
 
 
-def test_adapters_are_left_alone(tokenizer, either_blas):
+@pytest.mark.parametrize("targets", [["up_proj"], ["q_proj", "v_proj", "o_proj"], "all-linear"])
+def test_adapters_stay_in_what_is_computed(tokenizer, targets, either_blas):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=["up_proj"])
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=targets)
     model = peft.get_peft_model(make_model(), lora).eval()
     ids = torch.randint(0, 320, (2, 9))
     with torch.inference_mode():
         expected = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, expected, rtol=1e-3)
         fused = CrossEncoder(model, tokenizer, device="cpu").model
         torch.testing.assert_close(fused(ids).logits, expected, rtol=1e-5, atol=1e-6)
 
