@@ -62,7 +62,7 @@ def test_the_head_is_trained_and_saved_with_the_adapter(adapter):
 
 def test_the_folder_alone_reloads_to_equal_scores(adapter):
     path, trainer, _ = adapter
-    reloaded = CrossEncoder(path)
+    reloaded = CrossEncoder(path, device="cpu")
     expected = CrossEncoder(trainer.model, trainer.processing_class).predict(PAIRS)
     np.testing.assert_allclose(reloaded.predict(PAIRS), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     config = reloaded.config
@@ -75,8 +75,8 @@ def test_merged_checkpoint_has_equal_scores_and_no_adapter(adapter, tmp_path):
     path, _, _ = adapter
     merge_adapter(path, tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
-    merged = CrossEncoder(tmp_path / "merged")
-    expected = CrossEncoder(path).predict(PAIRS)
+    merged = CrossEncoder(tmp_path / "merged", device="cpu")
+    expected = CrossEncoder(path, device="cpu").predict(PAIRS)
     np.testing.assert_allclose(merged.predict(PAIRS), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     assert (merged.config.pooling, merged.config.temperature) == ("last", 0.5)
     with pytest.raises(FileExistsError, match="pass overwrite"):
@@ -127,9 +127,11 @@ def test_adapters_on_4_bit_weights(tmp_path):
     assert type(trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
     assert np.mean(losses(trainer)[-5:]) < np.mean(losses(trainer)[:5])
     expected = CrossEncoder(trainer.model, trainer.processing_class).predict(PAIRS)
-    np.testing.assert_allclose(CrossEncoder(tmp_path / "out").predict(PAIRS), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS), expected, rtol=1e-4, atol=1e-4
+    )
     merge_adapter(tmp_path / "out", tmp_path / "merged")
-    merged = CrossEncoder(tmp_path / "merged", dtype="float32").predict(PAIRS)
+    merged = CrossEncoder(tmp_path / "merged", device="cpu", dtype="float32").predict(PAIRS)
     np.testing.assert_allclose(merged, expected, rtol=0.1, atol=0.3)  # bfloat16 under the adapter
 
 
