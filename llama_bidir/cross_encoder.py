@@ -16,10 +16,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .chat_template import find_prompt_template, save_tokenizer
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from .distributed import is_shared, score_shared
-from .inference import limit_onednn_caches, use_inference_layers
+from .inference import limit_onednn_caches
 from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_onnx, load_reranker
 from .model_card import read_measures, write_model_card
-from .packing import PACKED_ATTENTION
 from .prompts import PromptEncoder, check_long_document, ensure_pad_token
 from .remote_code import add_code
 from .scoring import Engine, LocalEngine, Scorer
@@ -139,13 +138,8 @@ class CrossEncoder:
                 cast_parameters(self.model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**source, **(tokenizer_kwargs or {})})
-        if backend == "torch":
-            if model_device is not None:
-                self.model.to(model_device)
-            if self.config._attn_implementation == "sdpa":
-                self.model.set_attn_implementation(PACKED_ATTENTION)
-            use_inference_layers(self.model)
-            self.model.eval()
+        if backend == "torch" and model_device is not None:
+            self.model.to(model_device)
         self._local_engine = LocalEngine(self.model)
         self._pool: WorkerPool | None = None
         self._lock = threading.Lock()

@@ -34,8 +34,8 @@ def use_inference_layers(model: nn.Module) -> None:
     """
     Turns the decoder layers of a Llama into their inference kind, in place; names and weights stay.
 
-    They compute what they computed before. Training, autocast, `torch.compile` and layers with hooks go the way that
-    they went before, and so does each part of a layer that is more than a plain weight (adapters, quantizers, hooks).
+    They compute what they computed before. Training, autocast and `torch.compile` go the way that they went before, and
+    so does each part of a layer that is more than a plain weight (adapters, quantizers, hooks).
     """
     for module in model.modules():
         # accelerate has bound the forward of the class that the layer had when its hooks came.
@@ -86,7 +86,8 @@ class InferenceDecoderLayer(LlamaDecoderLayer):
         )
         hidden_states = add_projected(hidden_states, attended.flatten(2), attention.o_proj)
         normed = normalize(hidden_states, self.post_attention_layernorm)
-        return add_projected(hidden_states, gate(normed, mlp), mlp.down_proj, overwrite=True)
+        overwrite = _is_plain(self.post_attention_layernorm, LlamaRMSNorm)  # a hook may have kept its input
+        return add_projected(hidden_states, gate(normed, mlp), mlp.down_proj, overwrite=overwrite)
 
     def _applies(self, hidden_states: torch.Tensor) -> bool:
         device = hidden_states.device.type
@@ -182,7 +183,8 @@ def gate(states: torch.Tensor, mlp: LlamaMLP) -> torch.Tensor:
         activated = _onednn_linear(states, gate_proj.weight, gate_proj.bias, "swish", [1.0], "")
         product = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
     else:
-        product = silu(project(states, gate_proj), inplace=True).mul_(project(states, up_proj))
+        inplace = _is_plain(gate_proj, nn.Linear)  # a hook may have kept its output
+        product = silu(project(states, gate_proj), inplace=inplace).mul_(project(states, up_proj))
     return product
 
 

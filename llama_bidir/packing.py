@@ -233,17 +233,23 @@ def batches_by_tokens(
 
 
 def balanced_batches(
-    lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None, num_workers: int = 1
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    max_sequences: int | None = None,
+    num_workers: int = 1,
+    min_tokens: int = 1,
 ) -> list[list[int]]:
     """
-    Indices of sequences in as few batches as hold them, as many for each worker, and all of about as many tokens: none
-    is too small to be worth its start, and no worker waits long for another.
+    Indices of sequences in about as few batches as hold them, as many for each worker, all of about as many tokens: no
+    worker waits long for another.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: of a batch; a longer sequence is a batch of its own.
+        max_tokens: of a batch; a longer sequence is a batch of its own, and not counted for the workers.
         max_sequences: of a batch, where given.
         num_workers: how many take batches at the same time.
+        min_tokens: of a batch on average, below which fewer workers have one.
 
     Returns:
         the batches, those with the most tokens first; sequences of a batch from the longest to the shortest.
@@ -251,33 +257,32 @@ def balanced_batches(
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     alone = [[index] for index in order if lengths[index] >= max_tokens]
     order = order[len(alone) :]
-    batches: list[list[int]] = []
+    total = sum(lengths[index] for index in order)
+    count = max(-(-total // max_tokens), -(-len(order) // (max_sequences or len(lengths) or 1)))
+    num_workers = max(1, min(num_workers, total // min_tokens))
+    batches = alone
     if order:
-        total = sum(lengths[index] for index in order)
-        count = max(-(-total // max_tokens), -(-len(order) // (max_sequences or len(order))))
-        while not batches:
-            count = -(-count // num_workers) * num_workers
-            batches = _fill(order, lengths, count, max_tokens=max_tokens, max_sequences=max_sequences)
-            count += 1
-    return alone + sorted(batches, key=lambda batch: -sum(lengths[index] for index in batch))
+        filled = _fill(order, lengths, -(-count // num_workers) * num_workers, max_tokens, max_sequences)
+        if missing := -len(filled) % num_workers:
+            filled = _fill(order, lengths, len(filled) + missing, max_tokens, max_sequences)
+        batches = alone + filled
+    return sorted(batches, key=lambda batch: -sum(lengths[index] for index in batch))
 
 
 def _fill(
-    order: Sequence[int], lengths: Sequence[int], count: int, *, max_tokens: int, max_sequences: int | None
+    order: Sequence[int], lengths: Sequence[int], count: int, max_tokens: int, max_sequences: int | None
 ) -> list[list[int]]:
-    """Puts each sequence, the longest first, into the emptiest of `count` batches; nothing where one overflows."""
+    """Puts each sequence into the emptiest of `count` batches, or into a new one where that has no room."""
     batches: list[list[int]] = [[] for _ in range(count)]
     emptiest = [(0, number) for number in range(count)]
     for index in order:
-        if not emptiest:
-            return []
+        if not emptiest or emptiest[0][0] + lengths[index] > max_tokens:
+            heappush(emptiest, (0, len(batches)))
+            batches.append([])
         tokens, number = heappop(emptiest)
-        tokens += lengths[index]
-        if tokens > max_tokens:
-            return []
         batches[number].append(index)
         if len(batches[number]) != max_sequences:
-            heappush(emptiest, (tokens, number))
+            heappush(emptiest, (tokens + lengths[index], number))
     return [batch for batch in batches if batch]
 
 

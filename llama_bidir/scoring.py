@@ -12,7 +12,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from .packing import PACKED_IMPLEMENTATIONS, balanced_batches, batches_by_tokens, pack, pad, token_budget
+from .inference import use_inference_layers
+from .packing import (
+    PACKED_ATTENTION,
+    PACKED_IMPLEMENTATIONS,
+    balanced_batches,
+    batches_by_tokens,
+    pack,
+    pad,
+    token_budget,
+)
 from .prompts import EncodedPairs, PromptEncoder
 
 logger = logging.getLogger(__name__)
@@ -80,7 +89,7 @@ def side_by_side(
         function: called on threads of a pool, or on this one where `num_calls` is 1.
         items: its arguments.
         num_calls: how many at once.
-        num_threads: threads of all torch operations together, which are set again in the end.
+        num_threads: threads of all torch operations together; those of the process are as before in the end.
 
     Yields:
         the results, in the order of the items. What has not started when a call fails is not started any more.
@@ -89,10 +98,11 @@ def side_by_side(
         yield from map(function, items)
         return
     with _side_by_side_lock:
+        threads_before = torch.get_num_threads()
         try:
             yield from _compute_pool(num_calls, num_threads // num_calls).map(function, items)
         finally:
-            torch.set_num_threads(num_threads)
+            torch.set_num_threads(threads_before)
 
 
 @cache
@@ -106,12 +116,18 @@ if hasattr(os, "register_at_fork"):
 
 
 class LocalEngine:
-    """Computes logits in this process, where the model is."""
+    """Computes logits in this process, where the model is, which it makes ready: packed, in evaluation mode."""
 
     chunk_pairs = CHUNK_PAIRS
 
     def __init__(self, model: Any):
         self.model = model
+        is_exported = not isinstance(model, torch.nn.Module)
+        if not is_exported:
+            if model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(PACKED_ATTENTION)
+            use_inference_layers(model)
+            model.eval()
         self._num_threads = torch.get_num_threads()
         self._budgets: dict[torch.device, int] = {}
         self._tokens_that_fit: int | None = None

@@ -86,6 +86,7 @@ def test_inference_layers_are_as_exact_as_those_they_replace(reranker, dtype):
         replaced = (stock.to(dtype)(**batch).logits - exact).square().mean()
         error = (reranker.model.to(dtype)(**batch).logits - exact).square().mean()
     assert 0 < error < 2 * replaced
+    assert error != replaced  # other roundings: they were used
 
 
 def test_no_batch_waits_for_the_device(reranker):

@@ -152,6 +152,7 @@ def test_balanced_batches_by_hand():
     assert balanced_batches(lengths, max_tokens=500, num_workers=2) == [[0, 5], [1, 2, 3, 4]]
     assert balanced_batches(lengths, max_tokens=500, max_sequences=2) == [[0, 5], [1, 4], [2, 3]]
     assert balanced_batches([5, 5], max_tokens=1) == [[0], [1]]
+    assert balanced_batches([10, 10, 10], max_tokens=500, num_workers=4, min_tokens=16) == [[0, 1, 2]]
     assert balanced_batches([], max_tokens=8) == []
 
 
@@ -168,6 +169,14 @@ def test_balanced_batches_hold_each_sequence_once_within_every_limit():
         )
         assert all(len(batch) <= (limits["max_sequences"] or len(batch)) for batch in batches)
         assert tokens == sorted(tokens, reverse=True)
+
+
+def test_balanced_batches_need_two_passes_at_most(monkeypatch):
+    passes = []
+    fill = packing._fill
+    monkeypatch.setattr(packing, "_fill", lambda *args: passes.append(1) or fill(*args))
+    assert len(balanced_batches([520] * 2001, max_tokens=1024, num_workers=2)) == 2001
+    assert len(passes) == 2
 
 
 def test_balanced_batches_leave_no_worker_waiting():
