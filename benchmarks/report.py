@@ -151,16 +151,25 @@ def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 def _plot_panel(axes: Any, title: str, rows: list[Row]) -> None:
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     implementations = [name for name in COLORS if any(row["implementation"] == name for row in rows)]
-    width = 0.88 / len(implementations)
-    for position, name in enumerate(implementations):
-        ratios = {row["workload"]: row["ratio"] for row in rows if row["implementation"] == name}
-        places = [workloads.index(workload) + (position + 0.5) * width - 0.44 for workload in ratios]
-        bars = axes.bar(places, ratios.values(), width * 0.92, color=COLORS[name], label=name)
+    width = min(0.3, 0.88 / len(implementations))
+    measured = {
+        workload: {row["implementation"]: row["ratio"] for row in rows if row["workload"] == workload}
+        for workload in workloads
+    }
+    for name in implementations:
+        places, ratios = [], []
+        for position, of_workload in enumerate(measured.values()):
+            if name in of_workload:
+                shown = [other for other in implementations if other in of_workload]
+                places.append(position + (shown.index(name) - (len(shown) - 1) / 2) * width)
+                ratios.append(of_workload[name])
+        bars = axes.bar(places, ratios, width * 0.92, color=COLORS[name], label=name)
         axes.bar_label(bars, fmt="{:.2f}", fontsize=6.5, padding=2)
     line = axes.axhline(1.0, color="#333333", linewidth=1, linestyle="--")
     line.set_label("sentence-transformers")
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xticks(range(len(workloads)), workloads)
+    axes.set_xlim(-0.6, len(workloads) - 0.4)
     axes.set_xlabel("workload")
     axes.set_ylabel("ratio of pairs/s")
     axes.margins(y=0.12)
