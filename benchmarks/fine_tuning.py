@@ -58,8 +58,9 @@ def main() -> None:
     base = os.fspath(args.output / "base")
     AutoModelForCausalLM.from_pretrained(args.checkpoint, num_hidden_layers=args.layers).save_pretrained(base)
     AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(base)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = device == "cuda" or cpu_dtype(torch.bfloat16) == torch.bfloat16
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator.type if accelerator else "cpu"
+    half = device != "cpu" or cpu_dtype(torch.bfloat16) == torch.bfloat16
     training = {"output_dir": os.fspath(model), "bf16": half}
     if args.max_steps:
         training["max_steps"] = args.max_steps

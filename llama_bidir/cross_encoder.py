@@ -96,8 +96,8 @@ class CrossEncoder:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.distributed = distributed
         self._devices, model_device = _split_devices(device)
-        at = self._devices or [model_device or getattr(model_name_or_path_or_model, "device", None) or default_device()]
-        if any(torch.device(name).type == "cpu" for name in at):
+        single = model_device or getattr(model_name_or_path_or_model, "device", None) or default_device()
+        if any(torch.device(name).type == "cpu" for name in self._devices or [single]):
             limit_onednn_caches()
         model_kwargs = dict(model_kwargs or {})
         if isinstance(model_name_or_path_or_model, (str, os.PathLike)):

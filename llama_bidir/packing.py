@@ -260,13 +260,10 @@ def balanced_batches(
     total = sum(lengths[index] for index in order)
     count = max(-(-total // max_tokens), -(-len(order) // (max_sequences or len(lengths) or 1)))
     num_workers = max(1, min(num_workers, total // min_tokens))
-    batches = alone
-    if order:
-        filled = _fill(order, lengths, -(-count // num_workers) * num_workers, max_tokens, max_sequences)
-        if missing := -len(filled) % num_workers:
-            filled = _fill(order, lengths, len(filled) + missing, max_tokens, max_sequences)
-        batches = alone + filled
-    return sorted(batches, key=lambda batch: -sum(lengths[index] for index in batch))
+    filled = _fill(order, lengths, -(-count // num_workers) * num_workers, max_tokens, max_sequences)
+    if missing := -len(filled) % num_workers:
+        filled = _fill(order, lengths, len(filled) + missing, max_tokens, max_sequences)
+    return sorted(alone + filled, key=lambda batch: -sum(lengths[index] for index in batch))
 
 
 def _fill(

@@ -16,6 +16,7 @@ from .inference import use_inference_layers
 from .packing import (
     PACKED_ATTENTION,
     PACKED_IMPLEMENTATIONS,
+    SMALLEST_BATCH,
     balanced_batches,
     batches_by_tokens,
     pack,
@@ -122,8 +123,8 @@ class LocalEngine:
 
     def __init__(self, model: Any):
         self.model = model
-        is_exported = not isinstance(model, torch.nn.Module)
-        if not is_exported:
+        self._is_exported = not isinstance(model, torch.nn.Module)
+        if not self._is_exported:
             if model.config._attn_implementation == "sdpa":
                 model.set_attn_implementation(PACKED_ATTENTION)
             use_inference_layers(model)
@@ -199,14 +200,13 @@ class LocalEngine:
 
     def _batches(self, lengths: Sequence[int], **limits: Any) -> Iterable[list[int]]:
         """Padding asks for like lengths in a batch."""
-        return (
-            balanced_batches(lengths, **limits) if self.is_packed else batches_by_tokens(lengths, padded=True, **limits)
-        )
+        if self.is_packed:
+            return balanced_batches(lengths, min_tokens=SMALLEST_BATCH["cpu"], **limits)
+        return batches_by_tokens(lengths, padded=True, **limits)
 
     def _num_calls(self) -> int:
         """How many batches to compute side by side: as many as leave no thread idle, up to four."""
-        has_threads_of_its_own = not isinstance(self.model, torch.nn.Module)  # onnxruntime
-        if has_threads_of_its_own:
+        if self._is_exported:  # onnxruntime has threads of its own
             return 1
         is_compiled = self.model._compiled_call_impl is not None
         is_offloaded = getattr(self.model, "hf_device_map", None) is not None

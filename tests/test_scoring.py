@@ -450,6 +450,17 @@ def test_threads_divide_the_cores_and_give_them_back():
     assert len(started) <= 3
 
 
+def test_few_short_pairs_are_one_batch(reranker, monkeypatch):
+    sizes = []
+    forward = reranker.engine()._forward
+    monkeypatch.setattr(reranker.engine(), "_forward", lambda ids: sizes.append(len(ids)) or forward(ids))
+    monkeypatch.setattr(reranker.engine(), "_num_threads", 4)
+    reranker.engine().logits([[1, 2, 3]] * 5)
+    assert sizes == [5]
+    reranker.engine().logits([[1, 2, 3] * 10] * 16)
+    assert sorted(sizes[1:]) == [4, 4, 4, 4]
+
+
 def test_a_new_model_is_the_one_that_scores(reranker):
     other = make_model(seed=7).train()
     expected = CrossEncoder(copy.deepcopy(other), reranker.tokenizer, device="cpu").predict(PAIRS)
