@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_bidir import CrossEncoder
 from llama_bidir.evaluation import evaluate_run
-from llama_bidir.loading import cpu_dtype
-from llama_bidir.recipes import load_recipe
+from llama_bidir.scoring.device import cpu_dtype
 from llama_bidir.training import read_history, train
+from llama_bidir.training.recipes import load_recipe
 
 from .machine import describe_machine
 from .precision import read_qrels

@@ -23,8 +23,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
-from llama_bidir.chat_template import VLLM_TEMPLATE_FILE
-from llama_bidir.export import FORMATS, export_reranker
+from llama_bidir.checkpoints.chat_template import VLLM_TEMPLATE_FILE
+from llama_bidir.checkpoints.export import FORMATS, export_reranker
 
 from .machine import describe_machine
 

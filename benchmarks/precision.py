@@ -25,9 +25,9 @@ from llama_bidir import (
     CrossEncoderTrainingArguments,
     LlamaBidirectionalForSequenceClassification,
 )
+from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.data import load_rows
 from llama_bidir.evaluation import Qrels, evaluate_run
-from llama_bidir.export import export_reranker
 
 from .workloads import Collection, read_collection, spread
 

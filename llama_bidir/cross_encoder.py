@@ -13,17 +13,24 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat_template import find_prompt_template, save_tokenizer
+from .checkpoints.chat_template import find_prompt_template, save_tokenizer
+from .checkpoints.hub import add_code
+from .checkpoints.loading import (
+    HUB_ARGUMENTS,
+    cast_parameters,
+    check_reranker,
+    load_onnx,
+    load_reranker,
+)
+from .checkpoints.model_card import read_measures, write_model_card
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
-from .distributed import is_shared, score_shared
-from .inference import limit_onednn_caches
-from .loading import HUB_ARGUMENTS, cast_parameters, check_reranker, cpu_dtype, default_device, load_onnx, load_reranker
-from .model_card import read_measures, write_model_card
 from .prompts import PromptEncoder, check_long_document, ensure_pad_token
-from .remote_code import add_code
-from .scoring import Engine, LocalEngine, Scorer
-from .validation import check_positive_int, check_text, check_texts, describe, read_pairs
-from .workers import WorkerPool, check_devices
+from .scoring.device import cpu_dtype, default_device, limit_onednn_caches
+from .scoring.distributed import is_shared, score_shared
+from .scoring.engine import Engine, LocalEngine
+from .scoring.pipeline import Scorer
+from .scoring.workers import WorkerPool, check_devices
+from .utils.validation import check_positive_int, check_text, check_texts, describe, read_pairs
 
 logger = logging.getLogger(__name__)
 

@@ -18,57 +18,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from helpers import make_model, make_tokenizer, tiny_config
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from llama_bidir import LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
-
-SHARED = Path(__file__).parents[2] / "shared"
-GOLDEN = SHARED / "golden"
-TEXTS = [
-    "question: where do bees find their way? passage: Honey bees navigate by the position of the sun.",
-    "The hive was painted white, and the garden was full of clover; nobody counted the flowers.",
-    "What is the capital of France? Paris is the capital and largest city of France, on the river Seine.",
-]
+from llama_bidir import LlamaBidirectionalForSequenceClassification
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-
-
-def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 320 tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(special_tokens.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
-
-
-def tiny_config(**kwargs: object) -> dict[str, object]:
-    """Fields of a Llama small enough for every test: 2 layers, grouped-query attention, about 30 thousand weights."""
-    return {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        **kwargs,
-    }
-
-
-def make_model(seed: int = 0, **kwargs: object) -> LlamaBidirectionalForSequenceClassification:
-    torch.manual_seed(seed)
-    return LlamaBidirectionalForSequenceClassification(LlamaBidirectionalConfig(**tiny_config(**kwargs))).eval()
 
 
 @pytest.fixture

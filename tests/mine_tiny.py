@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from llama_bidir.evaluation.mining import job, mine_file
+from llama_bidir.jobs.mining import job, mine_file
 
 
 def main():

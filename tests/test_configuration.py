@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from helpers import tiny_config
 from transformers import AutoConfig, BertConfig, LlamaConfig, Qwen2Config
 
 from llama_bidir import LlamaBidirectionalConfig

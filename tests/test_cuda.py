@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer
 
 from llama_bidir import CrossEncoder
-from llama_bidir.packing import PACKED_ATTENTION, pack
-from llama_bidir.scoring import LocalEngine
+from llama_bidir.scoring.engine import LocalEngine
+from llama_bidir.scoring.packing import PACKED_ATTENTION, pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_hub import run
-from training import ROWS
+from helpers import ROWS, run_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +20,7 @@ def test_a_page_prints_what_it_says(page, num_blocks, quickstart_output, tmp_pat
     code = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     assert len(code) == text.count("```python") == num_blocks
     (tmp_path / "quickstart-output").symlink_to(quickstart_output.folder)
-    printed = run("\n".join(block for block, _ in code), tmp_path)
+    printed = run_python("\n".join(block for block, _ in code), tmp_path)
     expected = "".join(output for _, output in code)
     assert printed.endswith(expected) if "trainer" in text else printed == expected
 

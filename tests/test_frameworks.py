@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer
 
 from llama_bidir import CrossEncoder
-from llama_bidir.export import export_reranker
+from llama_bidir.checkpoints.export import export_reranker
 
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8")
 QUERY = "how do bees find their way?"

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import GOLDEN, make_model, tiny_config
+from helpers import GOLDEN, SEQUENCES, logits_by_layout, make_model, pack, pad, tiny_config
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,43 +25,8 @@ from llama_bidir import (
 )
 from llama_bidir.modeling_llama_bidir import pool, pool_packed, sequence_classification_loss
 
-SEQUENCES = [[5], [7, 9, 11, 2, 3], list(range(20, 37)), list(range(40, 80))]
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()) if GOLDEN.is_dir() else []
 needs_golden = pytest.mark.skipif(not CASES, reason="the golden logits are not beside the checkout")
-
-
-def pad(sequences, side):
-    longest = max(map(len, sequences))
-    rows, masks = [], []
-    for ids in sequences:
-        padding = [0] * (longest - len(ids))
-        ones = [1] * len(ids)
-        rows.append(padding + ids if side == "left" else ids + padding)
-        masks.append(padding + ones if side == "left" else ones + padding)
-    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
-
-
-def pack(sequences):
-    starts = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
-    longest = max(map(len, sequences))
-    return {
-        "input_ids": torch.tensor([[token for ids in sequences for token in ids]]),
-        "position_ids": torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-
-
-@torch.no_grad()
-def logits_by_layout(model, sequences):
-    return {
-        "alone": torch.cat([model(torch.tensor([ids])).logits for ids in sequences]),
-        "right": model(**pad(sequences, "right")).logits,
-        "left": model(**pad(sequences, "left")).logits,
-        "packed": model(**pack(sequences)).logits,
-    }
 
 
 # Pooling

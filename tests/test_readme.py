@@ -1,11 +1,11 @@
-"""The code of the README, run as a reader would run it after `make quickstart`."""
+"""The code of the README, run_python as a reader would run it after `make quickstart`."""
 
 import re
 from pathlib import Path
 
 import pytest
+from helpers import run_python
 from hub_server import run_hub
-from test_hub import run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, flags=re.DOTALL)
@@ -17,7 +17,7 @@ def test_every_block_runs_and_prints_what_it_says(quickstart_output, tmp_path):
     assert len(CODE) == 4
     with run_hub() as hub:
         for code, expected in CODE:
-            printed = run(code, tmp_path, HF_ENDPOINT=hub.endpoint)
+            printed = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
             if expected:
                 # Scores differ a little between machines, the ranking does not.
                 numbers = r"-?\d+\.\d+"

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_config
+from helpers import tiny_config
 
 from llama_bidir import LlamaBidirectionalConfig
 

@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from training import arguments
+from helpers import arguments
 from transformers import TrainerCallback
 
 from llama_bidir.training import CrossEncoderTrainingArguments, DataArguments, ModelArguments, train

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..outputs import check_apart, check_free, write_whole
+from ..utils.outputs import check_apart, check_free, write_whole
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation, Qrels, Report, Run, System
@@ -140,7 +140,7 @@ def _render(arguments: argparse.Namespace, report: "Report", qrels: "Qrels", run
 
 def _read_latency(path: str) -> dict[str, float]:
     from ..data.files import check_file, read_json
-    from ..validation import describe
+    from ..utils.validation import describe
 
     latency = read_json(check_file(path))
     if not latency:

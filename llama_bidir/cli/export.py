@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Exports and prints where the folder is."""
     from transformers.utils import logging
 
-    from ..export import export_reranker
+    from ..checkpoints.export import export_reranker
 
     logging.disable_progress_bar()
     export_reranker(

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Mines and prints what became of the rows."""
     from transformers.utils import logging
 
-    from ..evaluation.mining import Selection, mine_file
+    from ..jobs.mining import Selection, mine_file
 
     logging.disable_progress_bar()
     devices = check_devices((arguments.device or "").split(",") if arguments.device else [])

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the name of each recipe and what it does."""
-    from ..recipes import describe_recipe, list_recipes
+    from ..training.recipes import describe_recipe, list_recipes
 
     names = list_recipes()
     for name in names:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from .. import CrossEncoder
-    from ..evaluation.rerank import RerankJob, rerank_job, rerank_with_ray
+    from ..jobs.rerank import RerankJob, rerank_job, rerank_with_ray
 
     logging.disable_progress_bar()
     if arguments.ray_actors and arguments.engine != "ray":

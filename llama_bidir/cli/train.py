@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_unknown(arguments: argparse.Namespace, unknown: Sequence[str], options: Sequence[str]) -> None:
     """Reads the options of the recipe's keys into `arguments.overrides`."""
-    from ..recipes import parse_overrides
+    from ..training.recipes import parse_overrides
 
     arguments.overrides = parse_overrides(unknown, options=options)
 
@@ -37,9 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains and prints where the reranker is, or what training would do."""
     from transformers.utils import logging
 
-    from ..recipes import load_recipe
     from ..training import train
     from ..training.plan import plan
+    from ..training.recipes import load_recipe
 
     if arguments.skip_bad_rows:
         arguments.overrides.setdefault("data", {})["skip_bad_rows"] = True

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..extras import require
+from ..utils.extras import require
 from .files import check_file
 from .rows import Row
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..extras import require
+from ..utils.extras import require
 from .arrow import (
     DocumentFiles,
     FileStamp,
@@ -18,9 +18,9 @@ from .arrow import (
     stamp,
     write_dataset,
 )
-from .beir import Judgement, read_documents, read_qrels, read_queries, read_run
 from .files import check_file
 from .rows import Row
+from .trec import Judgement, read_documents, read_qrels, read_queries, read_run
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..losses import IGNORED
-from ..packing import pack
 from ..prompts import PromptEncoder
+from ..scoring.packing import pack
 from .groups import Group
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..extras import require
-from ..validation import check_text, describe
+from ..utils.extras import require
+from ..utils.validation import check_text, describe
 from .arrow import (
     DOCUMENT_FIELDS,
     DocumentFiles,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ..validation import check_text, describe
+from ..utils.validation import check_text, describe
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from ..extras import require
+from ..utils.extras import require
 from .arrow import DocumentFiles, check_documents, iterate_files, no_progress_bars, row_features, write_dataset
 from .corpus_id import Corpus, corpus_rows
 from .files import read_id, read_json

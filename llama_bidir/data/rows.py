@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ..validation import check_text, describe
+from ..utils.validation import check_text, describe
 
 Document = TypeVar("Document")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..validation import check_positive_int, describe
+from ..utils.validation import check_positive_int, describe
 from .arrow import DocumentTexts, split_errors
 from .beir_folder import load_beir
 from .corpus_id import load_corpus_id

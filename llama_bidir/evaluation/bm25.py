@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..extras import require
+from ..utils.extras import require
 
 Scores = npt.NDArray[np.float32]
 

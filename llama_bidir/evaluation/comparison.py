@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..extras import require
+from ..utils.extras import require
 from .measures import Evaluation
 
 NUM_PERMUTATIONS = 10_000

@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 
-from ..data import beir
+from ..data import trec
 from ..data.files import check_file
 from .measures import Qrels, Run
 
@@ -20,12 +20,12 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
     """
     path = check_file(path)
     qrels: dict[str, dict[str, int]] = {}
-    for line, query_id, doc_id, relevance in beir.read_qrels(path):
+    for line, query_id, doc_id, relevance in trec.read_qrels(path):
         first = qrels.setdefault(query_id, {}).setdefault(doc_id, relevance)
         if first != relevance:
             raise ValueError(
                 f"{path}:{line}: score: the document {doc_id!r} of query {query_id!r} is judged {relevance} here and "
-                f"{first} in line {_first_line(beir.read_qrels(path), query_id, doc_id)}; keep one of the lines"
+                f"{first} in line {_first_line(trec.read_qrels(path), query_id, doc_id)}; keep one of the lines"
             )
     return qrels
 
@@ -40,12 +40,12 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     """
     path = check_file(path)
     run: dict[str, dict[str, float]] = {}
-    for line, query_id, doc_id, _, score in beir.read_run(path):
+    for line, query_id, doc_id, _, score in trec.read_run(path):
         documents = run.setdefault(query_id, {})
         if doc_id in documents:
             raise ValueError(
                 f"{path}:{line}: doc-id: the query {query_id!r} has the document {doc_id!r} already, in line "
-                f"{_first_line(beir.read_run(path), query_id, doc_id)}; keep one of the lines"
+                f"{_first_line(trec.read_run(path), query_id, doc_id)}; keep one of the lines"
             )
         documents[doc_id] = score
     return run
@@ -64,10 +64,10 @@ def read_queries(path: str | os.PathLike[str], qrels: Qrels, qrels_path: str | o
         FileNotFoundError: there is no such file.
         ValueError: a line breaks its rule, or a judged query is not there, with file and line.
     """
-    texts = beir.read_queries(check_file(path))
+    texts = trec.read_queries(check_file(path))
     if not qrels.keys() <= texts.keys():
         line, query_id = next(
-            (entry.line, entry.query_id) for entry in beir.read_qrels(Path(qrels_path)) if entry.query_id not in texts
+            (entry.line, entry.query_id) for entry in trec.read_qrels(Path(qrels_path)) if entry.query_id not in texts
         )
         raise ValueError(
             f"{os.fspath(qrels_path)}:{line}: query-id: there is no query {query_id!r} in {os.fspath(path)}; the "
@@ -91,7 +91,7 @@ def read_documents(path: str | os.PathLike[str], keep: Container[str], runs: Map
     """
     unknown = {doc_id for run in runs.values() for documents in run.values() for doc_id in documents}
     texts = {}
-    for doc_id, text in beir.read_documents(check_file(path)):
+    for doc_id, text in trec.read_documents(check_file(path)):
         unknown.discard(doc_id)
         if doc_id in keep:
             texts[doc_id] = text
@@ -129,7 +129,7 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str) -> None:
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _first_line(entries: Iterable[beir.Judgement | beir.RunEntry], query_id: str, doc_id: str) -> int:
+def _first_line(entries: Iterable[trec.Judgement | trec.RunEntry], query_id: str, doc_id: str) -> int:
     """Returns the line of a document of a query; read again, so that good files cost no memory for their lines."""
     return next(entry.line for entry in entries if (entry.query_id, entry.doc_id) == (query_id, doc_id))
 
@@ -137,7 +137,7 @@ def _first_line(entries: Iterable[beir.Judgement | beir.RunEntry], query_id: str
 def _check_known(path: Path, run: Run, unknown: Collection[str], corpus: str) -> None:
     if not any(doc_id in unknown for documents in run.values() for doc_id in documents):
         return
-    for entry in beir.read_run(path):
+    for entry in trec.read_run(path):
         if entry.query_id in run and entry.doc_id in unknown:
             raise ValueError(
                 f"{path}:{entry.line}: doc-id: there is no document {entry.doc_id!r} in {corpus}; the corpus must hold "

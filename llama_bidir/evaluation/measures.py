@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from subprocess import SubprocessError
 from typing import Any, NamedTuple
 
-from ..extras import require
+from ..utils.extras import require
 
 Qrels = Mapping[str, Mapping[str, int]]  # query_id -> doc_id -> relevance
 Run = Mapping[str, Mapping[str, float]]  # query_id -> doc_id -> score

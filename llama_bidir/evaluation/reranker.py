@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.beir_folder import find_files, find_run
-from ..validation import check_positive_int, describe
+from ..utils.validation import check_positive_int, describe
 from .comparison import Comparison, compare
 from .files import read_documents, read_qrels, read_queries, read_run
 from .measures import DEFAULT_MEASURES, Evaluation, Qrels, Run, evaluate_queries, parse_measures, rank_documents

@@ -1,6 +1,6 @@
 """Training with the Hugging Face Trainer."""
 
-from ..extras import require
+from ..utils.extras import require
 
 require("accelerate", "train")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..extras import require
 from ..losses import get_loss
+from ..utils.extras import require
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..outputs import write_whole
-from ..resume import describe_changes
+from ..utils.outputs import write_whole
+from ..utils.resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..extras import require
-from ..outputs import write_whole
+from ..utils.extras import require
+from ..utils.outputs import write_whole
 
 logger = logging.getLogger(__name__)
 

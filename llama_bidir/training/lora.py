@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..chat_template import save_tokenizer
+from ..checkpoints.chat_template import save_tokenizer
+from ..checkpoints.loading import cast_parameters, load_merged
+from ..checkpoints.model_card import write_model_card
 from ..configuration_llama_bidir import check_checkpoint_path
-from ..extras import require
-from ..loading import cast_parameters, load_merged
-from ..model_card import write_model_card
-from ..outputs import whole_folder
+from ..utils.extras import require
+from ..utils.outputs import whole_folder
 
 HEAD = "score"
 

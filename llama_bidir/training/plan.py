@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import AutoTokenizer
 
-from ..chat_template import find_prompt_template
+from ..checkpoints.chat_template import find_prompt_template
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification

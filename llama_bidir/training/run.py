@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..chat_template import find_prompt_template
+from ..checkpoints.chat_template import find_prompt_template
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES

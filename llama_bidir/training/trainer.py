@@ -15,13 +15,13 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..chat_template import save_tokenizer
+from ..checkpoints.chat_template import save_tokenizer
+from ..checkpoints.model_card import write_model_card
 from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
 from ..losses import IGNORED, LOSSES, TEACHER_LOSSES, Loss, binary_cross_entropy, get_loss
-from ..model_card import write_model_card
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from ..packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
 from ..prompts import PromptEncoder, ensure_pad_token
+from ..scoring.packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
 from .arguments import CrossEncoderTrainingArguments
 from .history import HistoryCallback
 from .liger import register_with_liger

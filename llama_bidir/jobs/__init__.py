@@ -1,0 +1,1 @@
+"""Long work that resumes after a kill: reranking runs and mining negatives."""

@@ -1,0 +1,119 @@
+"""Where the candidates of a row come from: its own `neg_doc`, BM25 over a corpus, or a run."""
+
+import logging
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from ...data import parse_row
+from ...evaluation.bm25 import rank_bm25
+from ..rerank.candidates import Corpus
+from .documents import read_ranked
+from .sources import MiningSource, SourceRow, identify
+from .windows import CandidateRow, as_list
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("auto", "neg_doc", "bm25", "run")
+
+
+class CandidateFinder:
+    """
+    Finds the candidates of rows.
+
+    Args:
+        source: the rows.
+        kind: `neg_doc`, `bm25`, `run`, or `auto`: the run where there is one, else the `neg_doc` of a row, else BM25.
+        corpus: the documents that BM25 searches and that a run is of.
+        run: a run in TREC's six columns.
+        depth: most candidates of a row, known positives included.
+
+    Raises:
+        ValueError: the kind is unknown, or needs a corpus or a run that is not given.
+    """
+
+    def __init__(self, source: MiningSource, kind: str, corpus: Corpus | None, run: Path | None, depth: int):
+        if kind not in KINDS:
+            raise ValueError(f"candidates must be one of {', '.join(KINDS)}, got {kind!r}")
+        self.kind = "run" if kind == "auto" and run is not None else kind
+        if self.kind == "run" and run is None:
+            raise ValueError("candidates of a run need the run: name it with run (--run)")
+        if self.kind in ("bm25", "run") and corpus is None:
+            raise ValueError(f"candidates of {self.kind} are documents of a corpus: name it with corpus (--corpus)")
+        self._source, self._corpus, self._run, self._depth = source, corpus, run, depth
+        self._query = ""
+        self._ranked: Mapping[str, Sequence[int]] = {}
+        # Of queries that several rows have: what is relevant in one of them is no negative in another.
+        self._positives: dict[str, tuple[dict[str, None], set[str]]] = {}
+
+    def check(self, name: str) -> int:
+        """
+        Reads all rows, and the run for them.
+
+        Args:
+            name: of the source, for errors.
+
+        Returns:
+            how many rows there are.
+
+        Raises:
+            ValueError: a row or the run breaks its rule, with file and line, or no row has a candidate.
+        """
+        num_rows = num_own = 0
+        seen, repeated, query_ids = set[int](), set[int](), set[str]()
+        for row in self._source.read():
+            num_rows += 1
+            num_own += bool(as_list(row.fields.get("neg_doc")))
+            query_hash = hash(parse_row(row.fields, row.where).query)
+            (repeated if query_hash in seen else seen).add(query_hash)
+            if self.kind == "run":
+                query_ids.add(row.query_id)
+        if not num_rows:
+            raise ValueError(f"{name}:1: the file has no rows; it needs one JSON object a line, with query and pos_doc")
+        if not num_own and (self._corpus is None or self.kind == "neg_doc"):
+            raise ValueError(
+                f"{name}: no row has candidates in neg_doc: name a corpus (--corpus), which BM25 then searches, or a "
+                "run and its corpus (--run, --corpus)"
+            )
+        if self.kind == "auto" and self._corpus is not None and num_own == num_rows:
+            logger.warning(
+                f"{name}: all rows have candidates in neg_doc, so the corpus is not searched; --candidates bm25 does"
+            )
+        if self._corpus is not None and self._run is not None and self.kind == "run":
+            self._ranked = read_ranked(self._run, self._corpus, query_ids, self._depth)
+        if repeated:
+            self._read_positives(repeated)
+        return num_rows
+
+    def find(self, row: SourceRow) -> CandidateRow:
+        """Returns a row with its candidates as `neg_doc`, best first, and without scores."""
+        query = parse_row(row.fields, row.where).query
+        texts, ids = self._positives.get(query, ((), row.positive_ids))
+        entries = [entry for entry in as_list(row.fields.get("neg_doc")) if not ids & identify(entry)][: self._depth]
+        if self._corpus is not None and (self.kind in ("bm25", "run") or (self.kind == "auto" and not entries)):
+            rows = self._ranked.get(row.query_id, []) if self.kind == "run" else self._search(query)
+            documents = zip(self._corpus.ids(rows), self._corpus.texts(rows), strict=True)
+            entries = [text for doc_id, text in documents if doc_id not in ids]
+        # The scores that a row may have are those of its former negatives.
+        fields = {**row.fields, "neg_doc": entries, "pos_score": None, "neg_score": None}
+        return CandidateRow(row.where, fields, tuple(texts))
+
+    def _read_positives(self, query_hashes: Container[int]) -> None:
+        for row in self._source.read():
+            query, positives, *_ = parse_row(row.fields, row.where)
+            if hash(query) in query_hashes:
+                texts, ids = self._positives.setdefault(query, (dict[str, None](), set[str]()))
+                texts.update(dict.fromkeys(positives))
+                ids.update(row.positive_ids)
+
+    def _search(self, query: str) -> list[int]:
+        self._query = query
+        rows, _ = next(self._rankings)
+        return rows
+
+    @cached_property
+    def _rankings(self) -> Iterator[tuple[list[int], list[float]]]:
+        """Ranks, each time that it is asked, the corpus for the query of the moment; made when a row needs it."""
+        if self._corpus is None:
+            raise ValueError("BM25 searches a corpus, and there is none")
+        return rank_bm25(self._corpus.all_texts(), iter(lambda: self._query, None), self._depth)

@@ -1,0 +1,86 @@
+"""The processes that torchrun has started, as a reranking job sees them."""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ...scoring.distributed import is_shared
+
+Result = TypeVar("Result")
+
+# One process may have days of work left when another has none; one that ends is noticed at once.
+LONGEST_WAIT = timedelta(days=365)
+
+
+class Ranks:
+    """This process and its number among those that were launched together (rank 0 of 1, if it is alone)."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self._group: Any = None
+        if is_shared(torch.device("cpu")):
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+    def first(self, function: Callable[[], Result]) -> Result:
+        """
+        Calls a function in the first process, and returns its result in all.
+
+        Raises:
+            RuntimeError: in the others, when it raises in the first one.
+        """
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        error = None
+        if self.rank == 0:
+            try:
+                answer[0] = function()
+            except Exception as raised:
+                error = raised
+                answer[1] = f"process 0 failed: {type(error).__name__}: {error}"
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        if error is not None:
+            raise error
+        if answer[1] is not None:
+            raise RuntimeError(answer[1])
+        return answer[0]
+
+    def wait(self) -> None:
+        """
+        Waits for all processes.
+
+        Raises:
+            RuntimeError: one of them has ended.
+        """
+        if self.size > 1:
+            dist.barrier(group=self._group)
+
+
+def share_windows(costs: Sequence[int], size: int) -> list[list[int]]:
+    """
+    Indices of the windows that each process scores, ascending: dealt out there and back from the most costly on.
+
+    Args:
+        costs: of each window.
+        size: how many processes there are.
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    shares: list[list[int]] = [[] for _ in range(size)]
+    there_and_back = [*shares, *reversed(shares)]
+    for turn, index in enumerate(order):
+        there_and_back[turn % (2 * size)].append(index)
+    return [sorted(share) for share in shares]
+
+
+def check_shared_file(path: os.PathLike[str], ranks: Ranks) -> None:
+    """Raises FileNotFoundError in a process that does not see what the first one has written."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"process {ranks.rank} sees no file {os.fspath(path)!r}, which process 0 has written: under torchrun the "
+            "folder of the output must be shared by all machines"
+        )

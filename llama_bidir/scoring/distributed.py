@@ -1,0 +1,118 @@
+"""Scoring under torchrun or `accelerate launch`: each process scores its share, and all get all scores."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
+from operator import add
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .pipeline import Pair, Scorer, Tally, split_into_chunks
+
+Result = TypeVar("Result")
+
+
+# Of each process, so that one is tokenized while the one before it is computed.
+CHUNKS_AT_ONCE = 4
+
+
+def is_shared(device: torch.device) -> bool:
+    """Whether several processes were launched together, of which this one has its model on `device`; joins them."""
+    if not dist.is_available():
+        return False
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return False
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_world_size() > 1
+
+
+def shares_of(pairs: Sequence[Pair], world_size: int) -> list[list[int]]:
+    """
+    Indices of the pairs that each process scores. Lengths in characters, which need no tokenizer, are dealt out there
+    and back from the longest on, so that each process gets about the same number of tokens.
+    """
+    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    there_and_back = [*shares, *reversed(shares)]
+    for turn, index in enumerate(order):
+        there_and_back[turn % (2 * world_size)].append(index)
+    return shares
+
+
+def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
+    """
+    Args:
+        pairs: the same in every process.
+        scorer: scores the share of this process. That of the first shows the bar and counts the pairs of all.
+
+    Returns:
+        float32 logits of shape `(num_pairs, num_labels)` on the CPU, of all pairs, in every process.
+
+    Raises:
+        ValueError: the processes hold different pairs.
+        RuntimeError: another process failed, with its error.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    scorer.progress.disable = scorer.progress.disable or rank > 0
+    chunks = split_into_chunks(pairs, scorer.engine.chunk_pairs * CHUNKS_AT_ONCE * world_size)
+    logits = [torch.empty(0, scorer.num_labels)]
+    num_done = 0
+    while True:
+        chunk = _together(lambda: next(chunks, None))
+        if len(set(_gather(_digest(chunk)))) > 1:
+            raise ValueError(
+                "under torchrun or accelerate every process must score the same pairs, of which it computes a share, "
+                f"but process {rank} holds others: pass the same pairs everywhere, or CrossEncoder(..., "
+                "distributed=False) to let each process score for itself"
+            )
+        if chunk is None:
+            break
+        unique = list(dict.fromkeys(chunk))
+        shares = shares_of(unique, world_size)
+        mine = _together(partial(scorer.score, [unique[index] for index in shares[rank]]))
+        scores = torch.empty(len(unique), scorer.num_labels)
+        for share, part in zip(shares, _gather(mine), strict=True):
+            scores[share] = part
+        positions = {pair: position for position, pair in enumerate(unique)}
+        logits.append(scores[[positions[pair] for pair in chunk]])
+        num_done += len(chunk)
+        scorer.progress.update(num_done - scorer.progress.n)
+    tallies = _gather(scorer.tally)
+    scorer.tally = reduce(add, tallies) if rank == 0 else Tally()
+    return torch.cat(logits)
+
+
+def _together(function: Callable[[], Result]) -> Result:
+    """Calls a function in every process; where one fails, all raise, so that none waits for it."""
+    try:
+        result, error = function(), None
+    except Exception as raised:
+        error = raised
+    errors = _gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise RuntimeError(f"process {rank} failed: {message}")
+    return result
+
+
+def _digest(chunk: Iterable[Pair] | None) -> str | None:
+    if chunk is None:
+        return None
+    digest = hashlib.sha256()
+    for query, passage in chunk:
+        digest.update(f"{len(query)} {len(passage)} {query}{passage}".encode())
+    return digest.hexdigest()
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,242 @@
+"""From token ids to logits in this process: batches by tokens, packed where attention can read them."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from .layers import use_inference_layers
+from .packing import (
+    PACKED_ATTENTION,
+    PACKED_IMPLEMENTATIONS,
+    SMALLEST_BATCH,
+    balanced_batches,
+    batches_by_tokens,
+    pack,
+    pad,
+    token_budget,
+)
+
+logger = logging.getLogger(__name__)
+
+# A chunk is large enough for batches of like lengths, and small enough for memory not to notice.
+CHUNK_PAIRS = 4096
+PADDED_PAIRS = 32
+# More would wait for Python's lock.
+MAX_SIDE_BY_SIDE = 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Engine(Protocol):
+    """Computes logits of sequences of token ids, here or elsewhere."""
+
+    @property
+    def chunk_pairs(self) -> int:
+        """Pairs that are worth collecting before they are scored."""
+
+    @property
+    def tokenizes_ahead(self) -> bool:
+        """Whether tokenization has a thread of its own."""
+
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many."""
+
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | None,
+        max_sequences: int | None,
+        on_tokens: Callable[[int], Any],
+    ) -> torch.Tensor:
+        """
+        Args:
+            sequences: token ids.
+            max_tokens: of a batch; chosen for the device when None.
+            max_sequences: of a batch, where given.
+            on_tokens: called with the number of tokens that have just been scored, or queued on a GPU.
+
+        Returns:
+            float32 logits on the CPU, of shape `(num_sequences, num_labels)`, in the order of `sequences`.
+        """
+
+
+# `torch.set_num_threads` is for the whole process: one call of many threads at a time.
+_side_by_side_lock = threading.Lock()
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_calls: int, num_threads: int
+) -> Iterator[Result]:
+    """
+    Calls `function` for each item, `num_calls` at once, each with its share of the threads of torch's operations. On a
+    CPU that leaves no core to wait for the others after every operation.
+
+    Args:
+        function: called on threads of a pool, or on this one where `num_calls` is 1.
+        items: its arguments.
+        num_calls: how many at once.
+        num_threads: threads of all torch operations together; those of the process are as before in the end.
+
+    Yields:
+        the results, in the order of the items. What has not started when a call fails is not started any more.
+    """
+    if num_calls == 1:
+        yield from map(function, items)
+        return
+    with _side_by_side_lock:
+        threads_before = torch.get_num_threads()
+        try:
+            yield from _compute_pool(num_calls, num_threads // num_calls).map(function, items)
+        finally:
+            torch.set_num_threads(threads_before)
+
+
+@cache
+def _compute_pool(num_calls: int, num_threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: what torch's libraries allocate for a thread is not freed with it."""
+    return ThreadPoolExecutor(num_calls, "compute", torch.set_num_threads, (num_threads,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_pool.cache_clear)  # a forked process has none of them
+
+
+class LocalEngine:
+    """Computes logits in this process, where the model is, which it makes ready: packed, in evaluation mode."""
+
+    chunk_pairs = CHUNK_PAIRS
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._is_exported = not isinstance(model, torch.nn.Module)
+        if not self._is_exported:
+            if model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(PACKED_ATTENTION)
+            use_inference_layers(model)
+            model.eval()
+        self._num_threads = torch.get_num_threads()
+        self._budgets: dict[torch.device, int] = {}
+        self._tokens_that_fit: int | None = None
+        self._is_short_of_memory = False
+
+    @property
+    def tokenizes_ahead(self) -> bool:
+        """On a CPU, tokenization would only take the cores from the model."""
+        return bool(self.model.device.type != "cpu")
+
+    @property
+    def is_packed(self) -> bool:
+        return self.model.config._attn_implementation in PACKED_IMPLEMENTATIONS
+
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        max_sequences: int | None = None,
+        on_tokens: Callable[[int], Any] = lambda tokens: None,
+    ) -> torch.Tensor:
+        """See [`Engine.logits`]. A batch that does not fit in memory halves the budget, from then on."""
+        lengths = [len(ids) for ids in sequences]
+        if max_tokens is None:
+            max_tokens = self.token_budget()
+        if not self.is_packed:
+            max_sequences = min(max_sequences or PADDED_PAIRS, PADDED_PAIRS)
+        order: list[int] = []
+        outputs: list[torch.Tensor] = []
+        waiting = list(range(len(sequences)))
+        while waiting:
+            num_calls = self._num_calls()
+            batches = [
+                [waiting[position] for position in batch]
+                for batch in self._batches(
+                    [lengths[index] for index in waiting],
+                    max_tokens=min(max_tokens, self._tokens_that_fit or max_tokens),
+                    max_sequences=max_sequences,
+                    num_workers=num_calls,
+                )
+            ]
+            waiting = []
+            num_calls = min(num_calls, len(batches))
+            outcomes = side_by_side(
+                partial(self._forward_if_it_fits, is_alone=num_calls == 1),
+                ([sequences[index] for index in batch] for batch in batches),
+                num_calls=num_calls,
+                num_threads=self._num_threads,
+            )
+            for batch, output in zip(batches, outcomes, strict=True):
+                if output is None:
+                    waiting += batch
+                else:
+                    order += batch
+                    outputs.append(output)
+                    on_tokens(sum(lengths[index] for index in batch))
+        logits = torch.empty(len(sequences), self.model.config.num_labels)
+        if outputs:
+            logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
+        return logits
+
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many; the same for all calls on a device."""
+        device = self.model.device
+        if device not in self._budgets:
+            self._budgets[device] = token_budget(device, self.model.dtype, self.model.config)
+        return self._budgets[device]
+
+    def _batches(self, lengths: Sequence[int], **limits: Any) -> Iterable[list[int]]:
+        """Padding asks for like lengths in a batch."""
+        if self.is_packed:
+            return balanced_batches(lengths, min_tokens=SMALLEST_BATCH["cpu"], **limits)
+        return batches_by_tokens(lengths, padded=True, **limits)
+
+    def _num_calls(self) -> int:
+        """How many batches to compute side by side: as many as leave no thread idle, up to four."""
+        if self._is_exported:  # onnxruntime has threads of its own
+            return 1
+        is_compiled = self.model._compiled_call_impl is not None
+        is_offloaded = getattr(self.model, "hf_device_map", None) is not None
+        # bitsandbytes rearranges the weights of a layer in its first forward pass on a CPU.
+        is_rearranged = any(getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        is_alone = is_compiled or is_offloaded or is_rearranged or self._is_short_of_memory
+        if self.model.device.type != "cpu" or is_alone:
+            return 1
+        counts = range(1, min(MAX_SIDE_BY_SIDE, self._num_threads) + 1)
+        return max(counts, key=lambda count: (self._num_threads // count * count, count))
+
+    def _forward_if_it_fits(self, ids: list[Sequence[int]], *, is_alone: bool) -> torch.Tensor | None:
+        """Logits, or None where memory did not suffice. The traceback, which holds tensors, is gone by the return."""
+        num_tokens = sum(map(len, ids)) if self.is_packed else len(ids) * max(map(len, ids))
+        if len(ids) > 1 and num_tokens > (self._tokens_that_fit or num_tokens):
+            return None  # a batch before this one has shown it
+        try:
+            return self._forward(ids)
+        except RuntimeError as error:
+            # The allocator of the CPU raises no type of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            if len(ids) == 1 and is_alone:
+                raise torch.OutOfMemoryError(
+                    f"one pair of {num_tokens} tokens does not fit in the memory of {self.model.device}: lower "
+                    f"max_length or use a smaller dtype ({error})"
+                ) from None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._is_short_of_memory = True
+        if len(ids) > 1:
+            self._tokens_that_fit = min(num_tokens // 2, self._tokens_that_fit or num_tokens)
+        logger.warning(f"{self.model.device} has no memory for {num_tokens} tokens at once: going on with half of it")
+        return None
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[Sequence[int]]) -> torch.Tensor:
+        inputs = pack(ids, self.model.device) if self.is_packed else pad(ids, self.model.device)
+        logits: torch.Tensor = self.model(**inputs).logits
+        return logits

@@ -1,0 +1,202 @@
+"""Scoring on several devices: one worker process a device, which pull batches of tokens from this process."""
+
+import multiprocessing.connection
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from .engine import CHUNK_PAIRS, LocalEngine
+from .packing import batches_by_tokens
+
+# One batch is computed while the next one waits in the pipe.
+BATCHES_IN_FLIGHT = 2
+
+
+class WorkerPool:
+    """
+    Computes logits in worker processes that start once and share the weights of a model on the CPU.
+
+    Workers are spawned: a script needs the usual `if __name__ == "__main__":`. Those on a GPU keep the weights that the
+    model had when they started.
+
+    Args:
+        model: a reranker on the CPU; its weights move to shared memory.
+        devices: one worker each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`.
+
+    Raises:
+        RuntimeError: a worker could not start, with its traceback.
+    """
+
+    tokenizes_ahead = True
+
+    def __init__(self, model: Any, devices: Sequence[str | torch.device]):
+        self.devices = [torch.device(device) for device in devices]
+        self.chunk_pairs = CHUNK_PAIRS * len(self.devices)
+        self._config = model.config
+        num_cpu_workers = sum(device.type == "cpu" for device in self.devices)
+        num_threads = max(1, torch.get_num_threads() // max(1, num_cpu_workers))
+        self._lock = threading.Lock()
+        context = torch.multiprocessing.get_context("spawn")
+        self._connections: list[Any] = []
+        self._processes: list[Any] = []
+        self._finalizer = weakref.finalize(self, _stop, self._connections, self._processes)
+        try:
+            for device in self.devices:
+                connection, other_end = context.Pipe()
+                self._connections.append(connection)
+                process = context.Process(
+                    target=_work,
+                    args=(other_end, model, str(device), num_threads),
+                    name=f"llama-bidir {device}",
+                    daemon=True,
+                )
+                process.start()
+                self._processes.append(process)
+                other_end.close()
+            # Each says how many tokens its device wants at once.
+            self._budget = min(int(self._receive(number)) for number in range(len(self.devices)))
+        except BaseException:
+            self.close()
+            raise
+
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        max_sequences: int | None = None,
+        on_tokens: Callable[[int], Any] = lambda tokens: None,
+    ) -> torch.Tensor:
+        """
+        See [`Engine.logits`]. A worker that has finished a batch gets the next one, the longest sequences first.
+
+        Raises:
+            RuntimeError: a worker failed, with its traceback, or died. The other workers are stopped.
+        """
+        with self._lock:
+            return self._logits(sequences, max_tokens or self._budget, max_sequences, on_tokens)
+
+    def _logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_tokens: int,
+        max_sequences: int | None,
+        on_tokens: Callable[[int], Any],
+    ) -> torch.Tensor:
+        lengths = [len(ids) for ids in sequences]
+        waiting = deque(
+            batches_by_tokens(
+                lengths,
+                max_tokens=max_tokens,
+                max_sequences=max_sequences,
+                num_workers=len(self.devices),
+                device_type=self.devices[0].type,
+            )
+        )
+        in_flight: list[deque[list[int]]] = [deque() for _ in self.devices]
+        logits = torch.empty(len(sequences), self._config.num_labels)
+        try:
+            for number in [*range(len(self.devices))] * BATCHES_IN_FLIGHT:
+                self._send_next(number, waiting, in_flight[number], sequences)
+            while any(in_flight):
+                busy = [number for number, batches in enumerate(in_flight) if batches]
+                for number in self._wait(busy):
+                    logits[in_flight[number][0]] = self._receive(number)
+                    on_tokens(sum(lengths[index] for index in in_flight[number].popleft()))
+                    self._send_next(number, waiting, in_flight[number], sequences)
+        except BaseException:
+            self.close()  # answers on their way would be taken for those of the next call
+            raise
+        return logits
+
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many: as many as each device wants."""
+        return self._budget
+
+    def close(self) -> None:
+        """Stops the workers."""
+        self._finalizer()
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._finalizer.alive)
+
+    def _send_next(
+        self, number: int, waiting: deque[list[int]], in_flight: deque[list[int]], sequences: Sequence[Sequence[int]]
+    ) -> None:
+        if not waiting:
+            return
+        batch = waiting.popleft()
+        in_flight.append(batch)
+        with suppress(OSError):  # from a worker that has ended: the wait for its answer tells why
+            self._connections[number].send([sequences[index] for index in batch])
+
+    def _wait(self, numbers: list[int]) -> list[int]:
+        """Numbers of the workers that have answered or ended."""
+        sources = {self._connections[number]: number for number in numbers}
+        sources |= {self._processes[number].sentinel: number for number in numbers}
+        return sorted({sources[source] for source in multiprocessing.connection.wait(list(sources))})
+
+    def _receive(self, number: int) -> torch.Tensor:
+        try:
+            answer = self._connections[number].recv()
+        except (EOFError, OSError):
+            self._processes[number].join(timeout=5)
+            answer = f"its process ended with exit code {self._processes[number].exitcode}"
+        if isinstance(answer, str):
+            raise RuntimeError(f"the worker on {self.devices[number]} failed: {answer}")
+        return torch.from_numpy(answer)
+
+
+def _work(connection: Any, model: Any, device: str, num_threads: int) -> None:
+    """A worker process: answers batches with logits, and an error with its traceback, until the pipe is closed."""
+    try:
+        torch.set_num_threads(num_threads)
+        engine = LocalEngine(model.to(device))
+        connection.send(torch.tensor(engine.token_budget()).numpy())
+        # Read on a thread, so that neither side ever waits in `send` for the other to read.
+        batches: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=_read, args=(connection, batches), daemon=True).start()
+        while (sequences := batches.get()) is not None:
+            if isinstance(sequences, Exception):
+                raise sequences
+            connection.send(engine.logits(sequences, max_tokens=sum(map(len, sequences))).numpy())
+    except (BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def _read(connection: Any, batches: "SimpleQueue[Any]") -> None:
+    try:
+        while True:
+            batches.put(connection.recv())
+    except (EOFError, OSError):
+        batches.put(None)
+    except Exception as error:
+        batches.put(error)
+
+
+def _stop(connections: list[Any], processes: list[Any]) -> None:
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+
+
+def check_devices(devices: Any) -> list[str]:
+    """Returns a list of devices as strings; raises ValueError for an empty one, or for one that torch does not know."""
+    names = [str(torch.device(device)) for device in devices]
+    if not names:
+        raise ValueError("device must name at least one device, got an empty list")
+    return names

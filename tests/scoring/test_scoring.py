@@ -1,0 +1,487 @@
+"""The pipeline behind `predict`: chunks, memory, windows, precision, CPU kernels."""
+
+import copy
+import logging
+import os
+import pickle
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import TEXTS, make_model, make_tokenizer
+from torch import nn
+from transformers import DynamicCache, TorchAoConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from llama_bidir import CrossEncoder
+from llama_bidir.prompts import PromptEncoder
+from llama_bidir.scoring import layers as inference
+from llama_bidir.scoring.device import cpu_dtype
+from llama_bidir.scoring.engine import LocalEngine, side_by_side
+from llama_bidir.scoring.layers import InferenceDecoderLayer
+from llama_bidir.scoring.pipeline import map_ahead, split_into_chunks
+
+PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
+
+
+@pytest.fixture
+def reranker(model, tokenizer):
+    return CrossEncoder(model, tokenizer, device="cpu")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(LocalEngine, "chunk_pairs", 8)
+
+
+def test_chunks_hold_every_pair_once_and_end_where_texts_are_long(monkeypatch):
+    monkeypatch.setattr("llama_bidir.scoring.pipeline.CHUNK_CHARACTERS", 10)
+    pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"), ("i" * 9, "j"), ("k", "l")]
+    assert list(split_into_chunks(iter(pairs), 3)) == [pairs[:3], pairs[3:5], pairs[5:]]
+    assert list(split_into_chunks([], 3)) == []
+    pairs = [("q", str(number)) for number in range(12)]
+    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, first_chunk_pairs=1)] == [1, 2, 4, 5]
+    assert [len(chunk) for chunk in split_into_chunks(pairs, 5, first_chunk_pairs=9)] == [5, 5, 2]
+
+
+def test_scores_do_not_depend_on_chunks(reranker, small_chunks, monkeypatch):
+    chunked = reranker.predict(PAIRS)
+    monkeypatch.setattr(LocalEngine, "chunk_pairs", 1000)
+    np.testing.assert_allclose(chunked, reranker.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_generator_is_read_as_it_is_scored(reranker, small_chunks, monkeypatch, ahead):
+    """At most the chunk in work and the one that is tokenized meanwhile are in memory."""
+    monkeypatch.setattr(LocalEngine, "tokenizes_ahead", ahead)
+    read, distances = 0, []
+
+    def stream():
+        nonlocal read
+        for pair in PAIRS:
+            read += 1
+            yield pair
+
+    engine = reranker.engine()
+    forward, scored = engine._forward, 0
+
+    def counting_forward(ids):
+        nonlocal scored
+        distances.append(read - scored)
+        scored += len(ids)
+        return forward(ids)
+
+    monkeypatch.setattr(engine, "_forward", counting_forward)
+    scores = reranker.predict(stream())
+    assert np.array_equal(scores, reranker.predict(PAIRS))
+    assert max(distances) <= (24 if ahead else 11)  # chunks of 8, and 3 pairs that tell whether it is a single one
+
+
+def test_a_wrong_pair_in_a_generator_is_named(reranker, small_chunks):
+    with pytest.raises(TypeError, match="the passage of pair 37 must be a string, got NoneType None"):
+        reranker.predict(("q", None) if number == 37 else pair for number, pair in enumerate(PAIRS))
+
+
+def test_map_ahead_keeps_order_and_errors_and_works_on_a_thread():
+    names = set()
+
+    def double(number):
+        names.add(threading.current_thread().name)
+        if number == 5:
+            raise KeyError("five")
+        return 2 * number
+
+    assert list(map_ahead(double, [])) == []
+    assert list(map_ahead(double, iter(range(5)))) == [0, 2, 4, 6, 8]
+    stream = map_ahead(double, range(9))
+    assert [next(stream) for _ in range(5)] == [0, 2, 4, 6, 8]
+    with pytest.raises(KeyError, match="five"):
+        next(stream)
+    assert names == {"tokenizer_0"}
+
+
+def test_twins_tie_and_runs_repeat(reranker):
+    pairs = [PAIRS[5], *PAIRS, PAIRS[5], *PAIRS]
+    scores = reranker.predict(pairs)
+    assert scores[0] == scores[6] == scores[61]
+    assert np.array_equal(scores[1:61], scores[62:])
+    assert np.array_equal(reranker.predict(pairs), scores)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_budget_and_goes_on(tokenizer, implementation, error, monkeypatch, caplog):
+    reranker = CrossEncoder(make_model(attn_implementation=implementation), tokenizer, device="cpu")
+    expected = reranker.predict(PAIRS)
+    engine = reranker.engine()
+    forward, sizes = engine._forward, []
+
+    def small_memory(ids):
+        size = len(ids) * max(map(len, ids))
+        sizes.append(size)
+        if len(ids) > 1 and size > 200:
+            raise error
+        return forward(ids)
+
+    monkeypatch.setattr(engine, "_forward", small_memory)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
+    assert re.search(r"cpu has no memory for \d+ tokens at once: going on with half of it", caplog.text)
+    sizes.clear()
+    caplog.clear()
+    reranker.predict(PAIRS)
+    assert max(sizes) <= 200  # remembered
+    assert caplog.text == ""
+    long = [*PAIRS[:5], ("q", "0123456789" * 24)]
+    assert reranker.predict(long)[5] == pytest.approx(reranker.predict(long[5:])[0], rel=1e-5)
+
+
+def test_other_errors_and_pairs_that_never_fit_are_raised(reranker, monkeypatch):
+    def fail(ids):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(reranker.engine(), "_forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"one pair of \d+ tokens does not fit in the memory of cpu"):
+        reranker.predict(PAIRS)
+
+    def break_down(ids):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(reranker.engine(), "_forward", break_down)
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        reranker.predict(PAIRS)
+
+
+def test_windows_by_hand():
+    letters = make_tokenizer()
+    encoder = PromptEncoder(letters, prompt_template="{query}|{passage}|", max_length=3 + 16)
+    passage = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # one token a character in this vocabulary
+
+    def windows(long_document, passage=passage):
+        encoded = encoder.encode([("q", passage), ("q", "x")], long_document=long_document)
+        assert encoded.num_windows[1] == 1
+        assert len(encoded.input_ids) == sum(encoded.num_windows)
+        return [letters.decode(ids)[2:-1] for ids in encoded.input_ids[:-1]], encoded.is_truncated
+
+    assert windows("truncate") == (["ABCDEFGHIJKLMNOP"], [True, False])
+    # 16 tokens of room, of which 4 overlap; the last window ends with the passage.
+    assert windows("max") == (["ABCDEFGHIJKLMNOP", "MNOPQRSTUVWXYZ01", "UVWXYZ0123456789"], [False, False])
+    assert windows("first_max") == (
+        ["ABCDEFGHIJKLMNOP", "ABMNOPQRSTUVWXYZ", "ABWXYZ0123456789"],
+        [False, False],
+    )
+    assert windows("max", passage[:17]) == (["ABCDEFGHIJKLMNOP", "BCDEFGHIJKLMNOPQ"], [False, False])
+    assert windows("max", passage[:16]) == (["ABCDEFGHIJKLMNOP"], [False, False])
+
+
+def test_every_token_of_a_passage_is_in_a_window(tokenizer):
+    encoder = PromptEncoder(tokenizer, prompt_template="{query} {passage}", max_length=32)
+    for length in range(1, 400, 13):
+        passage = "".join(chr(97 + (7 * number) % 26) for number in range(length))
+        for mode in ("max", "first_max"):
+            sequences = encoder.encode([("q", passage)], long_document=mode).input_ids
+            whole = tokenizer(f"q {passage}").input_ids
+            assert all(len(ids) <= 32 for ids in sequences)
+            assert {token for ids in sequences for token in ids} == set(whole)
+
+
+@pytest.mark.parametrize("mode", ["max", "first_max"])
+def test_the_best_window_counts_and_windows_are_reported(reranker, mode, caplog):
+    reranker.config.rerank_max_length = 64
+    long = " ".join(TEXTS)
+    encoder = PromptEncoder(reranker.tokenizer, prompt_template=reranker.config.prompt_template, max_length=64)
+    windows = encoder.encode([("bees", long)], long_document=mode).input_ids
+    with torch.no_grad():
+        expected = max(reranker.model(torch.tensor([ids])).logits.item() for ids in windows)
+    pairs = [("q", "p"), ("bees", long), ("q", "x")]
+    scores = reranker.predict(pairs, long_document=mode)
+    assert scores[1] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(scores[[0, 2]], reranker.predict(pairs)[[0, 2]], rtol=1e-5)
+    assert (
+        f"1 of 3 pairs were longer than 64 tokens and were scored in {len(windows)} windows, the best of which counts"
+        in caplog.text
+    )
+    ranking = reranker.rank("bees", [long, "x"], long_document=mode)
+    assert {result["corpus_id"]: result["score"] for result in ranking}[0] == pytest.approx(expected, rel=1e-5)
+    assert CrossEncoder(reranker.model, reranker.tokenizer, long_document=mode).predict(pairs)[1] == scores[1]
+
+
+def test_wrong_modes_and_budgets_are_named(reranker):
+    with pytest.raises(ValueError, match="long_document must be one of 'truncate', 'max' or 'first_max', got 'mean'"):
+        reranker.predict(PAIRS, long_document="mean")
+    with pytest.raises(ValueError, match="max_tokens_per_batch must be None or an int above 0, got 0"):
+        CrossEncoder(reranker.model, reranker.tokenizer, max_tokens_per_batch=0)
+
+
+def test_long_pairs_score_as_with_a_padded_model(tokenizer):
+    """8,192 tokens: a mask or a matrix of attention weights would take 1 GB a layer here."""
+    reranker = CrossEncoder(make_model(max_position_embeddings=8192), tokenizer, device="cpu", max_length=8192)
+    pairs = [("bees", "the hive was white " * 2500), ("bees", "clover " * 400), ("q", "p")]
+    scores = reranker.predict(pairs)
+    for (query, passage), score in zip(pairs, scores, strict=True):
+        text = reranker.config.prompt_template.format(query=query, passage=passage)
+        inputs = tokenizer(text, truncation=True, max_length=8192, return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(reranker.model(**inputs).logits.item(), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "stored", "expected"),
+    [
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, torch.float32),
+        ({"amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, torch.bfloat16, torch.float32),
+        ({"avx512_bf16": True}, torch.float32, torch.float32),
+        ({"avx512_bf16": True}, torch.float16, torch.float32),
+    ],
+)
+def test_dtype_on_a_cpu(capabilities, stored, expected, monkeypatch, tmp_path, tokenizer, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cpu_dtype(stored) == expected
+    make_model().to(stored).save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
+        reranker = CrossEncoder(tmp_path, tokenizer, device="cpu")
+    assert reranker.model.dtype == expected
+    assert reranker.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert [record.message for record in caplog.records] == [f"scoring in {expected} on this CPU"]
+    assert CrossEncoder(tmp_path, tokenizer, device="cpu", dtype="auto").model.dtype == stored
+
+
+@pytest.fixture(params=["blas", "onednn"])
+def either_blas(request, monkeypatch):
+    """As on an Intel CPU, and as on one that is not."""
+    if request.param == "onednn" and inference._onednn_linear is None:
+        pytest.skip("needs a torch with oneDNN")
+    monkeypatch.setattr(inference, "_onednn_is_faster", lambda: request.param == "onednn")
+
+
+@pytest.mark.parametrize("name", ["Intel Xeon", "AMD EPYC"])
+def test_onednn_is_left_out_where_the_blas_is_tuned(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(inference, "_onednn_linear", object())
+    assert inference._onednn_is_faster.__wrapped__() == (name != "Intel Xeon")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_inference_layers_compute_what_they_replace(tokenizer, bias, implementation, either_blas, monkeypatch):
+    model = make_model(attention_bias=bias, mlp_bias=bias, attn_implementation=implementation)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            nn.init.normal_(parameter, std=0.5)
+    names = model.state_dict().keys()
+    ids = torch.randint(0, 320, (3, 40))
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    wanted = {"output_hidden_states": True, "output_attentions": implementation == "eager"}
+    with torch.inference_mode():
+        expected = copy.deepcopy(model)(ids, attention_mask=mask, **wanted)
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    assert all(type(layer) is InferenceDecoderLayer for layer in fused.model.layers)
+    assert fused.state_dict().keys() == names
+    used = []
+    monkeypatch.setattr(inference, "rotate", lambda *args, rotate=inference.rotate: used.append(1) or rotate(*args))
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(ids, attention_mask=mask).logits, expected.logits, rtol=1e-5, atol=1e-6)
+        assert len(used) == 4
+        outputs = fused(ids, attention_mask=mask, **wanted)
+    torch.testing.assert_close(outputs.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs.attentions, expected.attentions, rtol=1e-5, atol=1e-6)
+
+
+def test_inference_layers_train_as_before(tokenizer, either_blas):
+    model, ids = make_model(), torch.randint(0, 320, (2, 9))
+    model(ids).logits.sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    fused(ids).logits.sum().backward()
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    assert type(copy.deepcopy(fused).model.layers[0]) is InferenceDecoderLayer
+    assert type(pickle.loads(pickle.dumps(fused)).model.layers[0]) is InferenceDecoderLayer
+
+
+@pytest.mark.parametrize("module", ["mlp.down_proj", "mlp.gate_proj", "input_layernorm", "self_attn", "mlp.act_fn"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+def test_inference_layers_call_modules_that_do_more(tokenizer, module, kind, either_blas):
+    reranker = CrossEncoder(make_model(), tokenizer, device="cpu")
+    expected = reranker.predict(PAIRS)
+    seen = []
+    changed = reranker.model.model.layers[0].get_submodule(module)
+    if kind == "hook":
+        changed.register_forward_hook(lambda *args: seen.append(1))
+    elif kind == "pre-hook":
+        changed.register_forward_pre_hook(lambda *args: seen.append(1))
+    else:  # as accelerate does it
+        changed.forward = lambda *args, forward=changed.forward, **kwargs: seen.append(1) or forward(*args, **kwargs)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
+    assert seen
+
+
+@pytest.mark.parametrize("module", ["mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm", "self_attn.o_proj"])
+def test_what_a_hook_has_kept_stays_as_it_was(tokenizer, module, either_blas):
+    model, ids = make_model(), torch.randint(0, 320, (2, 9))
+    kept = []
+    for subject in (copy.deepcopy(model), CrossEncoder(model, tokenizer, device="cpu").model):
+        subject.model.layers[1].get_submodule(module).register_forward_hook(
+            lambda module, inputs, output: kept.append((inputs[0], output))
+        )
+        with torch.inference_mode():
+            subject(ids)
+    torch.testing.assert_close(kept[1], kept[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["training", "autocast", "cache", "meta"])
+def test_inference_layers_leave_other_ways_alone(tokenizer, state):
+    model = make_model(attention_dropout=0.5)
+    stock, ids = copy.deepcopy(model), torch.randint(0, 320, (2, 9))
+    fused = CrossEncoder(model, tokenizer, device="cpu").model
+    outputs = []
+    for subject in (stock, fused):
+        torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=state == "autocast"):
+            if state == "meta":
+                outputs.append(torch.empty(subject.to("meta")(ids.to("meta")).logits.shape))
+                outputs[-1].fill_(0)
+            elif state == "cache":
+                cache = DynamicCache(config=subject.config)
+                for _ in range(2):
+                    outputs.append(subject.model(ids, past_key_values=cache).last_hidden_state)
+            else:
+                outputs.append(subject.train(state == "training")(ids).logits)
+    half = len(outputs) // 2
+    for expected, output in zip(outputs[:half], outputs[half:], strict=True):
+        assert torch.equal(output, expected)
+
+
+def test_gradient_checkpointing_that_computes_twice_draws_the_same_dropout(tokenizer):
+    model = make_model(attention_dropout=0.5)
+    ids = torch.randint(0, 320, (2, 9))
+    results = []
+    for subject in (copy.deepcopy(model), CrossEncoder(model, tokenizer, device="cpu").model):
+        subject.train().gradient_checkpointing_enable({"use_reentrant": True})
+        subject.enable_input_require_grads()
+        torch.manual_seed(0)
+        loss = subject(ids).logits.sum()
+        loss.backward()
+        results.append((loss, subject.score.weight.grad, subject.model.layers[0].mlp.up_proj.weight.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inference_layers_in_half_precision_are_as_exact_as_those_they_replace(tokenizer, dtype):
+    squared = []
+    for seed in range(6):
+        exact, stock = make_model(seed=seed), make_model(seed=seed).to(dtype)
+        fused = CrossEncoder(copy.deepcopy(stock), tokenizer, device="cpu").model
+        ids = torch.randint(0, 320, (8, 30))
+        with torch.inference_mode():
+            expected = exact(ids).logits
+            squared.append([(model(ids).logits - expected).square().mean() for model in (stock, fused)])
+    replaced, error = torch.tensor(squared).mean(dim=0).tolist()
+    assert 0 < error < 1.5 * replaced
+
+
+def test_layers_that_accelerate_has_hooked_keep_their_class(tokenizer):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_model()
+    hooks.add_hook_to_module(model.model.layers[0], hooks.ModelHook())
+    kinds = [type(layer) for layer in CrossEncoder(model, tokenizer, device="cpu").model.model.layers]
+    assert kinds == [LlamaDecoderLayer, InferenceDecoderLayer]
+
+
+def test_caches_of_onednn_are_bounded_unless_the_user_says_how_large_they_are(model, tokenizer, monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    CrossEncoder(model, tokenizer, device="cpu")
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("7", "64")
+
+
+@pytest.mark.parametrize("targets", [["up_proj"], ["q_proj", "v_proj", "o_proj"], "all-linear"])
+def test_adapters_stay_in_what_is_computed(tokenizer, targets, either_blas):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, target_modules=targets)
+    model = peft.get_peft_model(make_model(), lora).eval()
+    ids = torch.randint(0, 320, (2, 9))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, expected, rtol=1e-3)
+        fused = CrossEncoder(model, tokenizer, device="cpu").model
+        torch.testing.assert_close(fused(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_int8_weights_by_torchao(tmp_path, tokenizer):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = make_model(hidden_size=64, intermediate_size=96)
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["score"])
+    reranker = CrossEncoder(tmp_path, tokenizer, device="cpu", model_kwargs={"quantization_config": config})
+    assert type(reranker.model.model.layers[0].mlp.up_proj.weight) is not nn.Parameter
+    assert type(reranker.model.score.weight) is nn.Parameter
+    exact = CrossEncoder(model, tokenizer, device="cpu").predict(PAIRS)
+    scores = reranker.predict(PAIRS)
+    assert 1e-5 < np.abs(scores - exact).max() < 0.5 * exact.std()
+
+
+def test_threads_divide_the_cores_and_give_them_back():
+    total = torch.get_num_threads()
+    seen = list(side_by_side(lambda item: (item, torch.get_num_threads()), range(5), num_calls=2, num_threads=4))
+    assert seen == [(item, 2) for item in range(5)]
+    assert torch.get_num_threads() == total
+    started, may_go_on = [], threading.Event()
+
+    def fail(item):
+        started.append(item)
+        if item == 0:
+            raise KeyError(item)
+        may_go_on.wait(timeout=10)
+
+    threading.Timer(0.5, may_go_on.set).start()
+    with pytest.raises(KeyError, match="0"):
+        list(side_by_side(fail, range(100), num_calls=2, num_threads=2))
+    torch.set_num_threads(total)
+    assert len(started) <= 3
+
+
+def test_few_short_pairs_are_one_batch(reranker, monkeypatch):
+    sizes = []
+    forward = reranker.engine()._forward
+    monkeypatch.setattr(reranker.engine(), "_forward", lambda ids: sizes.append(len(ids)) or forward(ids))
+    monkeypatch.setattr(reranker.engine(), "_num_threads", 4)
+    reranker.engine().logits([[1, 2, 3]] * 5)
+    assert sizes == [5]
+    reranker.engine().logits([[1, 2, 3] * 10] * 16)
+    assert sorted(sizes[1:]) == [4, 4, 4, 4]
+
+
+def test_a_new_model_is_the_one_that_scores(reranker):
+    other = make_model(seed=7).train()
+    expected = CrossEncoder(copy.deepcopy(other), reranker.tokenizer, device="cpu").predict(PAIRS)
+    assert np.abs(reranker.predict(PAIRS) - expected).max() > 1e-2
+    reranker.model = other
+    np.testing.assert_array_equal(reranker.predict(PAIRS), expected)
+    assert reranker.engine().is_packed
+    assert type(other.model.layers[0]) is InferenceDecoderLayer
+
+
+def test_hooks_of_inner_layers_are_called(reranker):
+    calls = []
+    layer = reranker.model.model.layers[0].mlp.gate_proj
+    layer.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[-1]))
+    reranker.predict(PAIRS[:1])
+    assert calls == [48]
+
+
+def test_compiled_model_gives_the_same_scores(reranker):
+    expected = reranker.predict(PAIRS)
+    reranker.model.compile(backend="eager", dynamic=True)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)

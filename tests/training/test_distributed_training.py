@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROWS, stop
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from llama_bidir import CrossEncoder
+
+SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
+FIELDS = ["max_steps=6", 'save_strategy="steps"', "save_steps=3", "per_device_eval_batch_size=3"]
+MEASURES = ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10")
+
+
+@pytest.fixture(scope="module")
+def train_in(tmp_path_factory, base_checkpoint):
+    """Trains in one or two processes of gloo on this CPU, and returns the output folder and the logs."""
+    folder = tmp_path_factory.mktemp("distributed")
+    train_rows, eval_rows = folder / "train.jsonl", folder / "eval.jsonl"
+    # Whole steps in training; in evaluation a tail for each number of processes.
+    for path, rows in ((train_rows, ROWS[:16]), (eval_rows, ROWS[:19])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, processes, *fields):
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += [
+            str(SCRIPT),
+            str(base_checkpoint),
+            str(train_rows),
+            str(eval_rows),
+            str(folder / name),
+            *FIELDS,
+            *fields,
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return folder / name, json.loads((folder / name / "log_history.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(train_in):
+    return train_in("alone", 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        ["fsdp=true", 'fsdp_config={"version": 2}'],
+        ["fsdp=true", 'fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}'],
+    ],
+    ids=["ddp", "fsdp2-full", "fsdp2-sharded"],
+)
+def test_two_processes_equal_one(fields, alone, train_in, request):
+    folder, history = alone
+    other_folder, other_history = train_in(request.node.callspec.id, 2, *fields)
+    first, other = ([entry["loss"] for entry in logs if "loss" in entry] for logs in (history, other_history))
+    np.testing.assert_allclose(other, first, rtol=1e-4)
+    measured, other_measured = (
+        [[entry[name] for name in MEASURES] for entry in logs if "eval_loss" in entry]
+        for logs in (history, other_history)
+    )
+    assert len(measured) == 2
+    np.testing.assert_allclose(other_measured, measured, rtol=1e-4)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(load_file(other_folder / "model.safetensors")[name], weight, rtol=1e-4, atol=1e-5)
+    pairs = [(row["query"], passage) for row in ROWS[:4] for passage in row["neg_doc"]]
+    expected = CrossEncoder(folder).predict(pairs)
+    for saved in (other_folder, other_folder / "checkpoint-6"):
+        np.testing.assert_allclose(CrossEncoder(saved).predict(pairs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_runs_resume(alone, train_in):
+    fields = ["fsdp=true", 'fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}']
+    folder, _ = train_in("whole", 2, *fields)
+    stop(folder, folder.with_name("stopped"), "checkpoint-3")
+    resumed, history = train_in("stopped", 2, *fields)
+    _, expected = alone
+    last_losses, expected_losses = (
+        [entry["loss"] for entry in logs if "loss" in entry][-3:] for logs in (history, expected)
+    )
+    np.testing.assert_allclose(last_losses, expected_losses, rtol=1e-4)
+    assert (resumed / "config.json").exists()
