@@ -3,12 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_lazily
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from .configuration_llama_bidir import LlamaBidirectionalConfig
+from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, LlamaBidirectionalModel
 
 if TYPE_CHECKING:
-    from .configuration_llama_bidir import LlamaBidirectionalConfig
     from .cross_encoder import CrossEncoder
-    from .modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, LlamaBidirectionalModel
     from .training import CrossEncoderTrainer as CrossEncoderTrainer
     from .training import CrossEncoderTrainingArguments as CrossEncoderTrainingArguments
 
@@ -26,16 +27,17 @@ _MODULE_OF = {
     "CrossEncoder": "cross_encoder",
     "CrossEncoderTrainer": "training",
     "CrossEncoderTrainingArguments": "training",
-    "LlamaBidirectionalConfig": "configuration_llama_bidir",
-    "LlamaBidirectionalForSequenceClassification": "modeling_llama_bidir",
-    "LlamaBidirectionalModel": "modeling_llama_bidir",
 }
 
-register_lazily()
+AutoConfig.register(LlamaBidirectionalConfig.model_type, LlamaBidirectionalConfig, exist_ok=True)
+AutoModel.register(LlamaBidirectionalConfig, LlamaBidirectionalModel, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification, exist_ok=True
+)
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `import llama_bidir` does not import torch.
+    # Loaded on first use: the two training names need an extra.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import tiny_config
 
-from llama_bidir import LlamaBidirectionalConfig
+from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
 
 
 def run(code):
@@ -15,14 +15,17 @@ def run(code):
     return json.loads(result.stdout)
 
 
-def test_import_is_light():
-    modules = run(
-        "import json, sys, transformers, llama_bidir;"
-        "print(json.dumps([name for name in ('torch', 'datasets', 'accelerate', 'peft', 'huggingface_hub.hf_api')"
-        " if name in sys.modules]))"
+def packages_after(imports):
+    return set(
+        run(f"{imports}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))")
     )
-    assert "torch" not in modules
-    assert not {"datasets", "accelerate", "peft"} & set(modules)
+
+
+def test_import_brings_what_transformers_brings_and_nothing_else():
+    of_transformers = packages_after(
+        "from transformers import AutoModel, AutoModelForSequenceClassification, LlamaModel"
+    )
+    assert packages_after("import llama_bidir") - of_transformers == {"llama_bidir"}
 
 
 @pytest.mark.parametrize(
@@ -36,8 +39,6 @@ def test_import_is_light():
         "from transformers import AutoConfig, AutoModelForSequenceClassification;"
         "from llama_bidir.configuration_llama_bidir import LlamaBidirectionalConfig; import llama_bidir",
         "import llama_bidir, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto');"
-        "from transformers import AutoConfig, AutoModelForSequenceClassification",
-        "import llama_bidir, importlib, transformers.models.auto.configuration_auto as auto; importlib.reload(auto);"
         "from transformers import AutoConfig, AutoModelForSequenceClassification",
         "import llama_bidir, transformers.models.bert.modeling_bert;"
         "from transformers import AutoConfig, AutoModelForSequenceClassification",
@@ -119,3 +120,49 @@ def test_unknown_attributes_are_attribute_errors():
 
     with pytest.raises(AttributeError, match="module 'llama_bidir' has no attribute 'CrossEncodr'"):
         _ = llama_bidir.CrossEncodr
+
+
+OTHERS = """
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaModel
+
+
+class OtherConfig(LlamaConfig):
+    model_type = "llama_bidirec"
+
+
+class OtherModel(LlamaModel):
+    config_class = OtherConfig
+
+
+def register(**options):
+    AutoConfig.register("llama_bidirec", OtherConfig, **options)
+    AutoModelForSequenceClassification.register(OtherConfig, OtherModel, **options)
+
+"""
+SCORE = """
+import json
+from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+path = {path!r}
+config = LlamaBidirectionalConfig.from_pretrained(path)
+by_auto = AutoModelForSequenceClassification.from_pretrained(path, config=config)
+reranker = CrossEncoder(path, device="cpu", dtype="float32")
+scores = [
+    reranker.predict(("a", "b")).item(),
+    CrossEncoder(by_auto, AutoTokenizer.from_pretrained(path), device="cpu").predict(("a", "b")).item(),
+]
+print(json.dumps([type(AutoConfig.from_pretrained(path)).__name__, *scores]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "known"),
+    [
+        ("register()\nimport llama_bidir", "LlamaBidirectionalConfig"),
+        ("import llama_bidir\nregister()", "OtherConfig"),
+        ("import llama_bidir\nregister(exist_ok=True)", "OtherConfig"),
+    ],
+)
+def test_others_may_register_the_same_model_type(order, known, reranker_checkpoint):
+    name, *scores = run(OTHERS + order + SCORE.format(path=str(reranker_checkpoint)))
+    assert name == known
+    assert scores[0] == scores[1] == CrossEncoder(reranker_checkpoint, device="cpu").predict(("a", "b")).item()
