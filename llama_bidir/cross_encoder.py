@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -230,35 +230,21 @@ class CrossEncoder:
         checked_pairs, num_pairs, is_single = read_pairs(pairs)
         check_positive_int("batch_size", batch_size)
         check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
-        long_document = check_long_document(long_document or self.long_document)
+        if long_document is not None:
+            check_long_document(long_document)
         if device is not None:
             self._move(device)
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         with tqdm(total=num_pairs, desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
-            scorer = Scorer(
-                PromptEncoder(
-                    self.tokenizer,
-                    prompt_template=self.config.prompt_template,
-                    max_length=self.config.rerank_max_length,
-                ),
-                self.engine(),
-                progress,
-                num_labels=self.model.config.num_labels,
-                max_tokens=max_tokens_per_batch or self.max_tokens_per_batch,
-                max_sequences=batch_size,
-                long_document=long_document,
-            )
+            scorer = self._scorer(batch_size, max_tokens_per_batch, long_document, progress)
             if self.distributed and is_shared(self.device):
                 logits = score_shared(checked_pairs, scorer)
             else:
                 logits = scorer.score(checked_pairs)
         scorer.tally.log(self.config.rerank_max_length)
 
-        scores = logits.squeeze(-1) if self.config.num_labels == 1 else logits
-        activation_fn = activation_fn or self.activation_fn
-        if activation_fn is not None:
-            scores = activation_fn(scores)
+        scores = self._activate(logits, activation_fn)
         if apply_softmax and scores.ndim == 2:
             scores = scores.softmax(dim=-1)
         if is_single:
@@ -269,6 +255,57 @@ class CrossEncoder:
             array = scores.float().cpu().numpy()
             return array if array.ndim else np.float32(array)
         return scores if is_single else list(scores)
+
+    def predict_chunks(
+        self,
+        chunks: Iterable[Sequence[tuple[str, str]]],
+        batch_size: int | None = None,
+        *,
+        activation_fn: Activation | None = None,
+        long_document: str | None = None,
+        max_tokens_per_batch: int | None = None,
+        progress: "tqdm[Any] | None" = None,
+    ) -> Iterator[np.ndarray]:
+        """
+        Scores chunks of pairs one after the other, for work that does not fit in memory or must resume.
+
+        A chunk is scored on its own, so its scores do not depend on the chunks before it. On an accelerator, the next
+        chunk is tokenized while one is computed. Pairs that were cut are counted over all chunks and reported once,
+        after the last.
+
+        Args:
+            chunks: lists of (query, passage) pairs, read one at a time.
+            batch_size, activation_fn, long_document, max_tokens_per_batch: as in [`predict`].
+            progress: a bar to advance by the pairs that are scored.
+
+        Yields:
+            the float32 scores of each chunk, of shape `(num_pairs,)`, or `(num_pairs, num_labels)` for several labels.
+        """
+        bar = tqdm(disable=True) if progress is None else progress
+        scorer = self._scorer(batch_size, max_tokens_per_batch, long_document, bar)
+        for logits in scorer.stream(chunks):
+            yield self._activate(logits, activation_fn).float().cpu().numpy()
+        scorer.tally.log(self.config.rerank_max_length)
+
+    def _scorer(
+        self, batch_size: int | None, max_tokens_per_batch: int | None, long_document: str | None, progress: "tqdm[Any]"
+    ) -> Scorer:
+        check_positive_int("batch_size", batch_size)
+        check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+        return Scorer(
+            PromptEncoder.from_config(self.tokenizer, self.config),
+            self.engine(),
+            progress,
+            num_labels=self.model.config.num_labels,
+            max_tokens=max_tokens_per_batch or self.max_tokens_per_batch,
+            max_sequences=batch_size,
+            long_document=check_long_document(long_document or self.long_document),
+        )
+
+    def _activate(self, logits: torch.Tensor, activation_fn: Activation | None) -> torch.Tensor:
+        scores = logits.squeeze(-1) if self.config.num_labels == 1 else logits
+        activation_fn = activation_fn or self.activation_fn
+        return scores if activation_fn is None else activation_fn(scores)
 
     def rank(
         self,

@@ -3,11 +3,11 @@
 import logging
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_llama_bidir import check_prompt_template
+from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,11 @@ class PromptEncoder:
                 f"takes {template_length} tokens by itself. Raise max_length (rerank_max_length) or shorten the "
                 "template"
             )
+
+    @classmethod
+    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig) -> Self:
+        """The encoder of a reranker's own prompt template and maximum length."""
+        return cls(tokenizer, prompt_template=config.prompt_template, max_length=config.rerank_max_length)
 
     def render(self, query: str, passage: str) -> str:
         """Returns the text that is tokenized; braces in the query or the passage are left alone."""

@@ -6,7 +6,6 @@ A verb declares `add_arguments(parser)` and `run(arguments)`. One that has optio
 """
 
 import argparse
-import difflib
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..utils.names import nearest
 from . import evaluate, export, merge, mine, quickstart, recipes, rerank, train
 
 VERBS = {
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, verb_parser = VERBS[arguments.verb], verb_parsers[arguments.verb]
     options = [option for action in verb_parser._actions for option in action.option_strings]
     if unknown and not hasattr(verb, "parse_unknown"):
-        nearest = difflib.get_close_matches(unknown[0], options, n=1, cutoff=0.0)[0]
-        verb_parser.error(f"unknown option {unknown[0]!r}; the nearest is {nearest!r}")
+        suggestion = nearest(unknown[0], options)
+        verb_parser.error(f"unknown option {unknown[0]!r}; the nearest is {suggestion!r}")
     # Like an interrupt, so that nothing half-made is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rank = int(os.environ.get("RANK", 0))  # of this process, under torchrun and accelerate

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.outputs import check_apart, check_free, write_whole
+from ..utils.tables import format_table
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation, Qrels, Report, Run, System
@@ -170,13 +171,7 @@ def _format(comparisons: "Iterable[Comparison]") -> str:
         )
         for each in comparisons
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in (header, *rows)
-    ]
+    lines = format_table([header, *rows], "<>>>>>>")
     return "\n".join([*lines, "p: two-sided, corrected for the number of measures (Holm)"])
 
 

@@ -1,6 +1,5 @@
 """Where training rows come from: one function for every kind of source, told apart by name."""
 
-import difflib
 import logging
 import math
 import os
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..utils.names import nearest
 from ..utils.validation import check_positive_int, describe
 from .arrow import DocumentTexts, split_errors
 from .beir_folder import load_beir
@@ -65,8 +65,7 @@ def parse_source(entry: Any, where: str = "a source of rows") -> Source:
     known = ("path", "weight", *BEIR_OPTIONS)
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {nearest!r}")
+            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {nearest(key, known)!r}")
     options = {key: values[key] for key in BEIR_OPTIONS if values.get(key) is not None}
     for key in ("qrels", "run"):
         if key in options:

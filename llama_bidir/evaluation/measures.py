@@ -1,12 +1,12 @@
 """Measures by the names of ir_measures, computed by ir_measures."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from subprocess import SubprocessError
 from typing import Any, NamedTuple
 
 from ..utils.extras import require
+from ..utils.names import nearest
 
 Qrels = Mapping[str, Mapping[str, int]]  # query_id -> doc_id -> relevance
 Run = Mapping[str, Mapping[str, float]]  # query_id -> doc_id -> score
@@ -111,9 +111,9 @@ def _parse_measure(name: str) -> Any:
     try:
         measure = ir_measures.parse_measure(name)
     except NameError:
-        names = {known.casefold(): known for known in reversed(registry)}  # a measure's own name before its aliases
-        nearest = names[difflib.get_close_matches(kind.casefold(), names, n=1, cutoff=0.0)[0]]
-        raise ValueError(f"unknown measure {name!r}; the nearest is {name.replace(kind, nearest, 1)!r}") from None
+        # A measure's own name comes before its aliases.
+        known = nearest(kind, reversed(registry))
+        raise ValueError(f"unknown measure {name!r}; the nearest is {name.replace(kind, known, 1)!r}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"measure {name!r} must be written like nDCG@10 or AP(rel=2)@100") from None
     rules = measure.SUPPORTED_PARAMS

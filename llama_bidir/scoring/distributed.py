@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from operator import add
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..utils.sharing import deal
 from .pipeline import Pair, Scorer, Tally, split_into_chunks
 
 Result = TypeVar("Result")
@@ -30,19 +31,6 @@ def is_shared(device: torch.device) -> bool:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_world_size() > 1
-
-
-def shares_of(pairs: Sequence[Pair], world_size: int) -> list[list[int]]:
-    """
-    Indices of the pairs that each process scores. Lengths in characters, which need no tokenizer, are dealt out there
-    and back from the longest on, so that each process gets about the same number of tokens.
-    """
-    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    there_and_back = [*shares, *reversed(shares)]
-    for turn, index in enumerate(order):
-        there_and_back[turn % (2 * world_size)].append(index)
-    return shares
 
 
 def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
@@ -74,7 +62,8 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
         if chunk is None:
             break
         unique = list(dict.fromkeys(chunk))
-        shares = shares_of(unique, world_size)
+        # By characters, which need no tokenizer.
+        shares = deal([sum(map(len, pair)) for pair in unique], world_size)
         mine = _together(partial(scorer.score, [unique[index] for index in shares[rank]]))
         scores = torch.empty(len(unique), scorer.num_labels)
         for share, part in zip(shares, _gather(mine), strict=True):

@@ -120,10 +120,14 @@ class Scorer:
         is_ahead = self.engine.tokenizes_ahead
         first = FIRST_CHUNK_PAIRS if is_ahead else None
         chunks = split_into_chunks(pairs, self.engine.chunk_pairs, first_chunk_pairs=first)
-        mapped = map_ahead if is_ahead else map
-        return torch.cat([torch.empty(0, self.num_labels), *map(self.score_chunk, mapped(self.encode_chunk, chunks))])
+        return torch.cat([torch.empty(0, self.num_labels), *self.stream(chunks)])
 
-    def encode_chunk(self, chunk: list[Pair]) -> EncodedChunk:
+    def stream(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
+        """Yields the logits of each chunk. An accelerator computes one while the next one is tokenized."""
+        mapped = map_ahead if self.engine.tokenizes_ahead else map
+        return map(self.score_chunk, mapped(self.encode_chunk, chunks))
+
+    def encode_chunk(self, chunk: Sequence[Pair]) -> EncodedChunk:
         """Equal pairs are one, so that their scores tie."""
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(chunk))}
         encoded = self.encoder.encode(list(numbers), long_document=self.long_document)

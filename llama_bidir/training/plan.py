@@ -4,7 +4,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder
+from ..utils.tables import format_table
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
@@ -153,7 +154,7 @@ class Plan:
         ]
         fate = "are smaller" if self.short_groups == "mask" else "show negatives again"
         return [
-            *_table([("", "source", "rows", "bad rows", "weight", "groups"), *rows], "<<>>>>"),
+            *format_table([("", "source", "rows", "bad rows", "weight", "groups"), *rows], "<<>>>>"),
             f"{self.groups:,} groups an epoch with {smallest} to {largest} passages, {mean:.2f} on average",
             f"{num_short:,} groups have fewer than {self.group_size} passages and {fate}",
         ]
@@ -164,14 +165,14 @@ class Plan:
         highest = max(count for _, count in buckets)
         bars = [(name, f"{count:,}", "#" * math.ceil(BAR_WIDTH * count / highest)) for name, count in buckets]
         return [
-            *_table(bars, ">><"),
+            *format_table(bars, ">><"),
             f"median {statistics.median_low(lengths):,}, longest {max(lengths):,}; {num_truncated:,} of "
             f"{len(lengths):,} pairs ({num_truncated / len(lengths):.1%}) are longer than {max_length} and are cut",
         ]
 
     def _format_memory(self) -> list[str]:
         total = MemoryPart("total", sum(part.num_bytes for part in self.memory), "")
-        return _table(
+        return format_table(
             [(name, _size(num_bytes), arithmetic) for name, num_bytes, arithmetic in [*self.memory, total]], "<><"
         )
 
@@ -262,7 +263,7 @@ def _read_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.revision)
     if data_args.prompt_template is None:
         config.prompt_template = find_prompt_template(tokenizer, config)
-    return config, PromptEncoder(tokenizer, prompt_template=config.prompt_template, max_length=config.rerank_max_length)
+    return config, PromptEncoder.from_config(tokenizer, config)
 
 
 def _read_sources(
@@ -392,14 +393,6 @@ def _describe_output(output: Path, overwrite: bool) -> str:
 
 def _count(weights: Any) -> int:
     return sum(weight.numel() for weight in weights)
-
-
-def _table(rows: Sequence[tuple[str, ...]], alignment: str) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _size(num_bytes: int) -> str:

@@ -117,11 +117,7 @@ class CrossEncoderTrainer(Trainer):
         elif hasattr(model, "peft_config"):
             check_head(model)
         if data_collator is None:
-            prompt_encoder = PromptEncoder(
-                processing_class,
-                prompt_template=model.config.prompt_template,
-                max_length=model.config.rerank_max_length,
-            )
+            prompt_encoder = PromptEncoder.from_config(processing_class, model.config)  # type: ignore[arg-type]
             needs_teacher = any(self.loss is LOSSES[name] for name in TEACHER_LOSSES)
             data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher)
         if isinstance(eval_dataset, dict):

@@ -12,11 +12,12 @@ pytest.importorskip("datasets")
 
 from llama_bidir import CrossEncoder
 from llama_bidir.cli import main
+from llama_bidir.data.corpus import open_corpus
 from llama_bidir.data.trec import read_documents, read_queries
 from llama_bidir.jobs.rerank import rank_candidates, rerank_run
 from llama_bidir.jobs.rerank import scorer as scorer_module
-from llama_bidir.jobs.rerank.candidates import open_candidates, open_corpus
-from llama_bidir.jobs.rerank.ranks import share_windows
+from llama_bidir.jobs.rerank.candidates import open_candidates
+from llama_bidir.utils.sharing import deal
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_windows_hold_whole_queries(files):
 def test_shares_hold_each_window_once_and_like_costs():
     costs = [number * 37 % 500 for number in range(101)]
     for size in (1, 2, 3, 8):
-        shares = share_windows(costs, size)
+        shares = deal(costs, size)
         assert sorted(number for share in shares for number in share) == list(range(101))
         assert all(share == sorted(share) for share in shares)
         sums = [sum(costs[number] for number in share) for share in shares]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llama_bidir import CrossEncoder
-from llama_bidir.scoring.distributed import shares_of
+from llama_bidir.utils.sharing import deal
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
 
@@ -106,7 +106,7 @@ def test_devices_are_checked(model, tokenizer):
 def test_shares_hold_every_pair_once_and_like_amounts_of_text():
     pairs = [("q", "x" * (number * 37 % 500)) for number in range(101)]
     for world_size in (1, 2, 3, 8):
-        shares = shares_of(pairs, world_size)
+        shares = deal([sum(map(len, pair)) for pair in pairs], world_size)
         assert len(shares) == world_size
         assert sorted(index for share in shares for index in share) == list(range(101))
         sizes = [sum(len(pairs[index][1]) for index in share) for share in shares]

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ...data import parse_row
+from ...data.corpus import Corpus
 from ...evaluation.bm25 import rank_bm25
-from ..rerank.candidates import Corpus
 from .documents import read_ranked
 from .sources import MiningSource, SourceRow, identify
 from .windows import CandidateRow, as_list

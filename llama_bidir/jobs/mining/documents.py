@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ...data.arrow import check_documents, index_documents
+from ...data.corpus import Corpus
 from ...data.trec import read_run
-from ..rerank.candidates import Corpus
 
 
 def number_documents(corpus: Corpus) -> dict[str, int]:

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from ...configuration_llama_bidir import check_checkpoint_path
 from ...cross_encoder import CrossEncoder
+from ...data.corpus import open_corpus
 from ...utils.outputs import check_apart, check_free
 from ...utils.validation import check_positive_int
-from ..rerank.candidates import open_corpus
 from .candidates import CandidateFinder
 from .journal import Journal, open_journal, remove_finished
 from .selection import DEFAULT_SELECTION, REASONS, Selection

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from ...data import load_rows
 from ...data.arrow import FileStamp, stamp, write_dataset
 from ...data.beir_folder import BeirFiles, find_files, find_run, list_runs
+from ...data.corpus import Corpus, open_corpus
 from ...data.files import read_id, read_json, read_json_lines
 from ...data.hub import PREFIX
 from ...data.trec import read_qrels, read_queries
 from ...utils.extras import require
 from ...utils.validation import describe
-from ..rerank.candidates import Corpus, open_corpus
 from .documents import number_documents
 from .windows import as_list
 

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ...data.arrow import stamp
+from ...data.corpus import open_corpus
 from ...data.trec import read_queries
 from ...evaluation.bm25 import rank_bm25
 from ...evaluation.ranking import rank_candidates, run_lines
 from ...scoring.pipeline import Pair
 from ...utils.extras import require
 from ...utils.outputs import check_apart, check_free
+from ...utils.sharing import deal
 from ...utils.validation import check_positive_int
-from .candidates import Candidates, open_candidates, open_corpus
+from .candidates import Candidates, open_candidates
 from .journal import Journal
-from .ranks import Ranks, check_shared_file, share_windows
+from .ranks import Ranks, check_shared_file
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ class RerankJob:
             return left
         most_bytes = BYTES_PER_TOKEN * int(arguments["max_length"])
         costs = self.candidates.costs([self.windows[number] for number in left], self.depth, most_bytes)
-        return [left[index] for index in share_windows(costs, self.ranks.size)[self.ranks.rank]]
+        return [left[index] for index in deal(costs, self.ranks.size)[self.ranks.rank]]
 
     def num_pairs(self, numbers: Sequence[int] | set[int]) -> int:
         """Pairs of some windows."""

@@ -1,7 +1,7 @@
 """The processes that torchrun has started, as a reranking job sees them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -59,22 +59,6 @@ class Ranks:
         """
         if self.size > 1:
             dist.barrier(group=self._group)
-
-
-def share_windows(costs: Sequence[int], size: int) -> list[list[int]]:
-    """
-    Indices of the windows that each process scores, ascending: dealt out there and back from the most costly on.
-
-    Args:
-        costs: of each window.
-        size: how many processes there are.
-    """
-    order = sorted(range(len(costs)), key=lambda index: -costs[index])
-    shares: list[list[int]] = [[] for _ in range(size)]
-    there_and_back = [*shares, *reversed(shares)]
-    for turn, index in enumerate(order):
-        there_and_back[turn % (2 * size)].append(index)
-    return [sorted(share) for share in shares]
 
 
 def check_shared_file(path: os.PathLike[str], ranks: Ranks) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...cross_encoder import CrossEncoder
+from ...data.corpus import open_corpus
 from ...utils.extras import require
-from .candidates import open_candidates, open_corpus
+from .candidates import open_candidates
 from .job import RerankJob
 from .local import RerankResult, progress_bar
 from .scorer import WindowScorer, check_one_score, choose_settings, describe_scoring
