@@ -71,6 +71,13 @@ def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_token
         )
 
 
+def packed_positions(cu_seq_lens: torch.Tensor, total_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each token's sequence, and its position in it: two tensors of shape `(1, total_tokens)`."""
+    offsets = torch.arange(total_tokens, device=cu_seq_lens.device)[None]
+    sequence_ids = torch.bucketize(offsets, cu_seq_lens[1:], right=True)
+    return sequence_ids, offsets - cu_seq_lens[sequence_ids]
+
+
 def sequence_classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None
 ) -> torch.Tensor:
@@ -198,10 +205,8 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                     f"attention_mask={'given' if attention_mask is not None else None}"
                 )
             check_packing(cu_seq_lens, kwargs.get("max_length_q"), inputs_embeds.shape[1])
-            offsets = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-            sequence_ids = torch.bucketize(offsets, cu_seq_lens[1:], right=True)
-            if position_ids is None:
-                position_ids = offsets - cu_seq_lens[sequence_ids]
+            sequence_ids, positions = packed_positions(cu_seq_lens, inputs_embeds.shape[1])
+            position_ids = positions if position_ids is None else position_ids
             if not self.config.is_causal:
                 attention_mask = create_bidirectional_mask(
                     config=self.config,
@@ -279,10 +284,17 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
         )
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, head_follows: bool = False, **kwargs: Any) -> Any:
+        r"""
+        Loads a checkpoint, as [`PreTrainedModel.from_pretrained`] does, and warns of a head that it does not hold.
+
+        Args:
+            head_follows (`bool`, *optional*, defaults to `False`):
+                The caller loads the weights of the head next, so a new one is not reported.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model._score_is_new:
+        if model._score_is_new and not head_follows:
             logger.warning(
                 f"score.weight is new: {model.config.name_or_path or 'the checkpoint'} has no score head, so it was "
                 "drawn at random and needs training before its scores mean anything"

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalForSequenceClassification
+from llama_bidir.scoring.engine import LocalEngine
 
 PAIRS = [
     ("where do bees go?", "Honey bees navigate by the sun."),
@@ -89,7 +90,7 @@ def test_several_labels(tokenizer):
     assert logits.shape == (4, 3)
     assert reranker.predict(PAIRS[0]).shape == (3,)
     np.testing.assert_allclose(reranker.predict(PAIRS, apply_softmax=True).sum(axis=1), np.ones(4), rtol=1e-6)
-    with pytest.raises(ValueError, match="ranking needs one score a pair, but the model has 3 labels"):
+    with pytest.raises(ValueError, match="ranking needs one score per pair, but the model has 3 labels"):
         reranker.rank("q", ["a"])
 
 
@@ -164,6 +165,58 @@ def test_nan_has_no_rank(reranker):
         reranker.model.score.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="the score of document 0 for query 'q' is NaN and has no rank"):
         reranker.rank("q", ["a", "b"])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_predict_reports_nan(reranker, ahead, caplog, monkeypatch):
+    monkeypatch.setattr(LocalEngine, "chunk_pairs", 2)
+    monkeypatch.setattr(LocalEngine, "tokenizes_ahead", ahead)
+    honey = reranker.tokenizer("Paris").input_ids
+    with torch.no_grad():
+        reranker.model.model.embed_tokens.weight[honey[0]] = torch.nan
+    is_nan = np.isnan(reranker.predict(PAIRS[::-1]))
+    first = is_nan.tolist().index(True)
+    assert 0 < is_nan.sum() < 4
+    assert f"{is_nan.sum()} of 4 pairs have NaN logits, first pair {first}: the weights hold NaN or inf" in caplog.text
+    caplog.clear()
+    chunks = list(reranker.predict_chunks([PAIRS[:1], PAIRS[1:]]))
+    np.testing.assert_array_equal(np.concatenate(chunks), reranker.predict(PAIRS))
+    assert len(caplog.records) == 2
+
+
+def test_chunks_are_scored_as_they_come(reranker):
+    read = []
+    scores = reranker.predict_chunks(
+        (read.append(len(chunk)) or chunk for chunk in (PAIRS[:3], PAIRS[3:])), batch_size=2
+    )
+    first = next(scores)
+    assert read == [3]
+    assert first.dtype == np.float32
+    np.testing.assert_allclose(np.concatenate([first, *scores]), reranker.predict(PAIRS), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="batch_size must be None or an int above 0, got 0"):
+        next(reranker.predict_chunks([PAIRS], batch_size=0))
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, lambda pairs: dict(pairs).items(), lambda pairs: dict(pairs).keys()])
+def test_what_has_no_order_is_refused(reranker, kind):
+    for call, name in (
+        (lambda: reranker.predict(kind(PAIRS)), "pairs"),
+        (lambda: reranker.rank("q", kind(PAIRS)), "documents"),
+        (lambda: reranker.rank_batch(kind(PAIRS), [["a"]]), "queries"),
+        (lambda: reranker.rank_batch(["a"], kind(PAIRS)), "documents_per_query"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must be "):
+            call()
+    with pytest.raises(TypeError, match="^pair 0 must be two strings"):
+        reranker.predict([kind(PAIRS)])
+
+
+def test_processes_score_for_themselves_unless_told_otherwise(reranker, monkeypatch):
+    monkeypatch.setattr("llama_bidir.cross_encoder.is_shared", lambda device: 1 / 0)
+    reranker.predict(PAIRS)
+    reranker.distributed = True
+    with pytest.raises(ZeroDivisionError):
+        reranker.predict(PAIRS)
 
 
 def test_truncation_is_said_once_a_call(reranker, caplog):
@@ -311,7 +364,9 @@ def test_batches_keep_to_the_budget(tokenizer, monkeypatch, implementation):
     sizes = []
     engine = reranker.engine()
     forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda ids: sizes.append([len(i) for i in ids]) or forward(ids))
+    monkeypatch.setattr(
+        engine, "_forward", lambda ids, *args: sizes.append([len(i) for i in ids]) or forward(ids, *args)
+    )
     pairs = [(f"{number}", passage) for number in range(3) for _, passage in PAIRS]
     expected = reranker.predict(pairs)
     sizes.clear()

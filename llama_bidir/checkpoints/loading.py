@@ -1,10 +1,10 @@
-"""Where a CrossEncoder's model comes from: a checkpoint, an adapter on its base model, or the caller."""
+"""A reranker from disk, from the Hub or from the caller: a checkpoint, or an adapter on its base model."""
 
+import copy
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -12,15 +12,140 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path
+from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_rerank_max_length
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from ..prompts import ensure_pad_token
+from ..prompts import PromptEncoder, ensure_pad_token
+from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
 
+logger = logging.getLogger(__name__)
+
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+BACKENDS = ("torch", "onnx")
+
+
+class OpenedReranker(NamedTuple):
+    """
+    A reranker that is ready to score.
+
+    Args:
+        model: a [`LlamaBidirectionalForSequenceClassification`], an adapter on one, or an exported graph.
+        tokenizer: with a pad token.
+        config: with the prompt template and the maximum length that hold. It is the model's own, or a copy where a
+            caller's model has others.
+        stored_dtype: of the checkpoint, where the model computes in another dtype; else None.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: LlamaBidirectionalConfig
+    stored_dtype: torch.dtype | None = None
+
+
+def open_reranker(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    backend: str,
+    devices: SplitDevices,
+    dtype: str | torch.dtype | None,
+    num_labels: int | None,
+    prompt_template: str | None,
+    max_length: int | None,
+    hub: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
+    tokenizer_kwargs: Mapping[str, Any],
+) -> OpenedReranker:
+    """
+    Loads a reranker, or takes the caller's, for [`~cross_encoder.CrossEncoder`], which documents the arguments.
+
+    Args:
+        devices: of the model and of worker processes.
+        hub: arguments of the Hub; those that are None or False do not count.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
+    is_callers = backend == "torch" and not isinstance(model, (str, os.PathLike))
+    if any(torch.device(each).type == "cpu" for each in devices.workers or [_place(model, devices.model)]):
+        limit_onednn_caches()
+    stored_dtype = None
+    if is_callers:
+        model = _adopt(check_reranker(model, num_labels), devices.model, dtype)
+        if tokenizer is None:
+            raise TypeError("a loaded model needs its tokenizer: CrossEncoder(model, tokenizer)")
+    else:
+        name, given = model, {**hub, "num_labels": num_labels}
+        fields = {**{key: value for key, value in given.items() if value not in (None, False)}, **model_kwargs}
+        # A GGUF file holds its tokenizer, and a subfolder has one of its own.
+        source = {key: fields[key] for key in (*HUB_ARGUMENTS, "gguf_file") if key in fields}
+        if backend == "onnx":
+            model = load_onnx(name, fields, device=devices.model, dtype=dtype)
+        else:
+            model, stored_dtype = _load_on(os.fspath(name), fields, devices, dtype)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **{**source, **tokenizer_kwargs})
+    config = _configure(model.config, tokenizer, prompt_template, max_length, is_callers=is_callers)
+    return OpenedReranker(model, tokenizer, config, stored_dtype)
+
+
+def _place(model: Any, device: torch.device | None) -> Any:
+    return device or getattr(model, "device", default_device())
+
+
+def _adopt(model: Any, device: torch.device | None, dtype: str | torch.dtype | None) -> Any:
+    """The caller's model on a device, or a copy of it in another dtype."""
+    if dtype not in (None, "auto"):
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if wanted != model.dtype:
+            model = copy.deepcopy(model)
+            cast_parameters(model, wanted)
+    return model if device is None else model.to(device)
+
+
+def _load_on(
+    name: str,
+    fields: dict[str, Any],
+    devices: SplitDevices,
+    dtype: str | torch.dtype | None,
+) -> tuple[Any, torch.dtype | None]:
+    """Returns a model on its device, and the dtype that its checkpoint is stored in where that is another one."""
+    device = devices.model
+    if "device_map" in fields:
+        if device is not None:
+            raise ValueError(f"device {str(device)!r} and a device_map in model_kwargs exclude each other")
+    elif device is None:
+        device = torch.device(default_device())
+    dtype = dtype or fields.pop("dtype", None) or fields.pop("torch_dtype", None)
+    model = load_reranker(name, {**fields, "dtype": dtype or "auto"})
+    stored = model.dtype
+    places = [torch.device(each) for each in devices.workers] or [device or model.device]
+    if dtype is None and getattr(model, "hf_quantizer", None) is None and all(p.type == "cpu" for p in places):
+        cast_parameters(model, cpu_dtype(stored))
+        logger.info(f"scoring in {model.dtype} on this CPU")
+    return model if device is None else model.to(device), stored if stored != model.dtype else None
+
+
+def _configure(
+    config: LlamaBidirectionalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_template: str | None,
+    max_length: int | None,
+    *,
+    is_callers: bool,
+) -> LlamaBidirectionalConfig:
+    """Checks template and length together, then sets them; the configuration of a caller's model is copied first."""
+    template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
+    length = config.rerank_max_length if max_length is None else max_length
+    length = check_rerank_max_length(length, config.max_position_embeddings)
+    PromptEncoder(tokenizer, prompt_template=template, max_length=length)
+    ensure_pad_token(tokenizer, config.vocab_size)
+    if is_callers and (template, length) != (config.prompt_template, config.rerank_max_length):
+        config = copy.deepcopy(config)
+    config.prompt_template, config.rerank_max_length = template, length
+    return config
 
 
 def check_reranker(model: Any, num_labels: int | None) -> Any:
@@ -56,10 +181,9 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
                 f"num_labels is {model_kwargs['num_labels']}, but the head of {name_or_path!r} has {len(weight)}: "
                 "leave num_labels out"
             )
-        with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the head is in a file beside
-            model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-                name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}
-            )
+        model = LlamaBidirectionalForSequenceClassification.from_pretrained(
+            name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}, head_follows=True
+        )
         model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
@@ -81,8 +205,9 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             # It says how the base was loaded, not how its files are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
-    with _without_warnings(LlamaBidirectionalForSequenceClassification.__module__):  # the adapter brings the head
-        model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, dtype=dtype, **base_source, **fields)
+    model = LlamaBidirectionalForSequenceClassification.from_pretrained(
+        base, dtype=dtype, **base_source, **fields, head_follows=True
+    )
     if getattr(model, "is_quantized", False):
         # As in training, where what is not quantized is held in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
@@ -144,17 +269,6 @@ def load_merged(
     model.config.prompt_template = find_prompt_template(tokenizer, model.config)
     ensure_pad_token(tokenizer, model.config.vocab_size)
     return model.eval(), tokenizer
-
-
-@contextmanager
-def _without_warnings(logger_name: str) -> Iterator[None]:
-    other = logging.getLogger(logger_name)
-    level = other.level
-    other.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        other.setLevel(level)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype, *, only_trained: bool = False) -> None:

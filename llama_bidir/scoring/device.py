@@ -1,8 +1,8 @@
 """What is known of the machine: its devices, what its CPU multiplies fast, and the caches that must stay small."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,39 @@ def limit_onednn_caches() -> None:
     """Bounds the memory of oneDNN's caches in this process, unless the environment says how large they are."""
     for name in ONEDNN_CACHES:
         os.environ.setdefault(name, ONEDNN_CACHE_ENTRIES)
+
+
+Devices = str | torch.device | Sequence[str | torch.device]
+
+
+def check_device(device: Any) -> torch.device:
+    """Returns a device, given as one or by its name; raises ValueError for a name that torch does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is not one that torch knows: {str(error).splitlines()[0]}") from None
+
+
+class SplitDevices(NamedTuple):
+    """The devices of worker processes, if there are any, and that of the model in this process, if it is named."""
+
+    workers: list[str]
+    model: torch.device | None
+
+
+def split_devices(device: Any) -> SplitDevices:
+    """
+    Reads the device, or the list of devices for worker processes, that somebody asks for.
+
+    Raises:
+        ValueError: the list is empty, or torch does not know a device.
+    """
+    if isinstance(device, str) or not isinstance(device, Iterable):
+        return SplitDevices([], None if device is None else check_device(device))
+    names = [str(check_device(each)) for each in device]
+    if not names:
+        raise ValueError("device must name at least one device, got an empty list")
+    return SplitDevices(names, torch.device("cpu"))
 
 
 def default_device() -> str:

@@ -21,7 +21,7 @@ CHUNKS_AT_ONCE = 4
 
 
 def is_shared(device: torch.device) -> bool:
-    """Whether several processes were launched together, of which this one has its model on `device`; joins them."""
+    """Whether several processes were launched together. Joins them; this one has its model on `device`."""
     if not dist.is_available():
         return False
     if not dist.is_initialized():
@@ -37,10 +37,10 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
     """
     Args:
         pairs: the same in every process.
-        scorer: scores the share of this process. That of the first shows the bar and counts the pairs of all.
+        scorer: scores the share of this process. In the first process it shows the bar and counts all pairs.
 
     Returns:
-        float32 logits of shape `(num_pairs, num_labels)` on the CPU, of all pairs, in every process.
+        the scores of all pairs, in every process, as [`Scorer.score`] returns them.
 
     Raises:
         ValueError: the processes hold different pairs.
@@ -64,7 +64,7 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
         unique = list(dict.fromkeys(chunk))
         # By characters, which need no tokenizer.
         shares = deal([sum(map(len, pair)) for pair in unique], world_size)
-        mine = _together(partial(scorer.score, [unique[index] for index in shares[rank]]))
+        mine = _together(partial(scorer.logits, [unique[index] for index in shares[rank]]))
         scores = torch.empty(len(unique), scorer.num_labels)
         for share, part in zip(shares, _gather(mine), strict=True):
             scores[share] = part
@@ -74,7 +74,7 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
         scorer.progress.update(num_done - scorer.progress.n)
     tallies = _gather(scorer.tally)
     scorer.tally = reduce(add, tallies) if rank == 0 else Tally()
-    return torch.cat(logits)
+    return scorer.activate(torch.cat(logits))
 
 
 def _together(function: Callable[[], Result]) -> Result:

@@ -5,12 +5,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .layers import use_inference_layers
+from .forward import is_plain, packed_logits
 from .packing import (
     PACKED_ATTENTION,
     PACKED_IMPLEMENTATIONS,
@@ -30,6 +31,7 @@ PADDED_PAIRS = 32
 # More would wait for Python's lock.
 MAX_SIDE_BY_SIDE = 4
 
+Forward = Callable[[dict[str, Any]], torch.Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -110,22 +112,24 @@ if hasattr(os, "register_at_fork"):
 
 
 class LocalEngine:
-    """Computes logits in this process, where the model is, which it makes ready: packed, in evaluation mode."""
+    """
+    Computes logits in this process, where the model is. It leaves the model as it was: it only reads a plain one, and
+    puts any other into evaluation mode, with packed attention, for the time of a call.
+
+    Args:
+        model: a [`LlamaBidirectionalForSequenceClassification`], an adapter on one, or an exported graph.
+    """
 
     chunk_pairs = CHUNK_PAIRS
 
     def __init__(self, model: Any):
         self.model = model
         self._is_exported = not isinstance(model, torch.nn.Module)
-        if not self._is_exported:
-            if model.config._attn_implementation == "sdpa":
-                model.set_attn_implementation(PACKED_ATTENTION)
-            use_inference_layers(model)
-            model.eval()
         self._num_threads = torch.get_num_threads()
         self._budgets: dict[torch.device, int] = {}
         self._tokens_that_fit: int | None = None
         self._is_short_of_memory = False
+        self._lock = threading.Lock()
 
     @property
     def tokenizes_ahead(self) -> bool:
@@ -134,7 +138,9 @@ class LocalEngine:
 
     @property
     def is_packed(self) -> bool:
-        return self.model.config._attn_implementation in PACKED_IMPLEMENTATIONS
+        """Whether batches are packed: attention other than sdpa and flash attention reads padded input only."""
+        attention = self.model.config._attn_implementation
+        return not self._is_exported and attention in ("sdpa", *PACKED_IMPLEMENTATIONS)
 
     def logits(
         self,
@@ -145,11 +151,44 @@ class LocalEngine:
         on_tokens: Callable[[int], Any] = lambda tokens: None,
     ) -> torch.Tensor:
         """See [`Engine.logits`]. A batch that does not fit in memory halves the budget, from then on."""
-        lengths = [len(ids) for ids in sequences]
         if max_tokens is None:
             max_tokens = self.token_budget()
         if not self.is_packed:
             max_sequences = min(max_sequences or PADDED_PAIRS, PADDED_PAIRS)
+        with self._forward_function() as forward:
+            return self._score(sequences, forward, max_tokens, max_sequences, on_tokens)
+
+    def token_budget(self) -> int:
+        """Tokens of a batch where nobody says how many; the same for all calls on a device."""
+        device = self.model.device
+        if device not in self._budgets:
+            self._budgets[device] = token_budget(device, self.model.dtype, self.model.config)
+        return self._budgets[device]
+
+    @contextmanager
+    def _forward_function(self) -> Iterator[Forward]:
+        """Gives the function that computes the logits of a batch, for as long as the model is ready for it."""
+        if self._is_exported:
+            yield self._call
+        elif self.is_packed and is_plain(self.model):
+            yield partial(packed_logits, self.model)
+        else:
+            with self._lock, _ready_to_score(self.model, packed=self.is_packed):
+                yield self._call
+
+    def _call(self, batch: dict[str, Any]) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**batch).logits
+        return logits
+
+    def _score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        forward: Forward,
+        max_tokens: int,
+        max_sequences: int | None,
+        on_tokens: Callable[[int], Any],
+    ) -> torch.Tensor:
+        lengths = [len(ids) for ids in sequences]
         order: list[int] = []
         outputs: list[torch.Tensor] = []
         waiting = list(range(len(sequences)))
@@ -167,7 +206,7 @@ class LocalEngine:
             waiting = []
             num_calls = min(num_calls, len(batches))
             outcomes = side_by_side(
-                partial(self._forward_if_it_fits, is_alone=num_calls == 1),
+                partial(self._forward_if_it_fits, forward, is_alone=num_calls == 1),
                 ([sequences[index] for index in batch] for batch in batches),
                 num_calls=num_calls,
                 num_threads=self._num_threads,
@@ -183,13 +222,6 @@ class LocalEngine:
         if outputs:
             logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
         return logits
-
-    def token_budget(self) -> int:
-        """Tokens of a batch where nobody says how many; the same for all calls on a device."""
-        device = self.model.device
-        if device not in self._budgets:
-            self._budgets[device] = token_budget(device, self.model.dtype, self.model.config)
-        return self._budgets[device]
 
     def _batches(self, lengths: Sequence[int], **limits: Any) -> Iterable[list[int]]:
         """Padding asks for like lengths in a batch."""
@@ -211,13 +243,13 @@ class LocalEngine:
         counts = range(1, min(MAX_SIDE_BY_SIDE, self._num_threads) + 1)
         return max(counts, key=lambda count: (self._num_threads // count * count, count))
 
-    def _forward_if_it_fits(self, ids: list[Sequence[int]], *, is_alone: bool) -> torch.Tensor | None:
+    def _forward_if_it_fits(self, forward: Forward, ids: list[Sequence[int]], *, is_alone: bool) -> torch.Tensor | None:
         """Logits, or None where memory did not suffice. The traceback, which holds tensors, is gone by the return."""
         num_tokens = sum(map(len, ids)) if self.is_packed else len(ids) * max(map(len, ids))
         if len(ids) > 1 and num_tokens > (self._tokens_that_fit or num_tokens):
             return None  # a batch before this one has shown it
         try:
-            return self._forward(ids)
+            return self._forward(ids, forward)
         except RuntimeError as error:
             # The allocator of the CPU raises no type of its own.
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -232,11 +264,26 @@ class LocalEngine:
         self._is_short_of_memory = True
         if len(ids) > 1:
             self._tokens_that_fit = min(num_tokens // 2, self._tokens_that_fit or num_tokens)
-        logger.warning(f"{self.model.device} has no memory for {num_tokens} tokens at once: going on with half of it")
+        logger.warning(f"{self.model.device} has no memory for {num_tokens} tokens at once: continuing with half of it")
         return None
 
     @torch.inference_mode()
-    def _forward(self, ids: list[Sequence[int]]) -> torch.Tensor:
-        inputs = pack(ids, self.model.device) if self.is_packed else pad(ids, self.model.device)
-        logits: torch.Tensor = self.model(**inputs).logits
-        return logits
+    def _forward(self, ids: list[Sequence[int]], forward: Forward) -> torch.Tensor:
+        return forward(pack(ids, self.model.device) if self.is_packed else pad(ids, self.model.device))
+
+
+@contextmanager
+def _ready_to_score(model: Any, *, packed: bool) -> Iterator[None]:
+    """Puts a model into evaluation mode, with packed attention if it can, and back when the block ends."""
+    attention = model.config._attn_implementation
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        if packed and attention == "sdpa":
+            model.set_attn_implementation(PACKED_ATTENTION)
+        yield
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        for module in in_training:
+            module.training = True

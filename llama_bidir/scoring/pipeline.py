@@ -4,12 +4,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..prompts import EncodedPairs, PromptEncoder
+from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
 
 logger = logging.getLogger(__name__)
@@ -19,8 +22,19 @@ FIRST_CHUNK_PAIRS = 1024
 CHUNK_CHARACTERS = 4_000_000
 
 Pair = tuple[str, str]
+Activation = Callable[[torch.Tensor], torch.Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class ScoringOptions(TypedDict, total=False):
+    """Keywords of [`~cross_encoder.CrossEncoder.predict`] that ranking passes on."""
+
+    show_progress_bar: bool | None
+    activation_fn: Activation | None
+    device: Devices | None
+    long_document: str | None
+    max_tokens_per_batch: int | None
 
 
 @dataclass
@@ -36,25 +50,12 @@ class Tally:
         return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def add(self, encoded: EncodedPairs, positions: Sequence[int]) -> None:
-        """Counts the pairs that are at `positions` of `encoded`."""
+        """Counts the pairs at `positions` of `encoded`."""
         windows = [encoded.num_windows[position] for position in positions]
         self.num_pairs += len(positions)
         self.num_truncated += sum(encoded.is_truncated[position] for position in positions)
         self.num_windowed += sum(count > 1 for count in windows)
         self.num_windows += sum(count for count in windows if count > 1)
-
-    def log(self, max_length: int) -> None:
-        """Says once what a call cut or split."""
-        if self.num_truncated:
-            logger.warning(
-                f"{self.num_truncated} of {self.num_pairs} pairs were longer than {max_length} tokens and were cut to "
-                "fit: raise max_length to keep more"
-            )
-        if self.num_windowed:
-            logger.warning(
-                f"{self.num_windowed} of {self.num_pairs} pairs were longer than {max_length} tokens and were scored "
-                f"in {self.num_windows} windows, the best of which counts"
-            )
 
 
 @dataclass
@@ -95,9 +96,10 @@ class Scorer:
         encoder: renders and tokenizes pairs.
         engine: computes logits.
         progress: a bar that counts pairs.
-        num_labels: logits a pair.
+        num_labels: logits per pair.
         max_tokens, max_sequences: of a batch (see [`Engine.logits`]).
         long_document: see [`PromptEncoder.encode`].
+        activation_fn: makes scores of the logits of a chunk; None leaves them as they are.
     """
 
     def __init__(
@@ -110,30 +112,72 @@ class Scorer:
         max_tokens: int | None,
         max_sequences: int | None,
         long_document: str,
+        activation_fn: Activation | None = None,
     ):
         self.encoder, self.engine, self.progress, self.num_labels = encoder, engine, progress, num_labels
         self.max_tokens, self.max_sequences, self.long_document = max_tokens, max_sequences, long_document
+        self.activation_fn = activation_fn
         self.tally = Tally()
+        self.num_activated = self.num_nan = self.first_nan = 0
 
     def score(self, pairs: Iterable[Pair]) -> torch.Tensor:
+        """
+        Returns the scores of pairs on the CPU, in their order: float32 of shape `(num_pairs,)`, or
+        `(num_pairs, num_labels)` for several labels, or what the activation makes of these.
+        """
+        return self.activate(self.logits(pairs))
+
+    def logits(self, pairs: Iterable[Pair]) -> torch.Tensor:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
-        is_ahead = self.engine.tokenizes_ahead
-        first = FIRST_CHUNK_PAIRS if is_ahead else None
+        first = FIRST_CHUNK_PAIRS if self.engine.tokenizes_ahead else None
         chunks = split_into_chunks(pairs, self.engine.chunk_pairs, first_chunk_pairs=first)
-        return torch.cat([torch.empty(0, self.num_labels), *self.stream(chunks)])
+        return torch.cat([torch.empty(0, self.num_labels), *self._logits_of_chunks(chunks)])
 
     def stream(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
-        """Yields the logits of each chunk. An accelerator computes one while the next one is tokenized."""
-        mapped = map_ahead if self.engine.tokenizes_ahead else map
-        return map(self.score_chunk, mapped(self.encode_chunk, chunks))
+        """Yields the scores of each chunk, as [`score`] returns them."""
+        return map(self.activate, self._logits_of_chunks(chunks))
 
-    def encode_chunk(self, chunk: Sequence[Pair]) -> EncodedChunk:
-        """Equal pairs are one, so that their scores tie."""
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the scores of the next logits, of shape `(num_pairs, num_labels)`, and notes those that are NaN."""
+        nan = logits.isnan().any(dim=-1).nonzero().flatten().tolist()
+        if nan and not self.num_nan:
+            self.first_nan = self.num_activated + nan[0]
+        self.num_nan += len(nan)
+        self.num_activated += len(logits)
+        scores = logits.squeeze(-1) if self.num_labels == 1 else logits
+        return scores if self.activation_fn is None else self.activation_fn(scores)
+
+    def log(self) -> None:
+        """Reports once how many pairs were cut or split, and how many have NaN logits."""
+        tally, limit = self.tally, f"longer than {self.encoder.max_length} tokens"
+        if tally.num_truncated:
+            logger.warning(
+                f"{tally.num_truncated} of {tally.num_pairs} pairs were {limit} and were cut to fit: raise max_length "
+                "to keep more"
+            )
+        if tally.num_windowed:
+            logger.warning(
+                f"{tally.num_windowed} of {tally.num_pairs} pairs were {limit} and were scored in {tally.num_windows} "
+                "windows, the best of which counts"
+            )
+        if self.num_nan and tally.num_pairs:  # in the first of several processes
+            logger.warning(
+                f"{self.num_nan} of {self.num_activated} pairs have NaN logits, first pair {self.first_nan}: the "
+                "weights hold NaN or infinity, or the dtype overflows; check the checkpoint, or use bfloat16 or float32"
+            )
+
+    def _logits_of_chunks(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
+        """An accelerator computes a chunk while the next one is tokenized."""
+        mapped = map_ahead if self.engine.tokenizes_ahead else map
+        return map(self._score_chunk, mapped(self._encode_chunk, chunks))
+
+    def _encode_chunk(self, chunk: Sequence[Pair]) -> EncodedChunk:
+        """Equal pairs are encoded once, so their scores tie."""
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(chunk))}
         encoded = self.encoder.encode(list(numbers), long_document=self.long_document)
         return EncodedChunk(encoded, [numbers[pair] for pair in chunk])
 
-    def score_chunk(self, chunk: EncodedChunk) -> torch.Tensor:
+    def _score_chunk(self, chunk: EncodedChunk) -> torch.Tensor:
         """The best window of a pair counts, label by label."""
         encoded, positions = chunk.encoded, chunk.positions
         bar = _ChunkProgress(self.progress, len(positions), sum(map(len, encoded.input_ids)))
@@ -171,3 +215,41 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def check_one_label(config: LlamaBidirectionalConfig) -> None:
+    """Raises ValueError unless the model gives one score per pair, which a ranking needs."""
+    if config.num_labels != 1:
+        raise ValueError(f"ranking needs one score per pair, but the model has {config.num_labels} labels: use predict")
+
+
+def convert_scores(scores: torch.Tensor, *, to_numpy: bool, is_single: bool) -> Any:
+    """Returns scores as a float32 numpy array or as a list of tensors; those of a single pair are one value."""
+    if to_numpy:
+        array = scores.float().cpu().numpy()
+        return array if array.ndim else np.float32(array)
+    return scores if is_single else list(scores)
+
+
+def rank_documents(
+    query: str, documents: Sequence[str], scores: Iterable[float], top_k: int | None, return_documents: bool
+) -> list[dict[str, Any]]:
+    """
+    Ranks the documents of a query by falling score; equal scores keep their order.
+
+    Returns:
+        the first `top_k` results, as [`~cross_encoder.CrossEncoder.rank`] documents them.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    results: list[dict[str, Any]] = []
+    for corpus_id, (document, score) in enumerate(zip(documents, scores, strict=True)):
+        if score != score:
+            raise ValueError(
+                f"the score of document {corpus_id} for query {query!r} is NaN and has no rank: check the weights of "
+                "the model, or use a dtype with more range"
+            )
+        text = {"text": document} if return_documents else {}
+        results.append({"corpus_id": corpus_id, "score": float(score), **text})
+    return sorted(results, key=lambda result: -result["score"])[:top_k]

@@ -192,11 +192,3 @@ def _stop(connections: list[Any], processes: list[Any]) -> None:
         process.terminate()
     for process in processes:
         process.join()
-
-
-def check_devices(devices: Any) -> list[str]:
-    """Returns a list of devices as strings; raises ValueError for an empty one, or for one that torch does not know."""
-    names = [str(torch.device(device)) for device in devices]
-    if not names:
-        raise ValueError("device must name at least one device, got an empty list")
-    return names

@@ -1,11 +1,11 @@
 """Checks of what users pass in, done before any compute; each error names the position and what was expected."""
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Set, Sized
 from itertools import chain, islice
 from typing import Any
 
-NOT_COLLECTIONS = (str, bytes, bytearray, Mapping)
-UNORDERED = (set, frozenset)
+# Iterable, but not collections of texts or of pairs in an order. The views of a dict are sets.
+NOT_COLLECTIONS = (str, bytes, bytearray, Mapping, Set)
 
 
 def describe(value: Any) -> str:
@@ -16,18 +16,18 @@ def describe(value: Any) -> str:
 
 def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]:
     """
-    Reads pairs as users give them. A generator is checked as it is read, all else now.
+    Reads pairs as users give them. A generator is checked as it is read, anything else now.
 
     Args:
         pairs: one (query, passage) pair of strings, or an iterable of them (list, tuple, generator, numpy array,
             column).
 
     Returns:
-        the pairs, how many they are (None for a generator), and whether it was a single one.
+        the pairs, their number (None for a generator), and whether `pairs` was a single pair.
 
     Raises:
-        TypeError: something is neither a pair nor a string where one is expected.
-        ValueError: a pair has not exactly two members.
+        TypeError: something is not a pair, or not a string, where one is expected.
+        ValueError: a pair does not have exactly two members.
     """
     if isinstance(pairs, NOT_COLLECTIONS) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs must be a (query, passage) pair or an iterable of such pairs, got {describe(pairs)}")
@@ -44,7 +44,7 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
 
 
 def _check_pair(index: int, pair: Any) -> tuple[str, str]:
-    if isinstance(pair, (*NOT_COLLECTIONS, *UNORDERED)) or not isinstance(pair, Iterable):
+    if isinstance(pair, NOT_COLLECTIONS) or not isinstance(pair, Iterable):
         raise TypeError(f"pair {index} must be two strings (query, passage), got {describe(pair)}")
     members = list(pair)
     if len(members) != 2:
@@ -73,7 +73,27 @@ def check_texts(name: str, texts: Any) -> list[str]:
     return [check_text(f"{name}[{index}]", text) for index, text in enumerate(texts)]
 
 
-def check_positive_int(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is None or an int above 0."""
+def check_groups(queries: Any, documents_per_query: Any) -> tuple[list[str], list[list[str]]]:
+    """
+    Returns queries and the documents of each as lists.
+
+    Raises:
+        TypeError: one of them is not an iterable of strings, or of iterables of strings, in an order.
+        ValueError: there are not as many lists of documents as queries.
+    """
+    queries = check_texts("queries", queries)
+    if isinstance(documents_per_query, NOT_COLLECTIONS) or not isinstance(documents_per_query, Iterable):
+        raise TypeError(f"documents_per_query must be an iterable of lists, got {describe(documents_per_query)}")
+    groups = [
+        check_texts(f"documents_per_query[{index}]", documents) for index, documents in enumerate(documents_per_query)
+    ]
+    if len(queries) != len(groups):
+        raise ValueError(f"each query needs its documents: got {len(queries)} queries and {len(groups)} lists")
+    return queries, groups
+
+
+def check_positive_int(name: str, value: Any) -> int | None:
+    """Returns `value`; raises ValueError unless it is None or an int above 0."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{name} must be None or an int above 0, got {value!r}")
+    return value

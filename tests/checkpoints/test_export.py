@@ -19,7 +19,6 @@ from llama_bidir import (
     CrossEncoder,
     LlamaBidirectionalConfig,
     LlamaBidirectionalForSequenceClassification,
-    cross_encoder,
 )
 from llama_bidir.checkpoints import loading
 from llama_bidir.checkpoints.chat_template import make_chat_template
@@ -328,7 +327,7 @@ def test_a_checkpoint_that_was_cast_for_this_cpu_says_so_when_it_is_saved(save, 
     assert not [record for record in caplog.records if "saved in" in record.message]
     CrossEncoder(tmp_path / "half").save_pretrained(tmp_path / "cast")
     assert (
-        "saved in torch.float32, as this CPU computes, and was stored in torch.bfloat16: load with dty" in caplog.text
+        "saved in torch.float32, as this CPU computes; the checkpoint is stored in torch.bfloat16: load" in caplog.text
     )
 
 
@@ -419,7 +418,7 @@ def test_what_an_exported_graph_cannot_do_is_told(save, tmp_path, monkeypatch):
     config = LlamaBidirectionalConfig.from_pretrained(folder)
     graph = OnnxReranker.__new__(OnnxReranker)  # without onnxruntime, which is not needed to refuse
     graph.config = config
-    monkeypatch.setattr(cross_encoder, "load_onnx", lambda *args, **kwargs: graph)
+    monkeypatch.setattr(loading, "load_onnx", lambda *args, **kwargs: graph)
     reranker = CrossEncoder(folder, backend="onnx")
     with pytest.raises(ValueError, match="backend 'onnx' computes on the CPU: leave device out"):
         reranker.predict(PAIRS, device="cuda:1")

@@ -57,7 +57,7 @@ def stop_after(monkeypatch, owner, name, num_calls):
 def stopped_journal(reranker, files, output, monkeypatch, num_windows):
     """The journal of a run that is stopped when it has scored so many windows."""
     with monkeypatch.context() as patch:
-        stop_after(patch, scorer_module.Scorer, "score_chunk", num_windows)
+        stop_after(patch, scorer_module.Scorer, "_score_chunk", num_windows)
         with pytest.raises(StopError):
             rerank_run(reranker, **files.arguments(), output=output)
     return output.with_name(f"{output.name}.partial")

@@ -99,8 +99,9 @@ def test_threads_share_a_pool(pooled, single):
 def test_devices_are_checked(model, tokenizer):
     with pytest.raises(ValueError, match="device must name at least one device, got an empty list"):
         CrossEncoder(model, tokenizer, device=[])
-    with pytest.raises(RuntimeError, match="typo"):
-        CrossEncoder(model, tokenizer, device=["cpu", "typo"])
+    for device in ("typo", ["cpu", "typo"], 1.5):
+        with pytest.raises(ValueError, match=r"device ('typo'|1.5) is not one that torch knows"):
+            CrossEncoder(model, tokenizer, device=device)
 
 
 def test_shares_hold_every_pair_once_and_like_amounts_of_text():
@@ -124,15 +125,15 @@ rank = os.environ["RANK"]
 pairs = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
 reranker = CrossEncoder(folder, device="cpu", distributed=task != "alone")
 scored = []
-forward = reranker._local_engine._forward
-reranker._local_engine._forward = lambda ids: scored.append(len(ids)) or forward(ids)
+forward = reranker.engine()._forward
+reranker.engine()._forward = lambda ids, *args: scored.append(len(ids)) or forward(ids, *args)
 LocalEngine.chunk_pairs = 8
 if task == "other pairs" and rank == "1":
     pairs = pairs[:30]
 if task == "alone" and rank == "1":
     pairs = pairs[:3]
 if task == "failure" and rank == "1":
-    reranker._local_engine._forward = lambda ids: 1 / 0
+    reranker.engine()._forward = lambda *args: 1 / 0
 np.savez(f"{output}/{task}-{rank}.npz", scores=reranker.predict(iter(pairs)), scored=sum(scored))
 """
 

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ...cross_encoder import CrossEncoder
 from ...prompts import PromptEncoder
-from ...scoring.pipeline import Pair, Scorer, map_ahead
+from ...scoring.pipeline import Pair, Scorer
 
 # On a CPU, where a pair takes long, a window is what a kill may lose; a GPU is given a chunk at a time.
 CPU_WINDOW_PAIRS = 256
@@ -54,14 +54,12 @@ class WindowScorer:
     def score(self, windows: Iterable[list[Pair]]) -> Iterator[list[float]]:
         """Yields the scores of each window, float32 values; a GPU computes one while the next one is tokenized."""
         scorer, activation = self._scorer, self.cross_encoder.activation_fn
-        mapped = map_ahead if scorer.engine.tokenizes_ahead else map
-        for chunk in mapped(scorer.encode_chunk, windows):
-            scores = scorer.score_chunk(chunk).squeeze(-1)
+        for scores in scorer.stream(windows):
             yield (scores if activation is None else activation(scores)).float().tolist()
 
     def log(self) -> None:
         """Says how many pairs were cut or split."""
-        self._scorer.tally.log(self._max_length)
+        self._scorer.log()
 
 
 def check_one_score(cross_encoder: CrossEncoder) -> None:

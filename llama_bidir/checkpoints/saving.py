@@ -1,0 +1,117 @@
+"""A reranker to disk or to the Hub: model, configuration, tokenizer and model card."""
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedTokenizerBase
+
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from .chat_template import save_tokenizer
+from .hub import add_code
+from .model_card import read_measures, write_model_card
+
+logger = logging.getLogger(__name__)
+
+
+class SavedReranker:
+    """Saving and sharing, for a class that holds a model, its tokenizer and the configuration that it scores by."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    _stored_dtype: torch.dtype | None
+    """Of the checkpoint, where the model computes in another dtype."""
+
+    @property
+    def config(self) -> LlamaBidirectionalConfig:
+        """The configuration that is saved."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        model_id: str | None = None,
+        with_code: bool = False,
+        evaluation: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves model, configuration, tokenizer and, where there is none yet, a model card.
+
+        Args:
+            directory: made when missing.
+            model_id: the name that the card's code loads; `directory` when not given.
+            with_code: put the two model files beside the weights, for people without this package, who load them with
+                `trust_remote_code=True`.
+            evaluation: what `llama-bidir evaluate --json` wrote, for the measures of the card, which is then rewritten.
+            kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
+
+        Raises:
+            TypeError: the model is an exported graph.
+            ValueError: `evaluation` is not such a file.
+        """
+        if not isinstance(self.model, torch.nn.Module):
+            raise TypeError("an exported reranker (backend='onnx') is not saved again: copy its folder")
+        if evaluation is not None:
+            read_measures(evaluation)  # raises before anything is written
+        if self._stored_dtype not in (None, self.model.dtype):
+            logger.warning(
+                f"saved in {self.model.dtype}, as this CPU computes; the checkpoint is stored in {self._stored_dtype}: "
+                "load with dtype='auto' to save it as it was"
+            )
+        model: Any = self.model
+        model.save_pretrained(directory, **kwargs)
+        self.config.architectures = model.config.architectures
+        self.config.save_pretrained(directory)  # an adapter does not save it, and a copy may have another prompt
+        save_tokenizer(self.tokenizer, directory, self.config)
+        if with_code:
+            add_code(directory)
+        if evaluation is not None or not os.path.exists(os.path.join(directory, "README.md")):
+            write_model_card(directory, self.config, model_id or os.fspath(directory), evaluation=evaluation)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload reranker",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """
+        Uploads model, configuration, tokenizer and model card in one commit. A missing repository is created once all
+        files are ready.
+
+        Args:
+            repo_id: `"name"` or `"organization/name"`.
+            commit_message, private, token, revision, create_pr: as in huggingface_hub.
+            kwargs: for [`save_pretrained`]: `with_code`, `evaluation`, and those of the model's, such as
+                `max_shard_size`.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            TypeError, ValueError: as in [`save_pretrained`]; nothing is created on the Hub.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, model_id=repo_id, **kwargs)
+            # The Hub adds the user's name to a bare one, and the card's code loads the whole name.
+            full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if full_id != repo_id:
+                write_model_card(folder, self.config, full_id, evaluation=kwargs.get("evaluation"))
+            commit = api.upload_folder(
+                repo_id=full_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return str(commit.commit_url)

@@ -1,0 +1,203 @@
+"""
+A forward pass for scoring: what a plain reranker computes, from its weights, in fewer passes over memory.
+
+It adds residuals within the matrix product, overwrites what nobody reads again, normalizes in one kernel on a GPU, and
+activates within the matrix product where oneDNN computes it. It changes nothing in the model.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, rms_norm, silu
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from ..modeling_llama_bidir import (
+    Float32Linear,
+    LlamaBidirectionalForSequenceClassification,
+    LlamaBidirectionalModel,
+    packed_positions,
+    pool_packed,
+)
+from .device import is_intel
+from .packing import PACKED_ATTENTION
+
+PLAIN_PARTS = {
+    LlamaBidirectionalForSequenceClassification,
+    LlamaBidirectionalModel,
+    LlamaDecoderLayer,
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    Float32Linear,
+    nn.Embedding,
+    nn.Linear,
+    nn.ModuleList,
+    type(ACT2FN["silu"]),
+}
+
+
+def is_plain(model: Any) -> bool:
+    """
+    Whether a model computes what its classes say and no more, so that [`packed_logits`] gives its logits. Adapters,
+    quantized or offloaded weights, hooks, compiled parts, other activations and autocast each make it False.
+    """
+    if type(model) is not LlamaBidirectionalForSequenceClassification:
+        return False
+    weight = model.model.embed_tokens.weight
+    return (
+        weight.device.type != "meta"
+        and not torch.is_autocast_enabled(weight.device.type)
+        and not torch.nn.modules.module._has_any_global_hook()
+        and all(_is_plain_part(module) for module in model.modules())
+        and all(
+            type(parameter) is nn.Parameter and parameter.dtype == weight.dtype and parameter.device == weight.device
+            for parameter in model.model.parameters()
+        )
+    )
+
+
+def _is_plain_part(module: nn.Module) -> bool:
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    has_other_forward = "forward" in vars(module) or module._compiled_call_impl is not None
+    return type(module) in PLAIN_PARTS and not has_hooks and not has_other_forward
+
+
+def packed_logits(model: LlamaBidirectionalForSequenceClassification, batch: dict[str, Any]) -> torch.Tensor:
+    """
+    Computes the logits of a packed batch without gradients, as in evaluation mode.
+
+    Args:
+        model: a plain one (see [`is_plain`]).
+        batch: what [`~packing.pack`] returns.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_sequences, num_labels)`.
+    """
+    body, cu_seq_lens = model.model, batch["cu_seq_lens_q"]
+    hidden_states = body.embed_tokens(batch["input_ids"])
+    _, position_ids = packed_positions(cu_seq_lens, hidden_states.shape[1])
+    # (1, total_tokens, head_dim) -> (1, total_tokens, 1, head_dim)
+    cos, sin = (angles.unsqueeze(2) for angles in body.rotary_emb(hidden_states, position_ids=position_ids))
+    attention_options = {name: value for name, value in batch.items() if name != "input_ids"}
+    for layer in body.layers:
+        normed = normalize(hidden_states, layer.input_layernorm)
+        attended = attend(normed, layer.self_attn, cos, sin, attention_options)
+        hidden_states = add_projected(hidden_states, attended, layer.self_attn.o_proj)
+        normed = normalize(hidden_states, layer.post_attention_layernorm)
+        hidden_states = add_projected(hidden_states, gate(normed, layer.mlp), layer.mlp.down_proj, overwrite=True)
+    pooled = pool_packed(normalize(hidden_states, body.norm)[0], cu_seq_lens, model.config.pooling)
+    logits: torch.Tensor = model.score(pooled) / model.config.temperature
+    return logits
+
+
+def attend(
+    states: torch.Tensor, attention: LlamaAttention, cos: torch.Tensor, sin: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """The heads' outputs, of shape `(1, total_tokens, num_heads * head_dim)`, before the output projection."""
+    # (1, total_tokens, hidden_size) -> (1, total_tokens, heads, head_dim)
+    query, key, value = (
+        project(states, projection).unflatten(-1, (-1, attention.head_dim))
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    name = attention.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS[PACKED_ATTENTION if name == "sdpa" else name]
+    attended, _ = function(
+        attention,
+        rotate(query, cos, sin).transpose(1, 2),
+        rotate(key, cos, sin).transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        dropout=0.0,
+        scaling=attention.scaling,
+        **options,
+    )
+    return attended.flatten(2)
+
+
+def normalize(states: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
+    """`norm(states)`, of shape `(1, total_tokens, hidden_size)`."""
+    if states.device.type == "cuda":
+        return rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    if states.dtype != torch.float32:
+        normed: torch.Tensor = norm(states)
+        return normed
+    variance = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_() / states.shape[-1]
+    return (states * (variance + norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotary position embedding, as transformers' `apply_rotary_pos_emb` computes it.
+
+    Args:
+        states (`torch.Tensor` of shape `(1, total_tokens, heads, head_dim)`): queries or keys.
+        cos, sin (`torch.Tensor` of shape `(1, total_tokens, 1, head_dim)`): the two halves of each are equal.
+    """
+    half = states.shape[-1] // 2
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
+
+
+def project(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """`layer(states)`, of shape `(1, total_tokens, layer.out_features)`."""
+    if _use_onednn(states):
+        product: torch.Tensor = _onednn_linear(states, layer.weight, layer.bias, "none", [], "")
+        return product
+    return linear(states, layer.weight, layer.bias)
+
+
+def add_projected(
+    residual: torch.Tensor, states: torch.Tensor, layer: nn.Linear, *, overwrite: bool = False
+) -> torch.Tensor:
+    """`residual + layer(states)`, of the shape of `residual`, which `overwrite` allows to be written over."""
+    if _use_onednn(states):
+        total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
+        return total
+    rows, inputs, weight = residual.flatten(0, 1), states.flatten(0, 1), layer.weight.t()
+    total = rows.addmm_(inputs, weight) if overwrite else torch.addmm(rows, inputs, weight)
+    if layer.bias is not None:
+        total += layer.bias
+    return total.view_as(residual)
+
+
+def gate(states: torch.Tensor, mlp: LlamaMLP) -> torch.Tensor:
+    """`silu(gate_proj(states)) * up_proj(states)`, of shape `(1, total_tokens, intermediate_size)`."""
+    gate_proj, up_proj = mlp.gate_proj, mlp.up_proj
+    if _use_onednn(states):
+        activated = _onednn_linear(states, gate_proj.weight, gate_proj.bias, "swish", [1.0], "")
+        product: torch.Tensor = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
+        return product
+    return silu(project(states, gate_proj), inplace=True).mul_(project(states, up_proj))
+
+
+# The operator of torch.compile's own CPU backend, which has no name in the public interface.
+_onednn_linear: Any = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+
+
+def _use_onednn(states: torch.Tensor) -> bool:
+    """
+    Whether oneDNN multiplies, instead of the BLAS that torch was built with, which is not tuned for every CPU. In
+    bfloat16 torch takes oneDNN without being told.
+    """
+    return states.device.type == "cpu" and states.dtype == torch.float32 and _onednn_is_faster()
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Intel's MKL is tuned for Intel's CPUs."""
+    return _onednn_linear is not None and not (torch.backends.mkl.is_available() and is_intel())

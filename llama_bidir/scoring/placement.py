@@ -1,0 +1,50 @@
+"""Where a model is computed: in this process, or in worker processes on several devices."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from .device import Devices, split_devices
+from .engine import Engine, LocalEngine
+from .workers import WorkerPool
+
+
+class Placement:
+    """
+    The engine of a model, made anew when the model or its devices change.
+
+    Args:
+        model: the model in this process.
+        worker_devices: one worker process each; none computes in this process.
+    """
+
+    def __init__(self, model: Any, worker_devices: Sequence[str]):
+        self.worker_devices = list(worker_devices)
+        self._local_engine = LocalEngine(model)
+        self._pool: WorkerPool | None = None
+        self._lock = threading.Lock()
+
+    def engine(self, model: Any) -> Engine:
+        """Returns what computes the logits of `model`, with its worker processes started."""
+        with self._lock:
+            if self._local_engine.model is not model:  # replaced by the user, with a merged one for example
+                self.close()
+                self._local_engine = LocalEngine(model)
+            if not self.worker_devices:
+                return self._local_engine
+            if self._pool is None or not self._pool.is_open:
+                self._pool = WorkerPool(model, self.worker_devices)
+            return self._pool
+
+    def move(self, model: Any, device: Devices) -> None:
+        """Moves the model, and stops the workers if others are asked for."""
+        workers, model_device = split_devices(device)
+        if workers != self.worker_devices:
+            self.close()
+            self._pool, self.worker_devices = None, workers
+        model.to(model_device)
+
+    def close(self) -> None:
+        """Stops the worker processes, if there are any."""
+        if self._pool is not None:
+            self._pool.close()
