@@ -180,7 +180,7 @@ def test_predict_reports_nan(reranker, ahead, caplog, monkeypatch):
     assert f"{is_nan.sum()} of 4 pairs have NaN logits, first pair {first}: the weights hold NaN or inf" in caplog.text
     caplog.clear()
     chunks = list(reranker.predict_chunks([PAIRS[:1], PAIRS[1:]]))
-    np.testing.assert_array_equal(np.concatenate(chunks), reranker.predict(PAIRS))
+    np.testing.assert_allclose(np.concatenate(chunks), reranker.predict(PAIRS), rtol=1e-5, atol=1e-6)
     assert len(caplog.records) == 2
 
 
@@ -207,7 +207,7 @@ def test_what_has_no_order_is_refused(reranker, kind):
     ):
         with pytest.raises(TypeError, match=f"^{name} must be "):
             call()
-    with pytest.raises(TypeError, match="^pair 0 must be two strings"):
+    with pytest.raises(TypeError, match="pair 0 must be two strings"):
         reranker.predict([kind(PAIRS)])
 
 
