@@ -64,7 +64,7 @@ def open_reranker(
 
     Args:
         devices: of the model and of worker processes.
-        hub: arguments of the Hub; those that are None or False do not count.
+        hub: arguments of the Hub; those that are None are left out.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
@@ -78,7 +78,7 @@ def open_reranker(
             raise TypeError("a loaded model needs its tokenizer: CrossEncoder(model, tokenizer)")
     else:
         name, given = model, {**hub, "num_labels": num_labels}
-        fields = {**{key: value for key, value in given.items() if value not in (None, False)}, **model_kwargs}
+        fields = {**{key: value for key, value in given.items() if value is not None}, **model_kwargs}
         # A GGUF file holds its tokenizer, and a subfolder has one of its own.
         source = {key: fields[key] for key in (*HUB_ARGUMENTS, "gguf_file") if key in fields}
         if backend == "onnx":
@@ -149,7 +149,7 @@ def _configure(
 
 
 def check_reranker(model: Any, num_labels: int | None) -> Any:
-    """Returns a loaded reranker; raises TypeError for another model, ValueError for another number of labels."""
+    """Returns a loaded reranker; raises TypeError for any other model, ValueError for a different number of labels."""
     if not isinstance(getattr(model, "config", None), LlamaBidirectionalConfig) or not hasattr(model, "score"):
         raise TypeError(
             "model_name_or_path_or_model must be a path, a Hub id or a LlamaBidirectionalForSequenceClassification, "
@@ -167,7 +167,7 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
     Args:
         name_or_path: a folder or the id of a Hub repository.
         model_kwargs: for `from_pretrained`, those of the Hub included.
-        dequantize: under an adapter that was trained on quantized weights (QLoRA), give the same weights in full.
+        dequantize: load the base of an adapter that was trained on quantized weights (QLoRA) in full precision.
     """
     check_checkpoint_path(name_or_path)
     source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
@@ -202,16 +202,16 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None and "quantization_config" not in stored:
-            # It says how the base was loaded, not how its files are stored.
+            # It says how training loaded the base, not how the files of the base are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
     model = LlamaBidirectionalForSequenceClassification.from_pretrained(
         base, dtype=dtype, **base_source, **fields, head_follows=True
     )
     if getattr(model, "is_quantized", False):
-        # As in training, where what is not quantized is held in float32.
+        # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
-    model.score.float()  # the saved head, which a base in half precision would round
+    model.score.float()  # a base in half precision would round the saved head
     return peft.PeftModel.from_pretrained(model, name_or_path, **source)
 
 
@@ -222,7 +222,7 @@ def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, d
     Args:
         name_or_path: a folder or the id of a Hub repository.
         model_kwargs: `file_name`, and arguments of the Hub.
-        device, dtype: None, or the only ones that there are: `"cpu"` and float32.
+        device, dtype: None or the only possible values, `"cpu"` and float32.
 
     Raises:
         TypeError, ValueError: an argument is for another backend.
@@ -244,11 +244,11 @@ def load_merged(
     name_or_path: str, dtype: str = "auto", *, revision: str | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """
-    Loads a checkpoint, or an adapter merged into its base model, which are float32 weights then, with its prompt.
+    Loads a checkpoint, or an adapter merged into its base model in float32, with its prompt.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
-        dtype: of a checkpoint's weights; `"auto"` is its own.
+        dtype: of a checkpoint's weights; `"auto"` keeps the stored one.
         revision: branch, tag or commit of the repository.
 
     Returns:
@@ -261,7 +261,7 @@ def load_merged(
     if find_adapter_config_file(name_or_path, **source) is None:
         model = load_reranker(name_or_path, {"dtype": dtype, **source})
         if getattr(model, "is_quantized", False):
-            raise ValueError(f"{name_or_path!r} holds quantized weights: give the checkpoint that they were made from")
+            raise ValueError(f"{name_or_path!r} holds quantized weights: pass the checkpoint that they were made from")
     else:
         adapted = load_reranker(name_or_path, {"dtype": "float32", **source}, dequantize=True)
         model = adapted.merge_and_unload(safe_merge=True)
@@ -272,7 +272,7 @@ def load_merged(
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype, *, only_trained: bool = False) -> None:
-    """Not `model.to(dtype)`, which would round the frequencies of the rotary embedding as well."""
+    """Casts the parameters alone: `model.to(dtype)` would also round the frequencies of the rotary embedding."""
     for parameter in model.parameters():
         if parameter.requires_grad or not only_trained:
             parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""What is known of the machine: its devices, what its CPU multiplies fast, and the caches that must stay small."""
+"""The devices of this machine, the dtypes that its CPU multiplies fast, and caches that must stay small."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# On a CPU, oneDNN and what torch puts around it keep 0.4 to 2.4 MB for each number of tokens that a batch has had,
-# 1,024 of them as a rule: gigabytes in a long job. They read these when they compute for the first time.
+# On a CPU, oneDNN and torch's wrapper around it cache 0.4 to 2.4 MB per distinct number of tokens in a batch, usually
+# for 1,024 numbers: gigabytes in a long job. They read these variables before their first computation.
 ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 ONEDNN_CACHE_ENTRIES = "64"
 
@@ -52,7 +52,7 @@ def split_devices(device: Any) -> SplitDevices:
 
 
 def default_device() -> str:
-    """The first accelerator when there is one, else the CPU; under torchrun or accelerate, one a process."""
+    """Returns the first accelerator if there is one, else the CPU; under torchrun or accelerate, one per process."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "cpu"
@@ -60,32 +60,32 @@ def default_device() -> str:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine under torchrun or accelerate; 0 elsewhere."""
+    """Returns the number of this process on its machine under torchrun or accelerate, else 0."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def cpu_dtype(stored: torch.dtype) -> torch.dtype:
     """
-    The dtype to compute in on this CPU: bfloat16 where weights are stored in it and this CPU multiplies it faster, else
-    float32. Weights stored in another dtype would lose digits in bfloat16.
+    Returns the dtype to compute in on this CPU: bfloat16 if weights are stored in bfloat16 and this CPU multiplies it
+    faster, else float32. Weights stored in another dtype would lose digits in bfloat16.
     """
     return torch.bfloat16 if stored == torch.bfloat16 and _multiplies_bfloat16_faster() else torch.float32
 
 
 def _multiplies_bfloat16_faster() -> bool:
     """
-    A rule and not a measurement, which might end otherwise in the next process: AMX and Arm's instructions are faster
-    than float32, and so is AVX-512 BF16 on AMD's CPUs. On an Intel Xeon it took twice the time of float32.
+    Decides by a rule, because a measurement could differ in the next process. AMX and Arm's bfloat16 instructions are
+    faster than float32. So is AVX-512 BF16 on AMD CPUs; on an Intel Xeon it took twice the time of float32.
     """
     names = ["amx_bf16", "bf16", "sve_bf16", *([] if is_intel() else ["avx512_bf16"])]
     return any(cpu_capabilities().get(name) for name in names)
 
 
 def cpu_capabilities() -> Mapping[str, Any]:
-    """What torch knows of this CPU; nothing where it is too old to tell."""
+    """Returns what torch knows about this CPU; empty if torch is too old to tell."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def is_intel() -> bool:
-    """Whether this CPU is one of Intel's, as far as torch tells."""
+    """Whether this is an Intel CPU, as far as torch knows."""
     return "Intel" in str(cpu_capabilities().get("cpu_name"))

@@ -1,4 +1,4 @@
-"""Scoring under torchrun or `accelerate launch`: each process scores its share, and all get all scores."""
+"""Scoring under torchrun or `accelerate launch`: each process scores a share, and every process gets all scores."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from .pipeline import Pair, Scorer, Tally, split_into_chunks
 Result = TypeVar("Result")
 
 
-# Of each process, so that one is tokenized while the one before it is computed.
+# Per process, so the next chunk is tokenized while one is computed.
 CHUNKS_AT_ONCE = 4
 
 
@@ -55,8 +55,8 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
         chunk = _together(lambda: next(chunks, None))
         if len(set(_gather(_digest(chunk)))) > 1:
             raise ValueError(
-                "under torchrun or accelerate every process must score the same pairs, of which it computes a share, "
-                f"but process {rank} holds others: pass the same pairs everywhere, or CrossEncoder(..., "
+                "with distributed=True every process must score the same pairs and computes a share of them, but "
+                f"process {rank} holds different pairs: pass the same pairs everywhere, or CrossEncoder(..., "
                 "distributed=False) to let each process score for itself"
             )
         if chunk is None:
@@ -78,7 +78,7 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
 
 
 def _together(function: Callable[[], Result]) -> Result:
-    """Calls a function in every process; where one fails, all raise, so that none waits for it."""
+    """Calls a function in every process. If it fails in one, all raise, so no process waits for another."""
     try:
         result, error = function(), None
     except Exception as raised:

@@ -25,10 +25,10 @@ from .packing import (
 
 logger = logging.getLogger(__name__)
 
-# A chunk is large enough for batches of like lengths, and small enough for memory not to notice.
+# Enough pairs for batches of similar lengths, and few enough to need little memory.
 CHUNK_PAIRS = 4096
 PADDED_PAIRS = 32
-# More would wait for Python's lock.
+# More calls at once would wait for Python's global lock.
 MAX_SIDE_BY_SIDE = 4
 
 Forward = Callable[[dict[str, Any]], torch.Tensor]
@@ -41,14 +41,14 @@ class Engine(Protocol):
 
     @property
     def chunk_pairs(self) -> int:
-        """Pairs that are worth collecting before they are scored."""
+        """The number of pairs to collect before they are scored."""
 
     @property
     def tokenizes_ahead(self) -> bool:
         """Whether tokenization has a thread of its own."""
 
     def token_budget(self) -> int:
-        """Tokens of a batch where nobody says how many."""
+        """The default maximum of tokens per batch."""
 
     def logits(
         self,
@@ -61,8 +61,8 @@ class Engine(Protocol):
         """
         Args:
             sequences: token ids.
-            max_tokens: of a batch; chosen for the device when None.
-            max_sequences: of a batch, where given.
+            max_tokens: maximum tokens per batch; chosen for the device when None.
+            max_sequences: maximum sequences per batch; no maximum when None.
             on_tokens: called with the number of tokens that have just been scored, or queued on a GPU.
 
         Returns:
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """
 
 
-# `torch.set_num_threads` is for the whole process: one call of many threads at a time.
+# `torch.set_num_threads` applies to the whole process, so only one call at a time may change it.
 _side_by_side_lock = threading.Lock()
 
 
@@ -78,17 +78,17 @@ def side_by_side(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_calls: int, num_threads: int
 ) -> Iterator[Result]:
     """
-    Calls `function` for each item, `num_calls` at once, each with its share of the threads of torch's operations. On a
-    CPU that leaves no core to wait for the others after every operation.
+    Calls `function` for each item, `num_calls` at once, each call with its share of torch's threads. On a CPU, cores
+    then do not wait for each other after every operation.
 
     Args:
-        function: called on threads of a pool, or on this one where `num_calls` is 1.
+        function: called on the threads of a pool, or on this thread if `num_calls` is 1.
         items: its arguments.
-        num_calls: how many at once.
-        num_threads: threads of all torch operations together; those of the process are as before in the end.
+        num_calls: the number of calls at once.
+        num_threads: torch's threads for all calls together. The process has its former number of threads afterwards.
 
     Yields:
-        the results, in the order of the items. What has not started when a call fails is not started any more.
+        the results, in the order of the items. After a call fails, no further call starts.
     """
     if num_calls == 1:
         yield from map(function, items)
@@ -103,12 +103,12 @@ def side_by_side(
 
 @cache
 def _compute_pool(num_calls: int, num_threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: what torch's libraries allocate for a thread is not freed with it."""
+    """Threads that are reused: what torch's libraries allocate for a thread is not freed when it ends."""
     return ThreadPoolExecutor(num_calls, "compute", torch.set_num_threads, (num_threads,))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_compute_pool.cache_clear)  # a forked process has none of them
+    os.register_at_fork(after_in_child=_compute_pool.cache_clear)  # a forked process does not have these threads
 
 
 class LocalEngine:
@@ -133,7 +133,7 @@ class LocalEngine:
 
     @property
     def tokenizes_ahead(self) -> bool:
-        """On a CPU, tokenization would only take the cores from the model."""
+        """Not on a CPU, where tokenization would take cores from the model."""
         return bool(self.model.device.type != "cpu")
 
     @property
@@ -150,7 +150,7 @@ class LocalEngine:
         max_sequences: int | None = None,
         on_tokens: Callable[[int], Any] = lambda tokens: None,
     ) -> torch.Tensor:
-        """See [`Engine.logits`]. A batch that does not fit in memory halves the budget, from then on."""
+        """See [`Engine.logits`]. A batch that does not fit in memory halves the budget for the rest of the process."""
         if max_tokens is None:
             max_tokens = self.token_budget()
         if not self.is_packed:
@@ -159,7 +159,7 @@ class LocalEngine:
             return self._score(sequences, forward, max_tokens, max_sequences, on_tokens)
 
     def token_budget(self) -> int:
-        """Tokens of a batch where nobody says how many; the same for all calls on a device."""
+        """The default maximum of tokens per batch; the same for all calls on a device."""
         device = self.model.device
         if device not in self._budgets:
             self._budgets[device] = token_budget(device, self.model.dtype, self.model.config)
@@ -167,7 +167,7 @@ class LocalEngine:
 
     @contextmanager
     def _forward_function(self) -> Iterator[Forward]:
-        """Gives the function that computes the logits of a batch, for as long as the model is ready for it."""
+        """Yields the function that computes the logits of a batch, valid while the context is open."""
         if self._is_exported:
             yield self._call
         elif self.is_packed and is_plain(self.model):
@@ -224,14 +224,14 @@ class LocalEngine:
         return logits
 
     def _batches(self, lengths: Sequence[int], **limits: Any) -> Iterable[list[int]]:
-        """Padding asks for like lengths in a batch."""
+        """Padded batches hold similar lengths; packed batches hold equal numbers of tokens."""
         if self.is_packed:
             return balanced_batches(lengths, min_tokens=SMALLEST_BATCH["cpu"], **limits)
         return batches_by_tokens(lengths, padded=True, **limits)
 
     def _num_calls(self) -> int:
-        """How many batches to compute side by side: as many as leave no thread idle, up to four."""
-        if self._is_exported:  # onnxruntime has threads of its own
+        """The number of batches to compute at once: as many as leave no thread idle, up to four."""
+        if self._is_exported:  # onnxruntime has its own threads
             return 1
         is_compiled = self.model._compiled_call_impl is not None
         is_offloaded = getattr(self.model, "hf_device_map", None) is not None
@@ -244,14 +244,14 @@ class LocalEngine:
         return max(counts, key=lambda count: (self._num_threads // count * count, count))
 
     def _forward_if_it_fits(self, forward: Forward, ids: list[Sequence[int]], *, is_alone: bool) -> torch.Tensor | None:
-        """Logits, or None where memory did not suffice. The traceback, which holds tensors, is gone by the return."""
+        """Returns logits, or None if memory did not suffice; by then the traceback, which holds tensors, is freed."""
         num_tokens = sum(map(len, ids)) if self.is_packed else len(ids) * max(map(len, ids))
         if len(ids) > 1 and num_tokens > (self._tokens_that_fit or num_tokens):
-            return None  # a batch before this one has shown it
+            return None  # an earlier batch has shown that this one does not fit
         try:
             return self._forward(ids, forward)
         except RuntimeError as error:
-            # The allocator of the CPU raises no type of its own.
+            # The CPU allocator raises a plain RuntimeError.
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
             if len(ids) == 1 and is_alone:
@@ -274,7 +274,7 @@ class LocalEngine:
 
 @contextmanager
 def _ready_to_score(model: Any, *, packed: bool) -> Iterator[None]:
-    """Puts a model into evaluation mode, with packed attention if it can, and back when the block ends."""
+    """Puts a model into evaluation mode, with packed attention if possible, until the context closes."""
     attention = model.config._attn_implementation
     in_training = [module for module in model.modules() if module.training]
     try:

@@ -1,4 +1,4 @@
-"""Padding-free batches: sequences laid end to end in one stream of tokens, which only attention takes apart."""
+"""Packed (padding-free) batches: sequences laid end to end in one stream, which only attention splits again."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -15,12 +15,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED_ATTENTION = "packed_attention"
 
-# Implementations that read the cu_seq_lens keywords, so that their input needs no padding.
+# Implementations that read the cu_seq_lens keywords, so their input needs no padding.
 PACKED_IMPLEMENTATIONS = (PACKED_ATTENTION, "flash_attention_2", "flash_attention_3")
 
-# Tokens of a sequence up to which a CPU computes its bfloat16 attention weights at once.
+# In bfloat16 on a CPU, sequences of up to this many tokens get their attention weights in one matrix product.
 MATMUL_LENGTH = 512
-# Fewer tokens are not worth the start of a batch, by the type of the device.
+# Minimum tokens that repay starting a batch, by type of device.
 SMALLEST_BATCH = {"cpu": 64, "cuda": 4096}
 # The widest activation of a batch on a CPU, in bytes. Larger ones gain nothing and cost memory.
 CPU_ACTIVATION = 9 * 2**20
@@ -40,13 +40,13 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention within each sequence of a packed stream: by `torch.nn.attention.varlen` on a GPU that has it, else by one
-    scaled dot product attention a sequence. Without `cu_seq_lens_q` it is transformers' `sdpa`.
+    Attention within each sequence of a packed stream: by `torch.nn.attention.varlen` on a GPU that supports it, else by
+    one scaled dot product attention per sequence. Without `cu_seq_lens_q` it is transformers' `sdpa`.
 
     Args:
         query (`torch.Tensor` of shape `(1, num_heads, total_tokens, head_dim)`).
         key, value (`torch.Tensor` of shape `(1, num_key_value_heads, total_tokens, head_dim)`).
-        attention_mask: not used for packed input, where sequences are whole.
+        attention_mask: not used for packed input, which has no padding.
         cu_seq_lens_q (`torch.IntTensor` of shape `(num_sequences + 1,)`, *optional*): where each sequence starts.
         max_length_q (`int`, *optional*): tokens of the longest sequence.
         sequence_lengths (`Sequence[int]`, *optional*): the same lengths on the host, which saves a wait for the GPU.
@@ -56,7 +56,7 @@ def packed_attention(
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if torch.is_autocast_enabled(query.device.type):  # float32 rotary angles have made them float32
+    if torch.is_autocast_enabled(query.device.type):  # multiplying by float32 rotary angles has made them float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _has_varlen_kernel(query.device, query.dtype) and not module.is_causal and not kwargs.get("dropout"):
@@ -66,7 +66,7 @@ def packed_attention(
     return _attend_one_by_one(module, query, key, value, sequence_lengths, **kwargs), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph for each list of lengths
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each list of lengths would be compiled anew
 def _attend_one_by_one(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -76,8 +76,10 @@ def _attend_one_by_one(
     **kwargs: Any,
 ) -> torch.Tensor:
     outputs = []
-    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths)]  # equal neighbours share a call
-    # Split, not sliced: the gradient of each slice would be as long as the stream.
+    runs = [
+        (length, len(list(run))) for length, run in groupby(sequence_lengths)
+    ]  # neighbours of equal length share a call
+    # Split, not sliced: the gradient of a slice is as long as the whole stream.
     parts = [states[0].split([length * count for length, count in runs], dim=1) for states in (query, key, value)]
     for (length, count), *states in zip(runs, *parts, strict=True):
         # (heads, count * length, head_dim) -> (count, heads, length, head_dim)
@@ -90,7 +92,7 @@ def _attend_one_by_one(
 
 
 def _matmul_applies(module: torch.nn.Module, query: torch.Tensor, **kwargs: Any) -> bool:
-    """On a CPU, the fused kernel multiplies short bfloat16 sequences at the speed of float32."""
+    """Whether two matrix products are faster: a CPU's fused kernel computes short bfloat16 sequences like float32."""
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
@@ -102,7 +104,7 @@ def _matmul_applies(module: torch.nn.Module, query: torch.Tensor, **kwargs: Any)
 
 def _attend_by_matmul(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """
-    Attention by two matrix products, those query heads together that share a key.
+    Attention by two matrix products. Query heads that share a key are multiplied together.
 
     Args:
         query (`torch.Tensor` of shape `(count, num_heads, length, head_dim)`).
@@ -123,7 +125,7 @@ def _attend_by_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Grouped queries are what its kernels always took; from 2.12 on they must be announced.
+    # Its kernels always took grouped queries; since torch 2.12 the caller must announce them.
     options: dict[str, Any] = {"enable_gqa": True} if Version("2.12") <= _TORCH else {}
     # (1, heads, total_tokens, head_dim) -> (total_tokens, heads, head_dim)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -135,7 +137,7 @@ def _attend_by_varlen(
 
 @cache
 def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the flash attention that torch brings runs there: half precision on NVIDIA's Ampere or newer."""
+    """Whether torch's own flash attention runs there: in half precision on NVIDIA Ampere or newer."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -146,7 +148,7 @@ def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """The mask of padded input; packed input and input without padding need none."""
+    """Returns the mask of padded input, and None for packed input and for input without padding."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
@@ -156,7 +158,7 @@ AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
 
 def pack(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = None) -> dict[str, Any]:
     """
-    Lays sequences end to end. Copies to a GPU are pinned and do not wait.
+    Lays sequences end to end. Copies to a GPU come from pinned memory and do not block.
 
     Returns:
         what a model's forward takes: `input_ids` of shape `(1, total_tokens)`, the cu_seq_lens and max_length keywords
@@ -181,11 +183,11 @@ def pack(input_ids: Sequence[Sequence[int]], device: torch.device | str | None =
 
 def pad(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = None) -> dict[str, Any]:
     """
-    Lays sequences one below the other, padded on the right, for attention that cannot read a packed stream.
+    Pads sequences on the right, for attention that cannot read a packed stream.
 
     Returns:
-        what a model's forward takes: `input_ids` and `attention_mask` of shape `(num_sequences, longest)`. The id of
-        the padding is 0: it is masked, so that any would do.
+        what a model's forward takes: `input_ids` and `attention_mask` of shape `(num_sequences, longest)`. Padding has
+        the id 0, which is masked and never changes a score.
     """
     rows = [torch.tensor(ids) for ids in input_ids]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -203,16 +205,19 @@ def batches_by_tokens(
     device_type: str = "cpu",
 ) -> Iterator[list[int]]:
     """
-    Indices of sequences in batches, the longest first, so that the first batch needs the most memory.
+    Sorts sequences into batches, the longest first, so the first batch needs the most memory.
+
+    Yields:
+        the indices of the sequences of each batch.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: of a batch; a longer sequence is a batch of its own.
-        max_sequences: of a batch, where given.
-        padded: count each sequence as long as the longest of its batch.
+        max_tokens: maximum tokens per batch; a longer sequence is a batch of its own.
+        max_sequences: maximum sequences per batch; no maximum when None.
+        padded: count each sequence as long as the longest one of its batch.
         device_type: where batches are computed.
-        num_workers: how many take batches at the same time. Where there are several, batches shrink towards the end, to
-            half of a worker's share of what is left, so that none has to wait long for the last one.
+        num_workers: the number of workers that take batches. For several workers, batches shrink towards the end, to
+            half of a worker's share of the remaining tokens, so no worker waits long for the last batch.
     """
     batch: list[int] = []
     used, left = 0, sum(lengths)
@@ -241,18 +246,19 @@ def balanced_batches(
     min_tokens: int = 1,
 ) -> list[list[int]]:
     """
-    Indices of sequences in about as few batches as hold them, as many for each worker, all of about as many tokens: no
-    worker waits long for another.
+    Sorts sequences into few batches of nearly equal tokens, the same number for each worker, so no worker waits long
+    for another.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: of a batch; a longer sequence is a batch of its own, and not counted for the workers.
-        max_sequences: of a batch, where given.
-        num_workers: how many take batches at the same time.
-        min_tokens: of a batch on average, below which fewer workers have one.
+        max_tokens: maximum tokens per batch; a longer sequence is an additional batch of its own.
+        max_sequences: maximum sequences per batch; no maximum when None.
+        num_workers: the number of workers that take batches.
+        min_tokens: minimum tokens per batch on average; for less, fewer workers get a batch.
 
     Returns:
-        the batches, those with the most tokens first; sequences of a batch from the longest to the shortest.
+        the indices of the sequences of each batch, from the longest to the shortest. The batch with the most tokens
+        comes first.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     alone = [[index] for index in order if lengths[index] >= max_tokens]
@@ -269,7 +275,7 @@ def balanced_batches(
 def _fill(
     order: Sequence[int], lengths: Sequence[int], count: int, max_tokens: int, max_sequences: int | None
 ) -> list[list[int]]:
-    """Puts each sequence into the emptiest of `count` batches, or into a new one where that has no room."""
+    """Puts each sequence into the emptiest of `count` batches, or into a new batch if that one has no room."""
     batches: list[list[int]] = [[] for _ in range(count)]
     emptiest = [(0, number) for number in range(count)]
     for index in order:
@@ -285,10 +291,10 @@ def _fill(
 
 def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
     """
-    Tokens of a batch that keep a device busy.
+    Returns the number of tokens per batch that keeps a device busy.
 
-    On a CPU a batch repays reading the weights, and needs no more. A GPU wants many tokens, within a quarter of the
-    memory that is free or held by torch for reuse.
+    On a CPU a batch only has to repay reading the weights. A GPU needs many tokens, within a quarter of the memory that
+    is free or that torch holds for reuse.
 
     Args:
         device: where the model is.
@@ -299,7 +305,7 @@ def token_budget(device: torch.device, dtype: torch.dtype, config: Any) -> int:
         return max(1024, min(2048, CPU_ACTIVATION // (config.intermediate_size * dtype.itemsize)))
     if device.type != "cuda":
         return 8192
-    # What is alive at once in a layer, in bytes a token: residual, norm, query, key, value, output; gate, up, product.
+    # Alive at once in a layer, in bytes per token: residual, norm, query, key, value, output; gate, up, product.
     bytes_per_token = (8 * config.hidden_size + 3 * config.intermediate_size) * max(dtype.itemsize, 2)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

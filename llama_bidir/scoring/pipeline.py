@@ -17,7 +17,7 @@ from .engine import CHUNK_PAIRS, Engine
 
 logger = logging.getLogger(__name__)
 
-# Where the device waits for the tokens of the first chunk, it is smaller.
+# The first chunk is smaller where the device waits for its tokens.
 FIRST_CHUNK_PAIRS = 1024
 CHUNK_CHARACTERS = 4_000_000
 
@@ -60,7 +60,7 @@ class Tally:
 
 @dataclass
 class EncodedChunk:
-    """Tokenized pairs of a chunk, twins only once: pair i is number `positions[i]` of `encoded`."""
+    """The distinct pairs of a chunk, tokenized. Pair i of the chunk is number `positions[i]` of `encoded`."""
 
     encoded: EncodedPairs
     positions: list[int]
@@ -70,8 +70,8 @@ def split_into_chunks(
     pairs: Iterable[Pair], chunk_pairs: int, *, first_chunk_pairs: int | None = None
 ) -> Iterator[list[Pair]]:
     """
-    Pairs in lists of at most `chunk_pairs`, and of fewer where texts are long. Where `first_chunk_pairs` is given, the
-    first list has at most so many, and each one after it twice as many as the one before.
+    Yields pairs in lists of at most `chunk_pairs`, and of fewer if texts are long. If `first_chunk_pairs` is given, the
+    first list has at most that many, and each following list at most twice as many as the one before.
     """
     most_characters = CHUNK_CHARACTERS * max(1, chunk_pairs // CHUNK_PAIRS)
     most_pairs = chunk_pairs if first_chunk_pairs is None else min(chunk_pairs, first_chunk_pairs)
@@ -191,7 +191,7 @@ class Scorer:
 
 
 class _ChunkProgress:
-    """Moves a bar of pairs in step with the tokens that are scored."""
+    """Advances a bar of pairs in step with the tokens that are scored."""
 
     def __init__(self, progress: "tqdm[Any]", num_pairs: int, num_tokens: int):
         self.progress, self.num_pairs, self.num_tokens = progress, num_pairs, num_tokens
@@ -205,7 +205,7 @@ class _ChunkProgress:
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What `map` yields, each result computed on a thread while the one before it is in use."""
+    """Yields what `map` yields; a thread computes each result while the one before it is in use."""
     with ThreadPoolExecutor(1, "tokenizer") as thread:
         pending: Future[Result] | None = None
         for item in items:

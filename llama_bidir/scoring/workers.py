@@ -1,4 +1,4 @@
-"""Scoring on several devices: one worker process a device, which pull batches of tokens from this process."""
+"""Scoring on several devices: one worker process per device pulls batches of tokens from this process."""
 
 import multiprocessing.connection
 import threading
@@ -16,7 +16,7 @@ import torch.multiprocessing
 from .engine import CHUNK_PAIRS, LocalEngine
 from .packing import batches_by_tokens
 
-# One batch is computed while the next one waits in the pipe.
+# A worker computes one batch while its next one waits in the pipe.
 BATCHES_IN_FLIGHT = 2
 
 
@@ -24,12 +24,12 @@ class WorkerPool:
     """
     Computes logits in worker processes that start once and share the weights of a model on the CPU.
 
-    Workers are spawned: a script needs the usual `if __name__ == "__main__":`. Those on a GPU keep the weights that the
-    model had when they started.
+    Workers are spawned, so a script needs the usual `if __name__ == "__main__":`. A worker on a GPU keeps the weights
+    that the model had when the worker started.
 
     Args:
         model: a reranker on the CPU; its weights move to shared memory.
-        devices: one worker each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`.
+        devices: one worker for each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`.
 
     Raises:
         RuntimeError: a worker could not start, with its traceback.
@@ -61,7 +61,7 @@ class WorkerPool:
                 process.start()
                 self._processes.append(process)
                 other_end.close()
-            # Each says how many tokens its device wants at once.
+            # Each worker first sends the token budget of its device.
             self._budget = min(int(self._receive(number)) for number in range(len(self.devices)))
         except BaseException:
             self.close()
@@ -76,7 +76,7 @@ class WorkerPool:
         on_tokens: Callable[[int], Any] = lambda tokens: None,
     ) -> torch.Tensor:
         """
-        See [`Engine.logits`]. A worker that has finished a batch gets the next one, the longest sequences first.
+        See [`Engine.logits`]. A worker that has finished a batch gets the next one; the longest sequences come first.
 
         Raises:
             RuntimeError: a worker failed, with its traceback, or died. The other workers are stopped.
@@ -113,12 +113,12 @@ class WorkerPool:
                     on_tokens(sum(lengths[index] for index in in_flight[number].popleft()))
                     self._send_next(number, waiting, in_flight[number], sequences)
         except BaseException:
-            self.close()  # answers on their way would be taken for those of the next call
+            self.close()  # answers still on their way would be taken for those of the next call
             raise
         return logits
 
     def token_budget(self) -> int:
-        """Tokens of a batch where nobody says how many: as many as each device wants."""
+        """The default maximum of tokens per batch: the smallest budget of the devices."""
         return self._budget
 
     def close(self) -> None:
@@ -136,11 +136,11 @@ class WorkerPool:
             return
         batch = waiting.popleft()
         in_flight.append(batch)
-        with suppress(OSError):  # from a worker that has ended: the wait for its answer tells why
+        with suppress(OSError):  # the worker has ended: waiting for its answer reports why
             self._connections[number].send([sequences[index] for index in batch])
 
     def _wait(self, numbers: list[int]) -> list[int]:
-        """Numbers of the workers that have answered or ended."""
+        """Returns the numbers of the workers that have answered or ended."""
         sources = {self._connections[number]: number for number in numbers}
         sources |= {self._processes[number].sentinel: number for number in numbers}
         return sorted({sources[source] for source in multiprocessing.connection.wait(list(sources))})
@@ -157,12 +157,12 @@ class WorkerPool:
 
 
 def _work(connection: Any, model: Any, device: str, num_threads: int) -> None:
-    """A worker process: answers batches with logits, and an error with its traceback, until the pipe is closed."""
+    """Runs in a worker process: answers batches with logits, or an error with its traceback, until the pipe closes."""
     try:
         torch.set_num_threads(num_threads)
         engine = LocalEngine(model.to(device))
         connection.send(torch.tensor(engine.token_budget()).numpy())
-        # Read on a thread, so that neither side ever waits in `send` for the other to read.
+        # A thread reads, so neither side ever waits in `send` for the other to read.
         batches: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=_read, args=(connection, batches), daemon=True).start()
         while (sequences := batches.get()) is not None:

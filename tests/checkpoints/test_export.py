@@ -296,7 +296,7 @@ def test_quantized_weights_and_another_number_of_labels_are_refused(save, tmp_pa
         return model
 
     monkeypatch.setattr(loading, "load_reranker", load_quantized)
-    with pytest.raises(ValueError, match="holds quantized weights: give the checkpoint that they were made from"):
+    with pytest.raises(ValueError, match="holds quantized weights: pass the checkpoint that they were made from"):
         export_reranker(folder, tmp_path / "hub", format="hub")
     assert not (tmp_path / "hub").exists()
 
