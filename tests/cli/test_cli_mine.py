@@ -177,7 +177,7 @@ def test_input_errors_name_file_and_line(name, content, message, command, tmp_pa
         ),
         ("--source=gone.jsonl", "there is no file 'gone.jsonl'"),
         ("--corpus=gone.jsonl", "there is no file 'gone.jsonl'"),
-        ("--model=./gone", "'./gone' is no checkpoint: there is no such folder"),
+        ("--model=./gone", "'./gone' is not a checkpoint: there is no such folder"),
         (
             "--max-length=4",
             "rerank_max_length counts the tokens of a rendered pair and must be an int from 8",

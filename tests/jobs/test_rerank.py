@@ -217,7 +217,7 @@ def test_a_truncated_gzip_file_is_told(files, tmp_path, capsys):
             "write_run is for the run that BM25 makes where none is given: leave it out, or the run",
         ),
         (["--device", "typo"], "--device: "),
-        (["--model", "./gone"], "no checkpoint: there is no such folder"),
+        (["--model", "./gone"], "not a checkpoint: there is no such folder"),
         (["--max-length", "4"], "must be an int from 8 to max_position_embeddings (256), got 4"),
     ],
 )

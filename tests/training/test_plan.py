@@ -282,7 +282,7 @@ def test_what_can_not_be_read_is_named_at_once(base_checkpoint, rows_file, tmp_p
     with pytest.raises(FileNotFoundError) as error_info:
         plan(*arguments)
     checkpoint, train_source, eval_source = str(error_info.value).split("; ")
-    assert checkpoint.startswith(f"model.model_name_or_path: '{gone}' is no checkpoint: there is no such folder.")
+    assert checkpoint.startswith(f"model.model_name_or_path: '{gone}' is not a checkpoint: there is no such folder.")
     assert checkpoint.endswith("(--model.model_name_or_path names another)")
     assert train_source.startswith("data.train: ")
     assert f"{gone}.jsonl" in train_source
