@@ -18,7 +18,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, headings and text; it fails where a tag is not closed in order."""
+    """Collects tags with their attributes, headings and text; fails if a tag is not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -130,13 +130,13 @@ def test_equal_runs_and_single_queries_have_a_page():
     page = Page(render_report(report))
     assert report.cases == {"Most improved": [], "Most harmed": []}
     assert "".join(page.text).count("No query.") == 2
-    with pytest.raises(ValueError, match=r"^the run and its baseline must have two names, got 'a' twice$"):
+    with pytest.raises(ValueError, match=r"^the run and its baseline must have different names, got 'a' twice$"):
         make_report(qrels, systems[0], systems[0])
 
 
 def test_charts_take_their_colours_and_fonts_from_the_page():
     chart = render_chart(draw_differences, [0.5, 0.0, -0.25], 'a "label" <b>')
-    assert chart.startswith('<svg role="img" aria-label="a &#34;label&#34; &lt;b&gt;"')
+    assert chart.startswith('<svg role="img" aria-label="a &quot;label&quot; &lt;b&gt;"')
     colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart))
     assert colours == {"none", "var(--gain)", "var(--loss)", "var(--muted)", "var(--line)"}
     assert {"1", "3", "queries, by difference"} <= set(Page(chart).text)

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy as np
 from ...utils.extras import require
 from .contents import Histogram
 
-SIZE = (400 / 72, 240 / 72)  # inches of 72 pixels: about the width of a phone, so text keeps its size there
-MAX_LEVELS = 400  # about two per pixel
+SIZE = (400 / 72, 240 / 72)  # inches of 72 pixels; about the width of a phone, so text keeps its size there
+MAX_LEVELS = 400  # heights of bars, about two per pixel
 DEPTH_TICKS = (1, 2, 3, 5, 10, 20, 50, 100)
 # matplotlib draws with these colours. In the SVG, custom properties of the style sheet replace them.
 RUN, BASELINE, GAIN, LOSS, INK, MUTED, LINE = (f"#00000{number}" for number in range(1, 8))
@@ -26,7 +27,7 @@ PROPERTIES = {
 }
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the font of the page
-    "font.family": "DejaVu Sans",  # measures the text; matplotlib brings it
+    "font.family": "DejaVu Sans",  # part of matplotlib, so every machine computes the same layout
     "font.size": 12,
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -42,20 +43,17 @@ STYLE = {
     "ytick.labelcolor": MUTED,
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
 }
-METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so the same chart has the same bytes
+METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # omitted: the same data give the same bytes
 
 
-def render_chart(draw: Callable[[Any, Any], None], data: Any, label: str) -> Any:
+def render_chart(draw: Callable[[Any, Any], None], data: Any, label: str) -> str:
     """
     Renders a chart as an SVG element whose colours and fonts are those of the page.
 
     Args:
-        draw: one of the functions below; called with matplotlib's axes and `data`.
+        draw: one of the functions below. It is called with matplotlib's axes and `data`.
         data: what the chart shows.
         label: a description for screen readers.
-
-    Returns:
-        `markupsafe.Markup`, which jinja2 does not escape again.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -67,10 +65,9 @@ def render_chart(draw: Callable[[Any, Any], None], data: Any, label: str) -> Any
         draw(figure.subplots(), data)
         figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)
         svg = buffer.getvalue()
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])  # names of groups, the same in every figure
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])  # figure_1 and the like repeat in every chart
     svg = re.sub("|".join(PROPERTIES), lambda match: PROPERTIES[match[0]], svg)
-    markup = require("markupsafe", "eval").Markup
-    return markup(svg).replace("<svg", markup('<svg role="img" aria-label="{}"').format(label), 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
 def draw_differences(axes: Any, differences: Sequence[float]) -> None:
