@@ -1,13 +1,16 @@
 """The model card: metadata, licence, measures."""
 
+import ast
 import json
+import re
+import shlex
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
-from llama_bidir.checkpoints.export import export_reranker
+from llama_bidir.checkpoints.export import FORMATS, export_reranker
 from llama_bidir.checkpoints.model_card import find_origin, write_model_card
 from llama_bidir.cli import main
 
@@ -19,9 +22,80 @@ def test_card_of_a_known_base_model(tmp_path):
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-ranking")
     assert {"reranker", "cross-encoder"} <= set(data.tags)
     assert (data.base_model, data.license) == ("meta-llama/Llama-3.2-1B", "llama3.2")
+    details = (tmp_path / "README.md").read_text().split("## Details\n")[1].split("## Licence")[0]
+    assert (
+        details
+        == r"""
+| | |
+|---|---|
+| Base model | [meta-llama/Llama-3.2-1B](https://huggingface.co/meta-llama/Llama-3.2-1B) |
+| Pooling | `last` |
+| Temperature | 0.5 (logits are divided by it) |
+| Longest pair | 512 tokens |
+| Labels | 1 |
+
+The prompt template, as a JSON string:
+
+```json
+"question:{query} \n \n passage:{passage}"
+```
+
+"""
+    )
+
+
+def test_a_prompt_cannot_break_the_card(tmp_path):
+    prompt = '| {query} | `a` <b>\n```\n---\n{passage} \\ "end" '
+    config = LlamaBidirectionalConfig(prompt_template=prompt, name_or_path="meta-llama/Llama-3.2-1B")
+    write_model_card(tmp_path, config, "me/reranker", metadata={"datasets": ["a|b"]})
     text = (tmp_path / "README.md").read_text()
-    assert "| Temperature | 0.5 (logits are divided by it) |" in text
-    assert r"`question:{query} \n \n passage:{passage}`" in text
+    block = text.split("as a JSON string:\n\n")[1].split("\n\n## Licence")[0]
+    assert (
+        block
+        == r"""```json
+"| {query} | `a` <b>\n```\n---\n{passage} \\ \"end\" "
+```"""
+    )
+    assert json.loads(block.splitlines()[1]) == prompt
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row.count("|") for row in rows] == [3] * 7
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.license, data.datasets) == ("meta-llama/Llama-3.2-1B", "llama3.2", ["a|b"])
+
+
+def test_names_cannot_break_the_card(tmp_path):
+    evaluation = tmp_path / "a|b: c.json"
+    evaluation.write_text(json.dumps({"aggregated": {"P(rel=2)@10": 0.5, "a|b_c_": 0.25}}))
+    metadata = {"base_model": "../base|*1*"}
+    write_model_card(
+        tmp_path, LlamaBidirectionalConfig(), '/x/y"z/a|b `c` *d* <e>/', evaluation=evaluation, metadata=metadata
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.model_name, card.data.base_model) == ("a|b `c` *d* <e>", "../base|*1*")
+    results = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert results == [("a|b: c", "P(rel=2)@10", 0.5), ("a|b: c", "a|b_c_", 0.25)]
+    assert card.text.startswith("\n# a\\|b \\`c\\` \\*d\\* \\<e\\>\n")
+    assert "\n| Base model | ../base\\|\\*1\\* |\n" in card.text
+    assert card.text.endswith("\n\n| | |\n|---|---|\n| P(rel=2)@10 | 0.5000 |\n| a\\|b_c\\_ | 0.2500 |\n")
+
+
+@pytest.mark.parametrize("model_id", ["you/my_reranker", "a b/it's", 'C:\\new\\"x"', "$HOME/`id`"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_code_of_a_card_names_the_model_whatever_its_characters(tmp_path, format, model_id):
+    config = LlamaBidirectionalConfig(dtype="bfloat16")
+    write_model_card(tmp_path, config, model_id, use=FORMATS[format].use)
+    text = (tmp_path / "README.md").read_text()
+    python = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    for call in ast.walk(ast.parse(python)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("CrossEncoder", "from_pretrained")):
+            assert ast.literal_eval(call.args[0]) == model_id
+    if format == "vllm":
+        commands = [shlex.split(block) for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
+        serve, curl = commands[0][commands[0].index("vllm", 3) :], commands[1]
+        assert serve[:3] == ["vllm", "serve", model_id]
+        assert serve[serve.index("--dtype") + 1] == "bfloat16"
+        assert serve[serve.index("--chat-template") + 1] == f"{model_id}/chat_template.jinja"
+        assert json.loads(curl[-1])["model"] == model_id
 
 
 @pytest.mark.parametrize(
