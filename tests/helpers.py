@@ -63,6 +63,13 @@ def make_model(seed: int = 0, **kwargs: object) -> LlamaBidirectionalForSequence
     return LlamaBidirectionalForSequenceClassification(LlamaBidirectionalConfig(**tiny_config(**kwargs))).eval()
 
 
+PAIRS = [
+    ("where do bees find their way?", "Honey bees navigate by the position of the sun."),
+    (" capital  {France}", ""),
+    ("", "The hive was painted white."),
+    ("the garden", "The garden was full of clover; nobody counted the flowers. " * 8),  # is cut at 64 tokens
+]
+PASSAGE_FIRST = "<{passage}\n{{k}} {query} !"
 SEQUENCES = [[5], [7, 9, 11, 2, 3], list(range(20, 37)), list(range(40, 80))]
 
 
