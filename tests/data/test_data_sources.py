@@ -51,11 +51,11 @@ TORN = gzip.compress(os.urandom(20000).hex().encode())[:9000]
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl:1: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        ("a.jsonl", b"", "a.jsonl:1: the file has no rows; it needs one JSON object per line, with query and pos_doc"),
         (
             "a.jsonl",
             b"\n\n",
-            "a.jsonl:1: the file has no rows; it needs one JSON object a line, with query and pos_doc",
+            "a.jsonl:1: the file has no rows; it needs one JSON object per line, with query and pos_doc",
         ),
         (
             "a.jsonl",
@@ -205,7 +205,7 @@ def test_sources_of_no_known_kind_are_refused(folder, load):
         load("gone")
     write(folder / "rows.jsonl", lines(ROW))
     with pytest.raises(
-        ValueError, match=r"^rows.jsonl: run, depth can be given for a BEIR folder only, and this is none$"
+        ValueError, match=r"^rows.jsonl: run, depth can be given for a BEIR folder only, and this is not one$"
     ):
         load({"path": "rows.jsonl", "run": "r", "depth": 2})
 
