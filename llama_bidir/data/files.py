@@ -53,10 +53,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: a line is not one JSON object, or as [`read_lines`] does.
     """
     for number, line in read_lines(path):
-        value = parse_json(line, path, number)
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}:{number}: a line must be one JSON object, got {describe(value)}")
-        yield number, value
+        yield number, parse_json(line, path, number)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,30 +71,30 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}:{line}: the file must be UTF-8 text: {error.reason}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _not_gzip(path, 1, error) from None
-    value = parse_json(text, path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: the file must hold one JSON object, got {describe(value)}")
-    return value
+    return parse_json(text, path)
 
 
-def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+def parse_json(text: str, path: Path, line: int | None = None) -> dict[str, Any]:
     """
-    Returns the JSON value of a line, or of a whole file when `line` is None.
+    Returns the JSON object of a line, or of a whole file when `line` is None.
 
     Raises:
-        ValueError: the text is not exactly one JSON value, with file and line.
+        ValueError: the text is not exactly one JSON object, with file and line.
     """
     where = f"{path}" if line is None else f"{path}:{line}"
+    rule = "the file must hold one JSON object" if line is None else "a line must be one JSON object"
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        where, reason = f"{path}:{line or error.lineno}", f"{error.msg} at column {error.colno}"
-    except RecursionError:
-        reason = "it is nested too deep"
+        where = f"{path}:{line or error.lineno}"
+        raise ValueError(f"{where}: {rule}: {error.msg} at column {error.colno}") from None
     except ValueError as error:  # an int of thousands of digits
-        reason = str(error)
-    subject = "the file must hold" if line is None else "a line must be"
-    raise ValueError(f"{where}: {subject} one JSON object: {reason}")
+        raise ValueError(f"{where}: {rule}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: {rule}: it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {rule}, got {describe(value)}")
+    return value
 
 
 def read_id(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -29,7 +29,6 @@ class Judgement(NamedTuple):
     """A line of qrels: `relevance` is 1 or more for a relevant document."""
 
     line: int
-    query_id: str
     doc_id: str
     relevance: int
 
@@ -44,45 +43,34 @@ class RunEntry(NamedTuple):
     score: float
 
 
-def iterate_qrels(path: Path) -> Iterator[Judgement]:
-    """
-    Yields the judgements of a file in its order.
-
-    Raises:
-        ValueError: a line breaks its rule or there is no judgement, with file and line.
-    """
-    judgement = None
-    is_beir = False
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        if judgement is None and not is_beir and line.split("\t") == QRELS_HEADER:
-            is_beir = True
-            continue
-        columns = line.split("\t") if is_beir else line.split()
-        if len(columns) != (3 if is_beir else 4) or not all(columns):
-            raise _malformed(where, "qrels", QRELS_RULES[is_beir], line)
-        judgement = Judgement(number, columns[0], columns[-2], _read_int(columns[-1], f"{where}: score"))
-        yield judgement
-    if judgement is None:
-        raise ValueError(f"{path}:1: the file has no judgements; it needs one per line")
-
-
 def read_judgements(path: Path) -> dict[str, dict[str, Judgement]]:
     """
     Returns the judgements of each query by document, in the order of the file.
 
     Raises:
-        ValueError: as [`iterate_qrels`] does, or a document is judged twice and differently.
+        ValueError: a line breaks its rule, a document is judged twice and differently, or there is no judgement, with
+            file and line.
     """
     judgements: dict[str, dict[str, Judgement]] = {}
-    for judgement in iterate_qrels(path):
-        line, query_id, doc_id, relevance = judgement
-        first = judgements.setdefault(query_id, {}).setdefault(doc_id, judgement)
+    is_beir = False
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        if not judgements and not is_beir and line.split("\t") == QRELS_HEADER:
+            is_beir = True
+            continue
+        columns = line.split("\t") if is_beir else line.split()
+        if len(columns) != (3 if is_beir else 4) or not all(columns):
+            raise _malformed(where, "qrels", QRELS_RULES[is_beir], line)
+        query_id, doc_id, relevance = columns[0], columns[-2], _read_int(columns[-1], f"{where}: score")
+        judged = judgements.setdefault(query_id, {})
+        first = judged.setdefault(doc_id, Judgement(number, doc_id, relevance))
         if first.relevance != relevance:
             raise ValueError(
-                f"{path}:{line}: score: the document {doc_id!r} of query {query_id!r} is judged {relevance} here and "
+                f"{where}: score: the document {doc_id!r} of query {query_id!r} is judged {relevance} here and "
                 f"{first.relevance} in line {first.line}; keep one of the lines"
             )
+    if not judgements:
+        raise ValueError(f"{path}:1: the file has no judgements; it needs one per line")
     return judgements
 
 
@@ -249,9 +237,9 @@ def read_judged_queries(
         ValueError: a line breaks its rule, or a judged query is missing, with file and line.
     """
     texts = read_queries(check_file(path))
-    if not qrels.keys() <= texts.keys():
-        missing = next(entry for entry in iterate_qrels(Path(qrels_path)) if entry.query_id not in texts)
-        raise unknown_id(f"{os.fspath(qrels_path)}:{missing.line}: query-id", "query", missing.query_id, path)
+    if missing := [query_id for query_id in qrels if query_id not in texts]:
+        first = next(iter(read_judgements(Path(qrels_path))[missing[0]].values()))
+        raise unknown_id(f"{os.fspath(qrels_path)}:{first.line}: query-id", "query", missing[0], path)
     return {query_id: texts[query_id] for query_id in qrels}
 
 

@@ -82,7 +82,7 @@ def test_bad_rows_raise_or_are_left_out(folder, load, caplog, tmp_path):
     bad = ['{"query": \n', lines([]), lines({"query": "q"}), lines({**ROW, "neg_doc": "\ud800"}), "[" * 100000 + "\n"]
     messages = [
         "rows.jsonl:2: a line must be one JSON object: Expecting value at column 11",
-        "rows.jsonl:3: a row must be an object with query, pos_doc and neg_doc, got list []",
+        "rows.jsonl:3: a line must be one JSON object, got list []",
         "rows.jsonl:4: pos_doc is missing; it must be a passage or a list of passages",
         "rows.jsonl:5: neg_doc must be Unicode text without lone surrogates: 'utf-8' codec can't encode character "
         "'\\ud800' in position 0: surrogates not allowed",
