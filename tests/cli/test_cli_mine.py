@@ -132,7 +132,7 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
         ),
         ("rows.jsonl", '{"query": "q"\n', ":1: a line must be one JSON object: Expecting ',' delimiter at column 14"),
         ("rows.jsonl", b'{"query": "\xff"}\n', ":1: the file must be UTF-8 text: invalid start byte at byte 12 of the"),
-        ("rows.jsonl", "", ":1: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        ("rows.jsonl", "", ":1: the file has no rows; it needs one JSON object per line, with query and pos_doc"),
         (
             "rows.jsonl",
             '{"query": "q", "pos_doc": "a"}\n',
@@ -143,7 +143,11 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
         ("run.trec", "0 Q0 d0 1 nan x\n", ":1: score must be a finite number, got 'nan'"),
         ("run.trec", "0 Q0 d0 1 0.5\n", ":1: a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, "),
         ("run.trec", "5 Q0 d0 1 0 x\n0 Q0 d99 1 0 x\n", ":2: doc-id: there is no document 'd99' in "),
-        ("run.trec", "0 Q0 d0 1 0 x\n0 Q0 d0 2 0 x\n", ":2: doc-id: the query has the document already, in line 1"),
+        (
+            "run.trec",
+            "0 Q0 d0 1 0 x\n0 Q0 d0 2 0 x\n",
+            ":2: doc-id: the query '0' has the document 'd0' already, in line 1",
+        ),
         ("run.trec", "q99 Q0 d0 1 0 x\n", ": the run has no entry for a query of the rows; they must be about the "),
     ],
 )
@@ -170,7 +174,7 @@ def test_input_errors_name_file_and_line(name, content, message, command, tmp_pa
         ("--run=rows.jsonl", "candidates of run are documents of a corpus: name it with corpus (--corpus)"),
         ("--candidates=run", "candidates of a run need the run: name it with run (--run)"),
         ("--candidates=bm25 --run=x", "a run is given, so candidates must be 'run' (or 'auto'), got 'bm25'"),
-        ("--qrels=x", "rows.jsonl: qrels can be given for a BEIR folder only, and this is none"),
+        ("--qrels=x", "rows.jsonl: qrels can be given for a BEIR folder only, and this is not one"),
         (
             "--output=mined.json",
             "output must end in .jsonl or .jsonl.gz, by which train knows its kind, got 'mined.json'",

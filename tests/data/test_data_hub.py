@@ -135,7 +135,7 @@ def test_rows_of_the_hub_are_read_once(tmp_path):
     assert messages == [
         "ValueError: hf://tester/faulty/ids: dataset_metadata.json says ids_only: the dataset holds identifiers "
         "without texts. Add the texts as NeMo AutoModel's data preparation does, and train on the .json file that "
-        "comes out",
+        "it writes",
         "ValueError: hf://tester/faulty/anonymous: dataset_metadata.json: corpus_id must be a string or an int, got "
         "NoneType None",
         "ValueError: hf://tester/faulty/columns: the rows must have the columns question and pos_doc, got query, "

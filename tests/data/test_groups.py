@@ -3,9 +3,11 @@ import pickle
 
 import pytest
 import torch
+from helpers import lines, write
 from torch.utils.data import DataLoader
 
 from llama_bidir.data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream, TrainingRow
+from llama_bidir.data.arrow import are_valid, row_features
 from llama_bidir.prompts import PromptEncoder
 
 ROW = TrainingRow("q", ["p0", "p1"], ["n0", "p1", "n1", "n2", "n3"])
@@ -125,6 +127,59 @@ def test_datasets_know_their_ends_and_their_weights():
             GroupDataset(sources, Grouping(group_size=2))
     with pytest.raises(ValueError, match="row 1 of source 0: query"):
         GroupDataset([([rows("a", 1)[0], {"pos_doc": "p"}], 1.0)], Grouping(group_size=2))[1]
+
+
+SCORED = {"query": "q", "pos_doc": ["p0", "p1"], "neg_doc": ["n"], "pos_score": [2.0, 1.0], "neg_score": [0.5]}
+PLAIN = {**SCORED, "pos_score": None, "neg_score": None}
+
+
+def as_loaded(*rows):
+    """Rows in the columns of `load_rows`, unchecked."""
+    datasets = pytest.importorskip("datasets")
+    features = row_features("string")
+    features.pop("error")
+    return datasets.Dataset.from_list(list(rows), features=features)
+
+
+def test_rows_that_load_rows_has_checked_give_the_groups_of_parsed_rows(load, folder):
+    write(folder / "rows.jsonl", lines(SCORED, PLAIN, {**SCORED, "pos_doc": ["p2"], "pos_score": [3]}, PLAIN))
+    loaded = load("rows.jsonl")
+    for rows in (loaded, loaded.select([2, 0]), as_loaded(SCORED, PLAIN)):
+        assert are_valid(rows)
+        for positives in ("cycle", "expand"):
+            grouping = Grouping(group_size=2, positives=positives)
+            trusted, parsed = (GroupDataset([(each, 1.5)], grouping) for each in (rows, list(rows)))
+            assert list(map(trusted.__getitem__, range(len(trusted)))) == [
+                parsed[index] for index in range(len(parsed))
+            ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"query": None}, r"query \(or question\) must be a string"),
+        ({"pos_doc": [], "pos_score": []}, "pos_doc must hold at least one passage"),
+        ({"pos_doc": None}, "pos_doc is missing"),
+        ({"neg_doc": [None]}, r"neg_doc\[0\] must be a string"),
+        ({"pos_score": [1.0]}, "pos_score must hold one number for each of the 2 passages"),
+        ({"neg_score": [math.nan]}, r"neg_score\[0\] must be a finite number"),
+        ({"pos_score": None}, "pos_score is missing although neg_score is given"),
+    ],
+)
+def test_rows_in_the_same_columns_are_parsed_when_one_is_invalid(fields, message):
+    rows = as_loaded(SCORED, {**SCORED, **fields})
+    assert not are_valid(rows)
+    dataset = GroupDataset([(rows, 1.0)], Grouping(group_size=2))
+    assert dataset[0]["teacher_scores"] == [2.0, 0.5]
+    with pytest.raises(ValueError, match=f"^row 1 of source 0: {message}"):
+        dataset[1]
+
+
+def test_rows_of_other_types_are_parsed():
+    rows = as_loaded(SCORED)
+    for other in ([SCORED], rows.with_format("numpy"), rows.remove_columns("neg_score"), rows.select_columns("query")):
+        assert not are_valid(other)
+    assert GroupDataset([(rows.with_format("numpy"), 1.0)], Grouping(group_size=2))[0]["passages"] == ["p0", "n"]
 
 
 def test_worker_processes_follow_the_epoch():

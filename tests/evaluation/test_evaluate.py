@@ -225,14 +225,14 @@ MALFORMED = [
     (
         "run.trec",
         RUN + "q1 Q0 d9 3 7 a\n",
-        ":6: doc-id: there is no document 'd9' in corpus.jsonl; the corpus must hold every document of the run",
+        ":6: doc-id: there is no document 'd9' in corpus.jsonl; both files must be of the same dataset",
     ),
     (
         "run.trec",
         RUN.encode() + b"q1 Q0 d\xff",
         ":6: the file must be UTF-8 text: invalid start byte at byte 8 of the line" + CONVERT,
     ),
-    ("run.trec", "", ":1: the run has no entries; it needs one a line"),
+    ("run.trec", "", ":1: the run has no entries; it needs one per line"),
     (
         "run.trec",
         "other Q0 d1 1 1 t\n",
@@ -251,14 +251,14 @@ MALFORMED = [
     (
         "qrels.tsv",
         QRELS + "q9\td1\t2\n",
-        ":6: query-id: there is no query 'q9' in queries.jsonl; the queries must hold every judged one",
+        ":6: query-id: there is no query 'q9' in queries.jsonl; both files must be of the same dataset",
     ),
     (
         "qrels.tsv",
         b"q1\t\xe9",
         ":1: the file must be UTF-8 text: unexpected end of data at byte 4 of the line" + CONVERT,
     ),
-    ("qrels.tsv", "", ":1: the file has no judgements; it needs one a line"),
+    ("qrels.tsv", "", ":1: the file has no judgements; it needs one per line"),
     # corpus
     ("corpus.jsonl", lines(*CORPUS, {"_id": "d4"}), ":4: text must be a string, got NoneType None" + CORRECT),
     ("corpus.jsonl", lines({"text": "t"}), ":1: _id must be a string or an int, got NoneType None"),
@@ -269,7 +269,7 @@ MALFORMED = [
         b"\xff\xfe",
         ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line" + CONVERT,
     ),
-    ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
+    ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object per line, one for each document"),
     # queries
     ("queries.jsonl", lines(*QUERIES, {"_id": "q4"}), ":4: text must be a string, got NoneType None" + CORRECT),
     ("queries.jsonl", lines(*QUERIES, QUERIES[0]), ":4: _id: the query 'q1' is there already, in line 1" + KEEP),
@@ -279,7 +279,7 @@ MALFORMED = [
         b'{"_id": "\xff"}',
         ":1: the file must be UTF-8 text: invalid start byte at byte 10 of the line" + CONVERT,
     ),
-    ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each query"),
+    ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object per line, one for each query"),
     # latency
     ("latency.json", '{"q1": "fast"}', ": the seconds of 'q1' must be a number from 0, got str 'fast'"),
     ("latency.json", '{"q1": NaN}', ": the seconds of 'q1' must be a number from 0, got float nan"),

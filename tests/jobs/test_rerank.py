@@ -12,8 +12,7 @@ pytest.importorskip("datasets")
 
 from llama_bidir import CrossEncoder
 from llama_bidir.cli import main
-from llama_bidir.data.corpus import open_corpus
-from llama_bidir.data.trec import read_documents, read_queries
+from llama_bidir.data.corpus import open_corpus, read_documents, read_queries
 from llama_bidir.jobs.rerank import rank_candidates, rerank_run
 from llama_bidir.jobs.rerank import scorer as scorer_module
 from llama_bidir.jobs.rerank.candidates import open_candidates
@@ -168,7 +167,7 @@ def test_the_command_reranks(files, reranker, reranker_checkpoint, tmp_path, cap
 BAD_FILES = [
     ("corpus", '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}', ":2: _id: the document 'd0' is there already"),
     ("corpus", '{"_id": "d0"}', ":1: text must be a string, got NoneType None"),
-    ("corpus", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
+    ("corpus", "", ":1: the file has no lines; it needs one JSON object per line, one for each document"),
     ("corpus", '\n{"_id": "d0", "text": "a"', ":2: a line must be one JSON object: "),
     ("corpus", b'{"_id": "d0", "text": "\xff"}', ":1: the file must be UTF-8 text: invalid start byte at byte 24"),
     ("queries", '{"text": "a"}', ":1: _id must be a string or an int, got NoneType None"),
@@ -176,15 +175,27 @@ BAD_FILES = [
     ("run", "q0 Q0 d0 1 0.5", ":1: a line of a run must have 6 columns (query-id"),
     ("run", "q0 Q0 d0 1 nan x", ":1: score must be a finite number, got 'nan'"),
     ("run", "q0 Q0 d0 first 1 x", ":1: rank must be a whole number, got 'first'"),
-    ("run", "", ":1: the run has no entries; it needs one a line"),
+    ("run", "", ":1: the run has no entries; it needs one per line"),
     (
         "run",
         "q0 Q0 d0 1 1 x\nq0 Q0 d99 2 1 x",
-        ":2: doc-id: there is no document 'd99' in CORPUS: rerank with the corpus ",
+        ":2: doc-id: there is no document 'd99' in CORPUS; both files must be of the same dataset",
     ),
-    ("run", "q0 Q0 d0 1 1 x\nq99 Q0 d0 1 1 x", ":2: query-id: there is no query 'q99' in QUERIES: rerank with the "),
-    ("run", "q0 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x", ":2: doc-id: the query has the document already, in line 1: keep one"),
-    ("run", "q0 Q0 d0 1 1 x\nq1 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x", ":3: doc-id: the query has the document already, in "),
+    (
+        "run",
+        "q0 Q0 d0 1 1 x\nq99 Q0 d0 1 1 x",
+        ":2: query-id: there is no query 'q99' in QUERIES; both files must be of the same dataset",
+    ),
+    (
+        "run",
+        "q0 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x",
+        ":2: doc-id: the query 'q0' has the document 'd0' already, in line 1; keep one",
+    ),
+    (
+        "run",
+        "q0 Q0 d0 1 1 x\nq1 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x",
+        ":3: doc-id: the query 'q0' has the document 'd0' already, in ",
+    ),
 ]
 
 

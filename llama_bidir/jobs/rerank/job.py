@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ...data.arrow import stamp
-from ...data.corpus import open_corpus
-from ...data.trec import read_queries
+from ...data.corpus import open_corpus, read_queries
+from ...data.trec import run_lines
 from ...evaluation.bm25 import rank_bm25
-from ...evaluation.ranking import rank_candidates, run_lines
+from ...evaluation.ranking import rank_candidates
 from ...scoring.pipeline import Pair
 from ...utils.extras import require
 from ...utils.outputs import check_apart, check_free
