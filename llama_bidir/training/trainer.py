@@ -1,6 +1,7 @@
 """The Hugging Face Trainer for groups of passages."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -28,6 +27,8 @@ from .liger import register_with_liger
 from .lora import add_adapter, check_head
 from .metrics import group_metrics
 from .sampling import EpochCallback, EpochSampler
+
+logger = logging.getLogger(__name__)
 
 # What the collator reads, so that the Trainer leaves it in the items.
 GROUP_KEYS = ["query", "passages", "labels", "teacher_scores"]
@@ -291,15 +292,11 @@ class CrossEncoderTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate knows FSDP on accelerators only; torch's runs on CPUs too, where training is tried out.
-            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
-        plugin = getattr(state, "fsdp_plugin", None)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None and self.args.fsdp and self.args.world_size > 1:
+            logger.warning("fsdp shards weights on accelerators only: here each process holds all of them")
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # It would round logits, which are float32 whatever the body computes in.
+            # The policy's own output_dtype rounds logits, which are float32 whatever dtype the body computes in.
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
