@@ -14,8 +14,6 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..checkpoints.chat_template import find_prompt_template
-from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -69,11 +67,6 @@ def train(
     check_recipe(model_args, data_args, training_args, lora)
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
-    if data_args.prompt_template is None:
-        config = LlamaBidirectionalConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.revision or "main"
-        )
-        data_args = replace(data_args, prompt_template=find_prompt_template(tokenizer, config))
     if overwrite:
         check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
     elif is_finished(output):
@@ -95,8 +88,10 @@ def train(
         eval_dataset,
         tokenizer,
         group_size=data_args.group_size,
+        prompt_template=data_args.prompt_template,
         peft_config=None if lora is None else lora_config(lora),
     )
+    data_args = replace(data_args, prompt_template=model.config.prompt_template)
     arguments = run_arguments(model_args, data_args, training_args, lora, describe_groups(train_dataset))
     trainer.accelerator.wait_for_everyone()
     if overwrite:  # only now, when nothing more can be found wrong with what replaces it

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROWS, arguments, stop
+from helpers import ROWS, arguments, make_model, stop
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -143,6 +143,22 @@ def test_a_run_that_was_stopped_behind_its_last_step_takes_no_more(base_checkpoi
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
+def test_the_stock_trainer_takes_one_step_more(tmp_path):
+    """The reason for `CrossEncoderTrainer._run_epoch`, which can go when a transformers release fails this test."""
+    rows = [{"input_ids": [number, 5], "labels": 1.0} for number in range(10)]
+
+    def run_stock(checkpoint):
+        args = arguments(
+            TrainingArguments, tmp_path, per_device_train_batch_size=1, save_strategy="steps", save_steps=4
+        )
+        trainer = Trainer(make_model(), args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.state.global_step
+
+    assert run_stock(None) == 4
+    assert run_stock(str(tmp_path / "checkpoint-4")) == 5
+
+
 def test_checkpoints_without_an_optimizer_or_of_another_run_are_refused(base_checkpoint, rows_file, tmp_path):
     run(base_checkpoint, rows_file, tmp_path / "whole", save_only_model=True)
     stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-2")
@@ -246,3 +262,11 @@ def test_the_prompt_of_nemo_automodel_is_trained_and_saved(base_checkpoint, rows
         overwrite=True,
     )
     assert CrossEncoder(tmp_path / "out").config.prompt_template == "{query}: {passage}"
+    default = "question:{query} \n \n passage:{passage}"
+    trainer = train(
+        ModelArguments(model_name_or_path=str(base)),
+        DataArguments(train=[str(rows_file)], group_size=3, prompt_template=default),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=1),
+        overwrite=True,
+    )
+    assert trainer.model.config.prompt_template == default
