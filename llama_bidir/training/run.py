@@ -1,9 +1,7 @@
 """One training run, from arguments to a saved reranker."""
 
-import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,6 +20,7 @@ from .checkpoints import (
     SAVING_NAME,
     check_removable,
     check_same_run,
+    describe_groups,
     is_finished,
     last_whole_checkpoint,
     remove_run,
@@ -33,9 +32,6 @@ from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
-
-# Of each source, for the checksum that tells whether a run goes on with the same rows.
-CHECKED_ROWS = 1000
 
 
 def train(
@@ -173,15 +169,6 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
     if loss in TEACHER_LOSSES:
         check_teacher_scores(rows, source.path)
     return rows
-
-
-def describe_groups(groups: GroupDataset) -> dict[str, Any]:
-    """What tells when rows have changed: how many groups an epoch has, and a checksum of rows spread over them."""
-    checksum = 0
-    for rows, _ in groups.sources:
-        for index in range(0, len(rows), max(1, len(rows) // CHECKED_ROWS)):
-            checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True).encode(), checksum)
-    return {"groups_an_epoch": len(groups), "checksum": f"{checksum:08x}"}
 
 
 def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:

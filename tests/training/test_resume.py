@@ -18,6 +18,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from llama_bidir import CrossEncoder
+from llama_bidir.data import GroupDataset, Grouping, load_rows
 from llama_bidir.training import (
     CrossEncoderTrainingArguments,
     DataArguments,
@@ -25,6 +26,7 @@ from llama_bidir.training import (
     read_history,
     train,
 )
+from llama_bidir.training.checkpoints import describe_groups
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 
@@ -104,6 +106,49 @@ def test_other_arguments_are_refused_with_what_changed(base_checkpoint, rows_fil
     other_rows.write_text(rows_file.read_text().replace("bees", "wasps", 1))
     with pytest.raises(ValueError, match=r"other arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. Start"):
         run(base_checkpoint, other_rows, tmp_path)
+
+
+def test_one_changed_row_of_ten_thousand_is_refused(base_checkpoint, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = [f'{{"query": "q{n}", "pos_doc": ["p{n}"], "neg_doc": ["n{n}"]}}\n' for n in range(10_000)]
+    rows.write_text("".join(texts))
+    run(base_checkpoint, rows, tmp_path / "whole", max_steps=3, group_size=2)
+    stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-2")
+    rows.write_text("".join(texts).replace("n5", "m5", 1))
+    with pytest.raises(ValueError, match=r"other arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. Start"):
+        run(base_checkpoint, rows, tmp_path / "stopped", max_steps=3, group_size=2)
+
+
+def test_the_checksum_of_rows_depends_on_all_their_content_and_nothing_else(tmp_path):
+    def describe(name, *, document="hive 5", negative="d6", is_reversed=False, select=lambda rows: rows):
+        """Writes 20 questions and their corpus, and describes the groups that are read with a cache of their own."""
+        documents = [{"id": f"d{n}", "text": document if n == 5 else f"hive {n}"} for n in range(21)]
+        questions = [
+            {
+                "question": f"q{n}",
+                "corpus_id": "c",
+                "pos_doc": [{"id": f"d{n}"}],
+                "neg_doc": [{"id": negative if n == 5 else f"d{n + 1}"}],
+            }
+            for n in range(20)
+        ]
+        if is_reversed:
+            questions = [dict(reversed(question.items())) for question in questions]
+        corpus = tmp_path / name / "corpus"
+        corpus.mkdir(parents=True)
+        (corpus / "merlin_metadata.json").write_text('{"class": "TextQADataset", "corpus_id": "c"}')
+        (corpus / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
+        (tmp_path / name / "rows.json").write_text(json.dumps({"corpus": {"path": "corpus"}, "data": questions}))
+        rows = load_rows(tmp_path / name / "rows.json", cache_dir=tmp_path / name / "cache")
+        return describe_groups(GroupDataset([(select(rows), 1.0)], Grouping(group_size=2)))
+
+    first = describe("first")
+    assert first["groups_an_epoch"] == 20
+    assert describe("elsewhere") == first
+    assert describe("keys", is_reversed=True) == first
+    assert describe("indices", select=lambda rows: rows.select([*range(1, 20), 0]).select([19, *range(19)])) == first
+    assert describe("document", document="hive five")["checksum"] != first["checksum"]
+    assert describe("row", negative="d7")["checksum"] != first["checksum"]
 
 
 def test_a_finished_run_is_not_replaced_unasked(base_checkpoint, rows_file, tmp_path):
