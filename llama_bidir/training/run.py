@@ -1,9 +1,7 @@
 """One training run, from arguments to a saved reranker."""
 
-import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,8 +12,6 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..checkpoints.chat_template import find_prompt_template
-from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -24,6 +20,7 @@ from .checkpoints import (
     SAVING_NAME,
     check_removable,
     check_same_run,
+    describe_groups,
     is_finished,
     last_whole_checkpoint,
     remove_run,
@@ -35,9 +32,6 @@ from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
-
-# Of each source, for the checksum that tells whether a run goes on with the same rows.
-CHECKED_ROWS = 1000
 
 
 def train(
@@ -69,11 +63,6 @@ def train(
     check_recipe(model_args, data_args, training_args, lora)
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
-    if data_args.prompt_template is None:
-        config = LlamaBidirectionalConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.revision or "main"
-        )
-        data_args = replace(data_args, prompt_template=find_prompt_template(tokenizer, config))
     if overwrite:
         check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
     elif is_finished(output):
@@ -95,8 +84,10 @@ def train(
         eval_dataset,
         tokenizer,
         group_size=data_args.group_size,
+        prompt_template=data_args.prompt_template,
         peft_config=None if lora is None else lora_config(lora),
     )
+    data_args = replace(data_args, prompt_template=model.config.prompt_template)
     arguments = run_arguments(model_args, data_args, training_args, lora, describe_groups(train_dataset))
     trainer.accelerator.wait_for_everyone()
     if overwrite:  # only now, when nothing more can be found wrong with what replaces it
@@ -178,15 +169,6 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
     if loss in TEACHER_LOSSES:
         check_teacher_scores(rows, source.path)
     return rows
-
-
-def describe_groups(groups: GroupDataset) -> dict[str, Any]:
-    """What tells when rows have changed: how many groups an epoch has, and a checksum of rows spread over them."""
-    checksum = 0
-    for rows, _ in groups.sources:
-        for index in range(0, len(rows), max(1, len(rows) // CHECKED_ROWS)):
-            checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True).encode(), checksum)
-    return {"groups_an_epoch": len(groups), "checksum": f"{checksum:08x}"}
 
 
 def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:
