@@ -2,5 +2,5 @@
 
 import os
 
-# Read when tqdm is imported: the progress bars of the peers would break up the tables.
+# tqdm reads this variable at import. The peers' progress bars would break up the tables.
 os.environ.setdefault("TQDM_DISABLE", "1")

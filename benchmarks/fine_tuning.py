@@ -1,11 +1,11 @@
-"""A whole run on real data: fine-tune, rerank, and compare with BM25 before and after.
+"""A complete run on real data: fine-tunes a reranker, reranks, and compares BM25 with the scores before and after.
 
     python -m benchmarks.fine_tuning --checkpoint HuggingFaceTB/SmolLM2-135M --data path/to/data --output out
 
-from the root of the repository, after `pip install -e ".[train,eval]"`. The base is the first layers of a plain Llama,
-so that a CPU can train it; for a GPU there is `--recipe benchmarks/fine_tuning_gpu.yaml`. The data folder has
-`train/*-train.jsonl.gz` (rows) and `eval/NAME` (BEIR folders with `qrels.tsv` and `run.bm25.trec`). Training is in bf16
-where the machine multiplies it faster. A stopped run goes on when it is started again.
+Run it from the root of the repository, after `pip install -e ".[train,eval]"`. The base is the first layers of a plain
+Llama, which a CPU can train. For a GPU, use `--recipe benchmarks/fine_tuning_gpu.yaml`. The data folder has
+`train/*-train.jsonl.gz` (rows) and `eval/NAME` (BEIR folders with `qrels.tsv` and `run.bm25.trec`). Training uses bf16
+if the machine multiplies bfloat16 faster than float32. Running the same command again resumes a stopped run.
 """
 
 import argparse
@@ -37,19 +37,19 @@ EVAL_ROWS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="plain Llama, folder or Hub id")
-    parser.add_argument("--layers", type=int, default=12, help="the first of the checkpoint's (default: 12)")
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a plain Llama")
+    parser.add_argument("--layers", type=int, default=12, help="how many of the first layers to keep (default: 12)")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--recipe",
         type=Path,
         default=Path(__file__).with_name("fine_tuning.yaml"),
-        help="fine_tuning.yaml when not given",
+        help="training recipe (default: fine_tuning.yaml)",
     )
-    parser.add_argument("--depth", type=int, default=20, help="candidates of a query that are reranked (default: 20)")
-    parser.add_argument("--max-steps", type=int, help="of the optimizer; the recipe's when not given")
-    parser.add_argument("--queries", type=int, help="the first of each set; all when not given")
+    parser.add_argument("--depth", type=int, default=20, help="candidates per query to rerank (default: 20)")
+    parser.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the recipe)")
+    parser.add_argument("--queries", type=int, help="how many queries of each set to use (default: all)")
     args = parser.parse_args()
 
     model = args.output / "model"
@@ -94,8 +94,9 @@ def main() -> None:
 
 def write_rows(data: Path, output: Path) -> None:
     """
-    Mixes the rows of the train sets and holds some out for the curve. Each of the others gets as many random negatives
-    as it has hard ones, as a first-stage run has both.
+    Writes the rows of all train sets, shuffled, to `train.jsonl`, and holds out `EVAL_ROWS` of them in `eval.jsonl`.
+
+    Each training row gets as many random negatives as it has hard ones, because a first-stage run contains both.
     """
     rows: list[dict[str, Any]] = []
     for name in TRAIN_SETS:
@@ -117,7 +118,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(folder: Path, before: CrossEncoder, after: CrossEncoder, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the first-stage run and both rerankers; candidates below the depth keep their order below."""
+    """Measures the first-stage run and both rerankers. Candidates below the depth stay below, in first-stage order."""
     collection, qrels = read_collection(folder), read_qrels(folder)
     query_ids = list(qrels)[: args.queries]
     candidates = {query_id: collection.run.get(query_id, []) for query_id in query_ids}
@@ -149,7 +150,7 @@ def _by_rank(doc_ids: list[str]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The measures as a table in Markdown."""
+    """Returns the measures as a Markdown table."""
     lines = [
         "| set | queries | measure | BM25 | before | after |",
         "|---|---|---|---|---|---|",

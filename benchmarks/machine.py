@@ -1,4 +1,4 @@
-"""The machine: its description, a clock, how fast it multiplies matrices, and the memory of a process."""
+"""Describes the machine, and measures time, the speed of matrix products, and the memory of a process."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ MATMUL_ROWS = 2048
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Versions, processor, GPU and threads, and the date; `hardware` is the one line that names them in a table."""
+    """Returns versions, processor, GPU, threads and date. `hardware` is the name of the machine in a table."""
     cpuinfo = _read("/proc/cpuinfo")
     fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
     fields = {name.strip(): value.strip() for name, value in fields.items()}
@@ -44,12 +44,12 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def is_cuda(device: str) -> bool:
-    """Whether a device is a CUDA one."""
+    """Returns whether a device is a CUDA device."""
     return torch.device(device).type == "cuda"
 
 
 def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Calls `function`; returns the seconds until the device has finished its work, and the result."""
+    """Calls `function` and returns the seconds until the device has finished its work, and the result."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -62,15 +62,16 @@ def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
 @torch.inference_mode()
 def matmul_speed(config: LlamaConfig, dtype: str, device: str) -> float:
     """
-    The best speed of `torch.nn.functional.linear` over a few shapes, in floating point operations per second.
+    Returns the best speed of `torch.nn.functional.linear` over a few shapes, in FLOP/s.
 
-    The shapes are 2048 x 2048 x 2048 and those of the model's MLP at 2,048 rows; on CUDA also 8192 x 8192 x 8192, as a
-    GPU is not busy with less. Each is called twice, on CUDA 20 times, after one call that is not counted.
+    The shapes are 2048 x 2048 x 2048 and those of the model's MLP with 2,048 rows. On CUDA there is also
+    8192 x 8192 x 8192, because smaller products do not keep a GPU busy. Each shape is timed over two calls (20 on
+    CUDA), after one call that is not counted.
 
     Args:
-        config: the shape of the model.
-        dtype: of the matrices.
-        device: where they are.
+        config: configuration with the shape of the model.
+        dtype: name of the dtype of the matrices.
+        device: device of the matrices.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes = [(MATMUL_ROWS, 2048, 2048), (MATMUL_ROWS, hidden, intermediate), (MATMUL_ROWS, intermediate, hidden)]
@@ -96,12 +97,14 @@ def _linear_speed(rows: int, inputs: int, outputs: int, *, calls: int, dtype: to
 
 def peak_memory(device: str) -> int:
     """
-    The most memory that this process has held, in bytes: of the GPU on CUDA (`max_memory_allocated`), else of the
-    machine (resident, with the code and the mapped pages of files).
+    Returns the peak memory of this process in bytes.
+
+    On CUDA this is the allocated GPU memory (`max_memory_allocated`). Elsewhere it is the resident memory, including
+    code and mapped pages of files.
     """
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
-    # On Linux `ru_maxrss` of a new process starts at the peak of its parent; the kernel's VmHWM starts anew.
+    # On Linux, `ru_maxrss` of a new process starts at the peak of its parent, and the kernel's VmHWM starts at zero.
     for line in _read("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

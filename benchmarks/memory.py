@@ -1,4 +1,4 @@
-"""Peak memory, each measured in a process of its own: `python -m benchmarks.memory` does one task given on stdin."""
+"""Measures peak memory. Each task runs in a separate `python -m benchmarks.memory`, which reads it from stdin."""
 
 import json
 import os
@@ -19,17 +19,17 @@ from .workloads import Pair
 
 def run_alone(task: dict[str, Any]) -> dict[str, Any]:
     """
-    Does a task of this module in a new process.
+    Runs a memory task in a new process.
 
     Args:
-        task: `folder`, `dtype` and `device`, and either `implementation`, `max_length` and `pairs`, or `num_pairs` of
-            a stream.
+        task: `folder`, `dtype`, `device`, and either `implementation`, `max_length` and `pairs`, or `num_pairs` for a
+            generator of pairs.
 
     Returns:
-        `loaded_bytes` and `peak_bytes` (the peaks before and after scoring) and `seconds` of scoring.
+        `loaded_bytes` and `peak_bytes` (peak memory before and after scoring) and `seconds` of scoring.
 
     Raises:
-        RuntimeError: the process failed; the message is the last line that it wrote.
+        RuntimeError: the process failed. The message is the last line that it wrote.
     """
     done = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -45,7 +45,7 @@ def run_alone(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """What `run_alone` returns, measured in this process."""
+    """Measures a task in this process. Returns what [`run_alone`] returns."""
     options = {"dtype": task["dtype"], "device": task["device"]}
     if "num_pairs" in task:
         score = CrossEncoder(task["folder"], **options).predict
@@ -59,7 +59,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate_pairs(count: int) -> Iterator[Pair]:
-    """Short pairs that exist one at a time."""
+    """Yields short pairs, one at a time."""
     for index in range(count):
         yield f"who wrote book {index}", f"book {index} was written by author {index % 977}"
 

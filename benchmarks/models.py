@@ -1,4 +1,4 @@
-"""The checkpoints that are timed, and what a forward pass of them costs in arithmetic."""
+"""Writes the checkpoints that are timed, and counts the arithmetic of their forward pass."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .workloads import make_collection
 
 SEED = 0
 
-# What differs from the checkpoint given on the command line; an empty shape keeps its weights.
+# Fields that differ from the checkpoint of the command line. An empty shape keeps the checkpoint's weights.
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden_size": 32,
@@ -48,19 +48,19 @@ def write_checkpoint(
     name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str], *, device: str = "cpu"
 ) -> None:
     """
-    Writes a `llama_bidirec` checkpoint in float32, the same at every call on a device.
+    Writes a `llama_bidirec` checkpoint in float32. Every call on the same device writes the same weights.
 
     Args:
-        name: one of `SHAPES`.
-        source: a plain Llama checkpoint, which gives the tokenizer, the vocabulary and, for an empty shape, the
-            weights of the body.
-        folder: made when missing.
-        device: where random weights are drawn.
+        name: a key of `SHAPES`.
+        source: a plain Llama checkpoint. It supplies the tokenizer, the vocabulary and, for an empty shape, the weights
+            of the body.
+        folder: output folder, created if missing.
+        device: device on which random weights are drawn.
     """
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if shape := SHAPES[name]:
-        # Each layer adds about as much as it is given, so that scores depend on attention.
+        # With this range each layer adds about as much as its input, so scores depend on attention.
         config = LlamaBidirectionalConfig.from_pretrained(
             source, **shape, initializer_range=shape["hidden_size"] ** -0.5, dtype=torch.float32
         )
@@ -76,17 +76,17 @@ def write_checkpoint(
 
 
 def drop_chat_template(folder: str | os.PathLike[str]) -> None:
-    """Lets sentence-transformers take pairs in two halves, which it tokenizes faster than chat messages."""
+    """Removes the chat template: sentence-transformers tokenizes pairs of texts faster than chat messages."""
     Path(folder, "chat_template.jinja").unlink()
 
 
 @torch.inference_mode()
 def spread_scores(model: LlamaBidirectionalForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Gives scores a mean near 0 and a standard deviation near 1, which a random head does not.
+    Changes a random head so that scores have a mean near 0 and a standard deviation near 1.
 
-    A random head on pooled states that are nearly equal gives scores that are nearly equal, and their common offset
-    would make any error look small beside it.
+    The pooled states of a random model are nearly equal, so a random head gives nearly equal scores with a large common
+    offset. Relative to that offset, any error would look small.
     """
     collection = make_collection(num_queries=8, num_passages=8, depth=1)
     texts = [
@@ -102,14 +102,14 @@ def spread_scores(model: LlamaBidirectionalForSequenceClassification, tokenizer:
 
 def model_flops(config: LlamaConfig, lengths: Sequence[int]) -> int:
     """
-    Floating point operations that scoring sequences takes when nothing is spent on padding.
+    Returns the floating-point operations that scoring sequences takes without any padding.
 
-    2 for each parameter of the body's linear layers and each token (a multiplication and an addition), and
-    4 * length ** 2 * width for each layer and sequence (queries times keys, and weights times values, full attention;
-    the width is that of all query heads together). Embeddings, norms, softmax and the head are not counted.
+    Each parameter of the body's linear layers counts 2 per token (a multiplication and an addition). Each layer counts
+    4 * length ** 2 * width per sequence for full attention (queries times keys, and weights times values), where width
+    is the total width of all query heads. Embeddings, norms, softmax and the head are not counted.
 
     Args:
-        config: the shape of the model.
+        config: configuration with the shape of the model.
         lengths: tokens of each sequence, without padding.
     """
     width = config.num_attention_heads * config.head_dim

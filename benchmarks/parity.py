@@ -1,9 +1,9 @@
-"""The same scores in every tool: the largest difference from CrossEncoder, in float32, relative to the largest score.
+"""Compares float32 scores of other tools with CrossEncoder: the largest difference relative to the largest score.
 
     python -m benchmarks.parity --tokenizer HuggingFaceTB/SmolLM2-135M [--vllm-python path/to/python] [--json out.json]
 
-Tiny rerankers of random weights. vLLM runs in an environment of its own, which needs
-this package for its plugin; without --vllm-python it is left out.
+The rerankers are tiny and have random weights. vLLM runs in a separate environment, which also needs this package for
+its plugin. Without --vllm-python, vLLM is left out.
 """
 
 import argparse
@@ -28,17 +28,20 @@ from llama_bidir.checkpoints.export import FORMATS, export_reranker
 
 from .machine import describe_machine
 
-# And whether the tokenizer puts its first special token before a text, as those of Llama do.
+# Prompt templates, and whether the tokenizer puts its first special token before a text, as Llama's tokenizers do.
 PROMPTS = (("question:{query} \n \n passage:{passage}", False), ("Query: {query}\nDocument: {passage}", True))
 PAIRS = [
     ("how do bees find their way?", "Honey bees navigate by the position of the sun."),
     ("capital of France", "Paris, on the river Seine, is the capital of France and its largest city."),
     ("  {braces}  ", ""),
-    ("what grew in the garden?", "The garden was full of clover; nobody counted the flowers. " * 20),  # is cut
+    (
+        "what grew in the garden?",
+        "The garden was full of clover; nobody counted the flowers. " * 20,
+    ),  # too long: it is cut
 ]
 MAX_LENGTH = 64
 CASE = ("pooling", "temperature", "prompt", "adds_bos")
-# One engine a process: a second one finds the process groups of the first.
+# Run once per engine: a second engine in the same process collides with the process groups of the first.
 VLLM = """
 import json, sys
 from pathlib import Path
@@ -64,7 +67,7 @@ VLLM_ENVIRONMENT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="of a Llama, folder or Hub id")
+    parser.add_argument("--tokenizer", required=True, help="folder or Hub id of a Llama tokenizer")
     parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM and this package")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -122,7 +125,7 @@ def make_reranker(
 
 
 def score_here(folders: dict[str, str]) -> dict[str, np.ndarray]:
-    """Scores of the tools of this environment."""
+    """Returns the scores of the tools in this environment."""
     from sentence_transformers import CrossEncoder as Peer
 
     return {
@@ -135,7 +138,7 @@ def score_here(folders: dict[str, str]) -> dict[str, np.ndarray]:
 
 
 def score_with_vllm(python: str, folders: list[dict[str, str]]) -> dict[str, list[np.ndarray]]:
-    """Scores of vLLM, of the exports and of the folders that its plugin serves."""
+    """Returns vLLM's scores for the exports and for the folders that its plugin serves."""
     return {
         name: [run_vllm(python, paths[kind], template, PAIRS, MAX_LENGTH) for paths in folders]
         for name, kind, template in (
@@ -146,7 +149,7 @@ def score_with_vllm(python: str, folders: list[dict[str, str]]) -> dict[str, lis
 
 
 def run_vllm(python: str, folder: str, template: str, pairs: list[tuple[str, str]], max_length: int) -> np.ndarray:
-    """Scores of pairs by vLLM's offline interface, with a template of the folder."""
+    """Returns the scores of pairs by vLLM's offline interface, with a template of the folder."""
     output = subprocess.run(
         [python, "-c", VLLM],
         input=json.dumps([folder, template, pairs, max_length]),
@@ -162,7 +165,7 @@ def run_vllm(python: str, folder: str, template: str, pairs: list[tuple[str, str
 
 
 def versions(vllm_python: str | None) -> dict[str, str]:
-    """Of the tools."""
+    """Returns the versions of the tools."""
     found = {name: version(name) for name in ("sentence-transformers", "onnxruntime", "transformers", "torch")}
     if vllm_python:
         code = "from importlib.metadata import *; print(version(packages_distributions()['vllm'][0]))"
@@ -171,7 +174,7 @@ def versions(vllm_python: str | None) -> dict[str, str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows in Markdown: one line a tool, the largest difference of all cases and the case."""
+    """Returns a Markdown table with one line per tool: the largest difference over all cases."""
     tools = [name for name in result["rows"][0] if name not in CASE]
     lines = ["| tool | largest difference | cases |", "|---|---|---|"]
     for tool in tools:

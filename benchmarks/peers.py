@@ -1,4 +1,4 @@
-"""The implementations that are compared. Each loads the same checkpoint and scores the same (query, passage) pairs."""
+"""The implementations to compare. Each loads the same checkpoint and scores the same (query, passage) pairs."""
 
 import importlib
 import importlib.util
@@ -20,12 +20,12 @@ from .workloads import Pair
 
 BATCH_SIZE = 32
 SENTENCE_TRANSFORMERS = "sentence-transformers"
-# Causal, with another pooling: as fast as Llama is in transformers, but no other way to the same score.
+# Causal and pooled differently: it shows the speed of Llama in transformers, but its scores are not comparable.
 OTHER_FUNCTION = "stock-llama"
 
 
 class Scorer(NamedTuple):
-    """A loaded implementation: its model, and what turns pairs into an array of scores."""
+    """A loaded implementation: its model, and a function from pairs to an array of scores."""
 
     model: torch.nn.Module
     score: Callable[[Sequence[Pair]], np.ndarray]
@@ -38,7 +38,7 @@ def load_llama_bidir(folder: str, *, dtype: str, device: str, max_length: int) -
 
 
 def load_sentence_transformers(folder: str, *, dtype: str, device: str, max_length: int) -> Scorer:
-    """sentence-transformers, with the defaults of `predict` (32 pairs a batch); `import llama_bidir` lets it load."""
+    """sentence-transformers, with the defaults of `predict` (32 pairs per batch)."""
     import sentence_transformers
 
     encoder = sentence_transformers.CrossEncoder(
@@ -52,26 +52,26 @@ def load_sentence_transformers(folder: str, *, dtype: str, device: str, max_leng
 
 
 def load_reference(folder: str, *, dtype: str, device: str, max_length: int) -> Scorer:
-    """NeMo AutoModel's class, in a plain loop over the pairs as they come."""
+    """NeMo AutoModel's class, in a plain loop over the pairs in their order."""
     module = import_alone("nemo_automodel.components.models.llama_bidirectional.model")
     model = module.LlamaBidirectionalForSequenceClassification.from_pretrained(folder, dtype=dtype)
     return _plain_loop(model, folder, device=device, max_length=max_length, by_length=False)
 
 
 def load_stock_llama(folder: str, *, dtype: str, device: str, max_length: int) -> Scorer:
-    """transformers' own causal Llama with its last-token pooling, in a plain loop over the pairs by length."""
+    """transformers' own causal Llama with its last-token pooling, in a plain loop over the pairs sorted by length."""
     fields = AutoConfig.from_pretrained(folder).to_dict()
-    # transformers would build a bidirectional mask for a Llama that says so.
+    # Without this, transformers builds a bidirectional mask, because the configuration has is_causal=False.
     config = LlamaConfig.from_dict({**fields, "model_type": "llama", "is_causal": True})
     model = LlamaForSequenceClassification.from_pretrained(folder, config=config, dtype=dtype)
     return _plain_loop(model, folder, device=device, max_length=max_length, by_length=True)
 
 
 def load_flag_embedding(folder: str, *, dtype: str, device: str, max_length: int) -> Scorer:
-    """FlagEmbedding's FlagReranker (128 pairs a batch, by length; it runs the first one twice to see that it fits)."""
+    """FlagEmbedding's FlagReranker (128 pairs per batch, by length). It runs the first batch twice to test its size."""
     module = import_alone("FlagEmbedding.inference.reranker.encoder_only.base")
     reranker = module.BaseReranker(folder, devices=device, max_length=max_length)
-    # It has no argument for bfloat16. Not `model.to`, which would round the rotary frequencies as well.
+    # BaseReranker has no argument for bfloat16. `model.to` would also round the rotary frequencies.
     for parameter in reranker.model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return Scorer(reranker.model, lambda pairs: np.array(reranker.compute_score(prompt_halves(pairs)), np.float32))
@@ -87,12 +87,12 @@ LOADERS: dict[str, Callable[..., Scorer]] = {
 
 
 def render(query: str, passage: str) -> str:
-    """The text of a pair that is tokenized."""
+    """Returns the text of a pair as it is tokenized."""
     return DEFAULT_PROMPT_TEMPLATE.format(query=query, passage=passage)
 
 
 def prompt_halves(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs of texts that, tokenized as a text pair, give the tokens of the rendered prompt."""
+    """Returns text pairs whose tokens, as a pair, are those of the rendered prompt."""
     head, tail = DEFAULT_PROMPT_TEMPLATE.split("{query}")
     return [(head + query, tail.format(passage=passage)) for query, passage in pairs]
 
@@ -111,11 +111,11 @@ def padded_scores(
     Scores pairs in a plain loop of padded batches.
 
     Args:
-        model: gives logits of shape `(batch_size, 1)`.
-        tokenizer: cuts a rendered pair at its end.
+        model: returns logits of shape `(batch_size, 1)`.
+        tokenizer: truncates a rendered pair at its end.
         pairs: (query, passage) texts.
-        max_length: most tokens of a rendered pair.
-        batch_size: in pairs.
+        max_length: maximum tokens of a rendered pair.
+        batch_size: pairs per batch.
         by_length: take the pairs by falling length instead of in their order.
 
     Returns:
@@ -146,10 +146,10 @@ def _plain_loop(model: Any, folder: str, *, device: str, max_length: int, by_len
 @cache
 def import_alone(name: str) -> ModuleType:
     """
-    Imports a module without running the `__init__` of the packages around it, which may import what is not installed.
+    Imports a module without running the `__init__` of its parent packages, which may need packages that are missing.
 
     Raises:
-        ModuleNotFoundError: the package is not installed, or the module needs one that is not.
+        ModuleNotFoundError: the package, or a package that the module needs, is not installed.
     """
     *packages, _ = name.split(".")
     spec = importlib.util.find_spec(packages[0])
@@ -164,7 +164,7 @@ def import_alone(name: str) -> ModuleType:
 
 
 def share_weights(source: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Lets `other` use the tensors of `source` for parameters of the same name, so that several large models fit."""
+    """Makes `other` use the tensors of `source` for parameters of the same name. Several large models then fit."""
     tensors = dict(source.named_parameters())
     for name, parameter in other.named_parameters():
         tensor = tensors.get(name)

@@ -1,10 +1,10 @@
-"""What each precision costs in nDCG@10, on a reranker that is fine-tuned for it.
+"""Measures what each precision costs in nDCG@10, on a reranker that the script fine-tunes first.
 
     python -m benchmarks.precision --checkpoint HuggingFaceTB/SmolLM2-135M --train rows.jsonl.gz --data path/to/beir
 
-from the root of the repository, after `pip install -e ".[train,eval,onnx,quantize]"`. The first `--layers` layers of
-the checkpoint are fine-tuned on the rows, and the first-stage run of the folder is reranked with each precision. A
-reranker that is trained already is used as it is with `--layers 0 --steps 0`.
+Run it from the root of the repository, after `pip install -e ".[train,eval,onnx,quantize]"`. The script fine-tunes the
+first `--layers` layers of the checkpoint on the rows and reranks the first-stage run of the folder with each precision.
+`--layers 0 --steps 0` uses a reranker that is already trained, without changing it.
 """
 
 import argparse
@@ -34,13 +34,17 @@ from .workloads import Collection, read_collection, spread
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="plain Llama or reranker, folder or Hub id")
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a plain Llama or a reranker")
     parser.add_argument("--train", help="rows to fine-tune on (.jsonl or .jsonl.gz)")
     parser.add_argument("--data", type=Path, required=True, help="BEIR folder with qrels.tsv and run.bm25.trec")
-    parser.add_argument("--layers", type=int, default=8, help="first layers that are kept; 0 keeps all (default: 8)")
-    parser.add_argument("--steps", type=int, default=60, help="of 8 groups of 4 passages (default: 60)")
-    parser.add_argument("--queries", type=int, default=50, help="spread evenly over the run (default: 50)")
-    parser.add_argument("--depth", type=int, default=50, help="candidates a query (default: 50)")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="how many of the first layers to keep; 0 keeps all (default: 8)"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="training steps of 8 groups of 4 passages (default: 60)")
+    parser.add_argument(
+        "--queries", type=int, default=50, help="number of queries, spread evenly over the run (default: 50)"
+    )
+    parser.add_argument("--depth", type=int, default=50, help="candidates per query (default: 50)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -75,7 +79,7 @@ def train(args: argparse.Namespace, folder: str) -> None:
 
 
 def read_qrels(data: Path) -> Qrels:
-    """The positive judgements of a BEIR folder."""
+    """Returns the judgements in the `qrels.tsv` of a BEIR folder."""
     qrels: dict[str, dict[str, int]] = {}
     with open(data / "qrels.tsv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
@@ -112,7 +116,7 @@ def measure(collection: Collection, qrels: Qrels, folder: str, args: argparse.Na
 
 
 def precisions(folder: str, device: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Folder and arguments of CrossEncoder by name; float32 is the first. fp8 is for a GPU, onnxruntime for a CPU."""
+    """Returns folder and CrossEncoder arguments by name, float32 first. fp8 needs a GPU, and onnxruntime a CPU."""
     from torchao import quantization
 
     configs = {

@@ -1,4 +1,4 @@
-"""Tables and the plot of what was measured."""
+"""Tables and the plot of the measurements."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -55,14 +55,14 @@ STREAM: Columns = {
 }
 SECTIONS: dict[str, tuple[str, Columns]] = {
     "speed": (
-        "Speed: the best of the rounds; vs ST is pairs/s relative to sentence-transformers, and its median is that of "
-        "the ratios within each round; score error is the largest difference from a padded float32 pass, relative to "
-        "the largest absolute score; of peak is the share of the machine's fastest matrix product that is spent on "
-        "real tokens.",
+        "Speed in the best round. vs ST is pairs/s relative to sentence-transformers, and median vs ST is the median "
+        "of the ratios within each round. score error is the largest difference from a padded float32 pass, relative "
+        "to the largest absolute score. of peak is the arithmetic for real tokens as a share of the machine's fastest "
+        "matrix product.",
         SPEED,
     ),
     "memory": (
-        "Peak memory of a process of its own, before (loaded) and after scoring: resident on a CPU, else allocated.",
+        "Peak memory of a separate process, before (loaded) and after scoring: resident on a CPU, allocated on a GPU.",
         MEMORY,
     ),
     "stream": ("Peak memory of CrossEncoder.predict on a generator, with a model of one layer.", STREAM),
@@ -70,7 +70,7 @@ SECTIONS: dict[str, tuple[str, Columns]] = {
 
 
 def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
-    """Prints rows in columns that stay where they are from one call to the next."""
+    """Prints rows in columns of fixed width, which line up from one call to the next."""
     widths = {title: max(len(title), 9) for title in columns}
     widths.update({title: width for title, width in {"workload": 12, "implementation": 21}.items() if title in widths})
     if header:
@@ -80,7 +80,7 @@ def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
 
 
 def write_markdown(path: str | os.PathLike[str], results: Mapping[str, list[Row]]) -> None:
-    """Writes GitHub tables, one a section and machine; of rows that were measured again, the last."""
+    """Writes one GitHub table per section and machine. Of rows that were measured again, the last one counts."""
     lines = []
     for name, (caption, columns) in SECTIONS.items():
         for hardware, rows in _by(latest(results.get(name, [])), "hardware"):
@@ -104,13 +104,13 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each machine, model, dtype, workload, implementation and number of pairs."""
+    """Returns the last row of each machine, model, dtype, workload, implementation and number of pairs."""
     key = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
     return list({tuple(row.get(name) for name in key): row for row in rows}.values())
 
 
 def _by(rows: list[Row], *names: str) -> list[tuple[str, list[Row]]]:
-    """Rows in groups of equal values, each with those values as its title, in the order of first appearance."""
+    """Groups rows by equal values, which are the title of a group, in the order of first appearance."""
     titles = [", ".join(row[name] for name in names) for row in rows]
     ordered = sorted(zip(titles, rows, strict=True), key=lambda item: titles.index(item[0]))
     return [(title, [row for _, row in group]) for title, group in groupby(ordered, key=lambda item: item[0])]
@@ -118,8 +118,9 @@ def _by(rows: list[Row], *names: str) -> list[tuple[str, list[Row]]]:
 
 def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """
-    Writes a PNG of pairs per second relative to sentence-transformers: one panel a machine, model and dtype, one group
-    a workload, one bar an implementation.
+    Writes a PNG of pairs per second relative to sentence-transformers.
+
+    There is one panel per machine, model and dtype, one group of bars per workload, and one bar per implementation.
 
     Raises:
         ValueError: no row has a ratio.

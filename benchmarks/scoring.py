@@ -1,12 +1,13 @@
 r"""
-Pairs scored per second by this package and its peers, with the same weights and the same pairs in one run.
+Measures pairs per second of this package and its peers, with the same weights and the same pairs in one run.
 
     python -m benchmarks.scoring --checkpoint HuggingFaceTB/SmolLM2-135M --data path/to/beir-folder \
         --json scoring.json --markdown scoring.md --plot scoring.png
 
-from the root of the repository, after `pip install -r benchmarks/requirements.txt`. The implementations take turns
-(A B C A B C ...), and the best round of each counts. `--memory` and `--stream` measure peak memory instead, `--append`
-adds to the file of an earlier run, and `--from-json` only draws such a file again.
+Run it from the root of the repository, after `pip install -r benchmarks/requirements.txt -e ".[eval]"`. The
+implementations take turns (A B C A B C ...), and the best round of each counts. `--memory` and `--stream` measure peak
+memory instead. `--append` adds to the file of an earlier run. `--from-json` measures nothing and only draws the tables
+and the plot of such a file.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from .workloads import WORKLOADS, Workload, make_collection, make_workloads, rea
 
 Row = dict[str, Any]
 
-# Enough to find an error, and few enough for a float32 pass of a large model on a CPU.
+# Enough pairs to find an error, and few enough for a float32 pass of a large model on a CPU.
 CHECKED_PAIRS = 128
 
 
@@ -52,9 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scoring", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--checkpoint", help="plain Llama folder or Hub id: tokenizer, vocabulary, and the 135m weights")
-    what.add_argument("--data", type=Path, help="BEIR folder with run.bm25.trec; made-up text when not given")
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--checkpoint", help="folder or Hub id of a plain Llama: tokenizer, vocabulary and 135m weights")
+    what.add_argument("--data", type=Path, help="BEIR folder with run.bm25.trec (default: made-up text)")
     what.add_argument("--models", nargs="+", choices=SHAPES, default=["10m", "135m"])
     what.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
     what.add_argument(
@@ -65,33 +66,33 @@ def parse_arguments() -> argparse.Namespace:
         help="see workloads.py",
     )
     what.add_argument("--implementations", nargs="+", choices=LOADERS, default=list(LOADERS))
-    what.add_argument("--device", default="cpu", help="such as cuda, which adds the latency workload (default: cpu)")
-    what.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
-    what.add_argument("--stream", action="store_true", help="peak memory of predict on a generator, likewise")
-    size = parser.add_argument_group("how much of it")
+    what.add_argument("--device", default="cpu", help="such as cuda, which adds latency (default: cpu)")
+    what.add_argument("--memory", action="store_true", help="peak memory of each, in separate processes")
+    what.add_argument("--stream", action="store_true", help="peak memory of predict on a generator")
+    size = parser.add_argument_group("how much to measure")
     size.add_argument("--rounds", type=int, default=3, help="the best one counts (default: 3)")
-    size.add_argument("--queries", type=int, default=5, help="of nq and short, 100 pairs each (default: 5)")
-    size.add_argument("--max-pairs", type=int, help="most pairs of one-query, nq, short and long, evenly chosen")
+    size.add_argument("--queries", type=int, default=5, help="queries of nq and short, 100 pairs each (default: 5)")
+    size.add_argument("--max-pairs", type=int, help="maximum pairs of a workload, except growth")
     size.add_argument("--growth-pairs", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000], metavar="PAIRS")
     size.add_argument("--stream-pairs", type=int, nargs="+", default=[10_000, 1_000_000], metavar="PAIRS")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, help="everything measured, written as it comes")
-    output.add_argument("--append", action="store_true", help="keep what is in the --json file and add to it")
-    output.add_argument("--markdown", type=Path, help="the tables for GitHub")
-    output.add_argument("--plot", type=Path, help="a PNG of the ratios to sentence-transformers")
-    output.add_argument("--from-json", type=Path, help="measure nothing: write --markdown and --plot of this file")
+    output.add_argument("--json", type=Path, help="file for all measurements, written as they come")
+    output.add_argument("--append", action="store_true", help="add to the --json file instead of replacing it")
+    output.add_argument("--markdown", type=Path, help="file for the tables in Markdown")
+    output.add_argument("--plot", type=Path, help="PNG file for the ratios to sentence-transformers")
+    output.add_argument("--from-json", type=Path, help="write --markdown and --plot from this file only")
     args = parser.parse_args()
     if not (args.from_json or args.checkpoint):
-        parser.error("one of --checkpoint and --from-json is needed")
+        parser.error("--checkpoint or --from-json is required")
     if args.append and not args.json:
-        parser.error("--append needs the --json file that it adds to")
+        parser.error("--append requires --json, the file to add to")
     if is_cuda(args.device) and "latency" not in args.workloads:
         args.workloads.append("latency")
     return args
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Prints, saves and returns the rows of each section of the report, and a description of the machine."""
+    """Prints, saves and returns the rows of each section of the report and a description of the machine."""
     transformers.logging.set_verbosity_error()
     logging.getLogger("llama_bidir").setLevel(logging.ERROR)
     results: dict[str, list[Row]] = {"machines": [], "speed": [], "memory": [], "stream": []}
@@ -111,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def measure_speed(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """Yields the rows of one model, dtype and workload at a time."""
+    """Yields a list of rows for each model, dtype and workload."""
     for model, folder, workloads in prepare(args):
         expected = expected_scores(folder, workloads, args.device)
         for dtype in args.dtypes:
@@ -128,12 +129,12 @@ def measure_speed(args: argparse.Namespace) -> Iterator[list[Row]]:
                         **options,
                     )
                     yield [{"model": model, "dtype": dtype, **row} for row in rows]
-                # Freed before the next ones are loaded.
+                # Frees the models before the next ones are loaded.
                 del scorers
 
 
 def measure_memory(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """Yields the rows of one model, dtype and workload at a time."""
+    """Yields a list of rows for each model, dtype and workload."""
     for model, folder, workloads in prepare(args):
         for dtype in args.dtypes:
             for workload in workloads:
@@ -158,7 +159,7 @@ def measure_memory(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def measure_stream(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """Yields the row of one number of pairs at a time."""
+    """Yields a list of one row for each dtype and number of pairs."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint("tiny", args.checkpoint, folder)
         for dtype in args.dtypes:
@@ -168,7 +169,7 @@ def measure_stream(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def prepare(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Workload]]]:
-    """Yields each model's name, the folder of its checkpoint, which lives until the next one, and its workloads."""
+    """Yields name, checkpoint folder and workloads of each model. The folder is deleted before the next model."""
     collection = read_collection(args.data) if args.data else make_collection()
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
@@ -185,12 +186,12 @@ def prepare(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Workload]
 
 
 def checked_pairs(num_pairs: int) -> list[int]:
-    """Indices of the pairs whose scores are compared."""
+    """Returns the indices of the pairs to compare."""
     return spread(list(range(num_pairs)), CHECKED_PAIRS)
 
 
 def expected_scores(folder: str, workloads: list[Workload], device: str) -> dict[str, np.ndarray]:
-    """Scores of the checked pairs of each workload, by this package's model in float32 and padded batches of 4."""
+    """Scores the checked pairs of each workload with this package's model, in float32 and padded batches of 4."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32").to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {
@@ -207,7 +208,7 @@ def expected_scores(folder: str, workloads: list[Workload], device: str) -> dict
 
 
 def load_scorers(names: list[str], folder: str, *, dtype: str, device: str, max_length: int) -> dict[str, Scorer]:
-    """Loads implementations that share their weights and have scored a little; says why one is left out."""
+    """Loads implementations, shares their weights, warms them up, and prints why one is skipped."""
     warm_up = make_collection(num_queries=4, num_passages=4, depth=1).pairs(4)
     scorers: dict[str, Scorer] = {}
     for name in names:
@@ -217,7 +218,7 @@ def load_scorers(names: list[str], folder: str, *, dtype: str, device: str, max_
                 share_weights(next(iter(scorers.values())).model, scorer.model)
             scorer.score(warm_up)
         except Exception as error:
-            # Whatever a peer raises is a reason to go on without it.
+            # Any error of a peer is a reason to continue without it.
             print(f"{name} is skipped: {type(error).__name__}: {error}")
         else:
             scorers[name] = scorer
@@ -238,10 +239,10 @@ def time_workload(
     Times each implementation in turn, and the matrix product after each round.
 
     Returns:
-        one row an implementation. `seconds` is its best round; `ratio` and `median_ratio` are pairs/s relative to
-        sentence-transformers, of the best rounds and as the median over rounds; `score_error` is the largest absolute
-        difference from `expected` divided by the largest absolute value in `expected`; `peak_share` is `model_flops`
-        per second divided by `matmul_speed`, the best over the rounds.
+        One row per implementation. `seconds` is the best round. `ratio` and `median_ratio` are pairs/s relative to
+        sentence-transformers: between the best rounds, and as the median over the rounds. `score_error` is the largest
+        absolute difference from `expected` divided by the largest absolute value in `expected`. `peak_share` is
+        `model_flops` per second divided by the best `matmul_speed` over the rounds.
     """
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [render(*pair) for pair in workload.pairs]

@@ -1,13 +1,14 @@
-"""Groups trained per second: packed and padded batches of this package, and sentence-transformers, in one run.
+"""Measures groups trained per second: packed and padded batches of this package, and sentence-transformers, in one run.
 
     python -m benchmarks.training --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --rows squad-train.jsonl.gz \\
         --json training.json
 
-from the root of the repository, after `pip install -e ".[train]" -r benchmarks/requirements.txt`. All train the first
-`--layers` layers of the checkpoint on the same groups in the same order, on a CPU, with RankNet and the same optimizer,
-each run in a process of its own. They take turns, and the best round of each counts. sentence-transformers forwards as
-many pairs at a time as a batch has queries, or a whole batch at a time; the faster one is what the others are compared
-with. Equal losses, step by step, say that all do the same work.
+Run it from the root of the repository, after `pip install -e ".[train]" -r benchmarks/requirements.txt`. All
+implementations train the first `--layers` layers of the checkpoint on the same groups in the same order, on a CPU, with
+RankNet and the same optimizer. Each run has a separate process. The implementations take turns, and the best round of
+each counts. sentence-transformers runs in two ways: it forwards as many pairs at a time as a batch has queries, or a
+whole batch at a time. The others are compared with the faster way. Equal losses at each step show that all do the same
+work.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from .peers import SENTENCE_TRANSFORMERS, prompt_halves, render
 from .report import Columns, print_rows
 
 PACKED, PADDED = "llama-bidir", "llama-bidir, padded"
-# With mini_batch_size=-1.
+# sentence-transformers with mini_batch_size=-1.
 WHOLE_BATCH = "ST, whole batch"
 PEERS = (SENTENCE_TRANSFORMERS, WHOLE_BATCH)
 
@@ -65,7 +66,7 @@ COLUMNS: Columns = {
 
 
 class Group(NamedTuple):
-    """A query and its passages, the positive first, and the tokens of each rendered pair."""
+    """A query, its passages with the positive first, and the number of tokens of each rendered pair."""
 
     query: str
     passages: list[str]
@@ -73,7 +74,7 @@ class Group(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What every implementation trains: a checkpoint on `steps + 1` batches, of which the first is not timed."""
+    """What every implementation trains: a checkpoint on `steps + 1` batches. The first batch is not timed."""
 
     folder: str
     batches: list[list[Group]]
@@ -84,8 +85,12 @@ class Task(NamedTuple):
 
 class Run(NamedTuple):
     """
-    Seconds of the timed steps, the loss of each step from the first, which is not timed, and the most memory that the
-    process held before and after training, in bytes.
+    One run of an implementation.
+
+    Attributes:
+        seconds: time of the timed steps.
+        losses: loss of each step, including the first, which is not timed.
+        loaded_bytes, peak_bytes: peak memory of the process before and after training.
     """
 
     seconds: float
@@ -102,7 +107,7 @@ def main() -> None:
     print(json.dumps(machine))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_base(args.checkpoint, folder, layers=args.layers, max_length=args.max_length)
-        # One more than is trained: while a batch is trained the next one is made already.
+        # One batch more than is trained, because the next batch is built while one is trained.
         count = (args.steps + 2) * args.groups
         groups, rows = choose_groups(
             args.rows, tokenizer, count=count, group_size=args.group_size, max_length=args.max_length
@@ -132,26 +137,28 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="plain Llama, folder or Hub id")
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a plain Llama")
     parser.add_argument("--rows", type=Path, required=True, help="rows to train on (.jsonl or .jsonl.gz)")
-    parser.add_argument("--layers", type=int, default=4, help="first layers that are kept; 0 keeps all (default: 4)")
-    parser.add_argument("--steps", type=int, default=6, help="that are timed, after one that is not (default: 6)")
-    parser.add_argument("--groups", type=int, default=4, help="queries a step (default: 4)")
-    parser.add_argument("--group-size", type=int, default=8, help="passages a query (default: 8)")
-    parser.add_argument("--max-length", type=int, default=512, help="most tokens of a rendered pair (default: 512)")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="how many of the first layers to keep; 0 keeps all (default: 4)"
+    )
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after one that is not timed (default: 6)")
+    parser.add_argument("--groups", type=int, default=4, help="queries per step (default: 4)")
+    parser.add_argument("--group-size", type=int, default=8, help="passages per query (default: 8)")
+    parser.add_argument("--max-length", type=int, default=512, help="maximum tokens of a rendered pair (default: 512)")
     parser.add_argument("--rounds", type=int, default=3, help="the best one counts (default: 3)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="to compute in; weights are float32 (default: float32)",
+        help="dtype of the computation; weights are float32 (default: float32)",
     )
-    parser.add_argument("--json", type=Path, help="everything measured")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
     return parser.parse_args()
 
 
 def write_base(checkpoint: str, folder: str, *, layers: int, max_length: int) -> PreTrainedTokenizerBase:
-    """Saves the checkpoint's first layers (all with 0) and a seeded head in float32; returns the saved tokenizer."""
+    """Saves the first layers (0: all) and a seeded head in float32. Returns the saved tokenizer."""
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     kept = {"num_hidden_layers": layers} if layers else {}
@@ -168,14 +175,16 @@ def choose_groups(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, count: int, group_size: int, max_length: int
 ) -> tuple[list[Group], dict[str, Any]]:
     """
-    Draws rows from a seed and makes a group of each: its first positive and its first negatives.
+    Draws rows by a seed and makes a group of each: its first positive and its first negatives.
 
-    Only rows are taken that all implementations train alike: whole, because sentence-transformers truncates the longer
-    text of a pair and this package the passage; with equally many passages, because it averages over the pairs of a
-    batch and this package over groups; and with the same tokens whether a pair is rendered or given in two halves.
+    A row is used only if all implementations train it alike:
+    - No pair is cut, because sentence-transformers truncates the longer text of a pair and this package the passage.
+    - All groups have the same number of passages, because sentence-transformers averages over the pairs of a batch and
+      this package over groups.
+    - A pair has the same tokens whether it is rendered or given in two halves.
 
     Returns:
-        `count` groups, and how many rows were looked at and left out for each reason.
+        `count` groups, and the numbers of rows that were looked at and left out for each reason.
 
     Raises:
         ValueError: there are too few such rows.
@@ -204,14 +213,14 @@ def choose_groups(
             groups.append(Group(row.query, passages, lengths))
     if len(groups) < count:
         raise ValueError(
-            f"{path}: {count} groups are needed, but only {len(groups)} of {len(rows)} rows can be used "
+            f"{path}: {count} groups are needed, but only {len(groups)} of {len(rows)} rows are usable "
             f"(left out: {dict(left_out)}); lower steps, groups or group_size, or raise max_length"
         )
     return groups, {"looked_at": len(groups) + left_out.total(), "taken": len(groups), "left_out": dict(left_out)}
 
 
 def measure(task: Task, rounds: int) -> dict[str, list[Run]]:
-    """Trains with each implementation in turn, each round beginning with another one."""
+    """Trains with each implementation in turn. Each round starts with a different implementation."""
     names = list(TRAINERS)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(rounds):
@@ -259,7 +268,7 @@ def train(name: str, task: Task) -> Run:
 
 
 class Clock(TrainerCallback):
-    """Remembers when each step ended, in seconds."""
+    """Records the time at which each step ended, in seconds."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -269,7 +278,7 @@ class Clock(TrainerCallback):
 
 
 def make_trainer(task: Task, arguments: dict[str, Any], losses: list[float], *, packing: bool) -> Trainer:
-    """This package's trainer, which appends the loss of each step to `losses`."""
+    """Returns this package's trainer. It appends the loss of each step to `losses`."""
 
     @wraps(ranknet)
     def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -296,7 +305,7 @@ def make_trainer(task: Task, arguments: dict[str, Any], losses: list[float], *, 
 def make_peer(
     task: Task, arguments: dict[str, Any], losses: list[float], *, mini_batch_size: int | None = None
 ) -> Trainer:
-    """The trainer of sentence-transformers, which appends the loss of each step to `losses`."""
+    """Returns the trainer of sentence-transformers. It appends the loss of each step to `losses`."""
     import sentence_transformers
     from datasets import Dataset
     from sentence_transformers.base.sampler import DefaultBatchSampler
@@ -340,16 +349,15 @@ TRAINERS: dict[str, Callable[[Task, dict[str, Any], list[float]], Trainer]] = {
 
 def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
     """
-    The rows of the table.
+    Returns the rows of the table, one per implementation.
+
+    A row has the speed of the best and of the median round, the share of padding among the tokens of the timed steps,
+    and the peak memory. It also has the ratios of the speed to this package's padded batches and to the faster peer:
+    between the best rounds, and as the median of the ratios within each round.
 
     Args:
-        runs: those of each implementation, one a round.
-        task: what was trained.
-
-    Returns:
-        For each implementation the speed of its best round and the median one, the share of padding among the tokens
-        of the timed steps, the largest peaks of memory, and the ratios of its speed to that of this package's padded
-        batches and of the faster peer, of the best rounds and as the median of those within a round.
+        runs: the runs of each implementation, one per round.
+        task: the task that was trained.
     """
     timed = task.batches[1 : task.steps + 1]
     lengths = [[length for group in batch for length in group.lengths] for batch in timed]
@@ -381,13 +389,13 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
 
 
 def padded_tokens(lengths: Sequence[int], size: int) -> int:
-    """Tokens, padding included, of pairs of these lengths in batches of `size` pairs, in their order."""
+    """Returns the tokens, including padding, of pairs of these lengths in batches of `size` pairs, in order."""
     batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
     return sum(len(batch) * max(batch) for batch in batches)
 
 
 def print_losses(runs: dict[str, list[Run]]) -> float:
-    """Prints the losses of the first round; returns the largest difference at any step, between any two runs."""
+    """Prints the losses of the first round. Returns the largest difference between two runs at any step."""
     print("\n" + "  ".join(f"{title:>21}" for title in ("loss at step", *runs)))
     for step, losses in enumerate(zip(*(rounds[0].losses for rounds in runs.values()), strict=True), start=1):
         print("  ".join(f"{cell:>21}" for cell in (str(step), *(f"{loss:.7f}" for loss in losses))))

@@ -1,4 +1,4 @@
-"""The pairs that are scored: from a BEIR folder with a first-stage run, or made up from a seed."""
+"""The pairs to score: from a BEIR folder with a first-stage run, or made up from a seed."""
 
 import gzip
 import json
@@ -30,18 +30,18 @@ _WORDS = (
 
 
 class Collection(NamedTuple):
-    """Texts by id, and for each query the ids of its passages in the order of the first stage."""
+    """Texts by id, and the passage ids of each query in first-stage order."""
 
     corpus: dict[str, str]
     queries: dict[str, str]
     run: dict[str, list[str]]
 
     def passages(self, query_id: str) -> list[str]:
-        """The passages of a query, best first, at most `DEPTH`."""
+        """Returns the passages of a query, best first, at most `DEPTH`."""
         return [self.corpus[doc_id] for doc_id in self.run[query_id][:DEPTH]]
 
     def pairs(self, num_queries: int) -> list[Pair]:
-        """The pairs of queries that are spread evenly over the run."""
+        """Returns the pairs of `num_queries` queries, spread evenly over the run."""
         return [
             (self.queries[query_id], passage)
             for query_id in spread(list(self.run), num_queries)
@@ -50,7 +50,7 @@ class Collection(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """Pairs, and the most tokens of a rendered one."""
+    """Pairs, and the maximum number of tokens of a rendered pair."""
 
     name: str
     pairs: list[Pair]
@@ -58,14 +58,14 @@ class Workload(NamedTuple):
 
 
 def spread(items: list[T], count: int | None) -> list[T]:
-    """At most `count` items, evenly spaced, in order."""
+    """Returns at most `count` items, evenly spaced, in order. None keeps all."""
     if count is None or count >= len(items):
         return items
     return [items[index * len(items) // count] for index in range(count)]
 
 
 def read_collection(folder: str | os.PathLike[str]) -> Collection:
-    """Reads `corpus.jsonl.gz`, `queries.jsonl.gz` and `run.bm25.trec`; a passage is its title and its text."""
+    """Reads `corpus.jsonl.gz`, `queries.jsonl.gz` and `run.bm25.trec`. A passage is its title and its text."""
     folder = Path(folder)
     corpus = {row["_id"]: f"{row['title']} {row['text']}".strip() for row in _read_lines(folder / "corpus.jsonl.gz")}
     queries = {row["_id"]: row["text"] for row in _read_lines(folder / "queries.jsonl.gz")}
@@ -84,7 +84,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, str]]:
 def make_collection(
     *, num_queries: int = 300, num_passages: int = 2000, depth: int = DEPTH, seed: int = 0
 ) -> Collection:
-    """Made-up queries of 8 words and passages of 60 to 160 words, the same for a seed."""
+    """Makes up queries of 8 words and passages of 60 to 160 words. The seed decides the words."""
     generator, vocabulary = random.Random(seed), _WORDS.split()
 
     def words(count: int) -> str:
@@ -105,15 +105,15 @@ def make_workloads(
     max_pairs: int | None,
 ) -> Iterator[Workload]:
     """
-    Yields workloads, those of one `max_length` next to each other.
+    Yields workloads. Those with the same `max_length` are adjacent.
 
     Args:
-        names: some of `WORKLOADS`; `growth` is one workload for each of its sizes.
-        collection: where the texts are from.
-        tokenizer: counts tokens where a workload asks for so many.
-        num_queries: of `nq` and `short`.
-        growth: sizes in pairs.
-        max_pairs: the most pairs of a workload; others are dropped evenly. `growth` has its own sizes.
+        names: names from `WORKLOADS`. `growth` gives one workload per size.
+        collection: source of the texts.
+        tokenizer: counts tokens for `latency` and `long`.
+        num_queries: queries of `nq` and `short`.
+        growth: sizes of the `growth` workloads in pairs.
+        max_pairs: maximum pairs of a workload, evenly chosen. It does not apply to `growth`.
     """
     if "latency" in names:
         yield Workload("latency", _latency_pairs(collection, tokenizer))
@@ -133,12 +133,12 @@ def make_workloads(
 
 
 def _first_words(text: str) -> str:
-    """Enough for a rendered pair of about 60 tokens."""
+    """Returns the first words of a text, enough for a rendered pair of about 60 tokens."""
     return " ".join(text.split()[:SHORT_WORDS])
 
 
 def _latency_pairs(collection: Collection, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
-    """One query with `DEPTH` passages of `LATENCY_TOKENS` tokens each."""
+    """Returns one query with `DEPTH` passages of `LATENCY_TOKENS` tokens each."""
     query_id = next(iter(collection.run))
     passages = collection.passages(query_id)
     rotated = (passages[index:] + passages[:index] for index in range(len(passages)))
@@ -146,7 +146,7 @@ def _latency_pairs(collection: Collection, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _long_pairs(collection: Collection, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Pair]:
-    """Pairs whose passages have from the first to the second of `LONG_TOKENS` tokens, in even steps."""
+    """Returns pairs with passages of increasing length, from `LONG_TOKENS[0]` to `LONG_TOKENS[1]` tokens."""
     shortest, longest = LONG_TOKENS
     pairs = []
     for index, query_id in enumerate(spread(list(collection.run), count)):
@@ -157,7 +157,7 @@ def _long_pairs(collection: Collection, tokenizer: PreTrainedTokenizerBase, coun
 
 
 def _join(texts: list[str], num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The texts one after the other, over and over, up to `num_tokens` tokens."""
+    """Joins the texts, repeating them if necessary, up to `num_tokens` tokens."""
     joined = ""
     for text in cycle(texts):
         joined = f"{joined} {text}".strip()

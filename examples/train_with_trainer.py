@@ -1,4 +1,4 @@
-"""Fine-tunes a reranker pointwise with the plain Hugging Face Trainer.
+"""Fine-tunes a reranker pointwise with the plain Hugging Face Trainer. Run it with:
 
 python examples/train_with_trainer.py HuggingFaceTB/SmolLM2-135M rows.jsonl output
 """
@@ -14,7 +14,7 @@ from llama_bidir.data import load_rows
 base, rows, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = LlamaBidirectionalForSequenceClassification.from_pretrained(base, dtype="float32")
-encoder = CrossEncoder(model, tokenizer)  # gives the tokenizer a pad token where it has none
+encoder = CrossEncoder(model, tokenizer)  # adds a pad token if the tokenizer has none
 
 pairs = [
     {"text": encoder.config.prompt_template.format(query=row["query"], passage=passage), "labels": label}

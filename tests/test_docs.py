@@ -1,4 +1,4 @@
-"""The code of the pages in docs/, each run from top to bottom as one script."""
+"""Runs the code blocks of pages in docs/. Each page is one script, from top to bottom."""
 
 import json
 import re

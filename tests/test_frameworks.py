@@ -12,7 +12,7 @@ from llama_bidir.checkpoints.export import export_reranker
 
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8")
 QUERY = "how do bees find their way?"
-THEIR_OWN = "What the frameworks bring"
+THEIR_OWN = "The frameworks' own wrappers"
 PASSAGES = ["By the sun.", "A hive holds a queen.", "Trains run on rails.", "They see polarised light.", ""]
 
 

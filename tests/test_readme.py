@@ -1,4 +1,4 @@
-"""The code of the README, run_python as a reader would run it after `make quickstart`."""
+"""Runs the code blocks of the README as a reader would, after `make quickstart`."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_every_block_runs_and_prints_what_it_says(quickstart_output, tmp_path):
         for code, expected in CODE:
             printed = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
             if expected:
-                # Scores differ a little between machines, the ranking does not.
+                # Scores differ slightly between machines, and the ranking does not.
                 numbers = r"-?\d+\.\d+"
                 assert re.sub(numbers, "#", printed) == re.sub(numbers, "#", expected)
         assert "model.safetensors" in hub.repos["you/my-reranker"]
