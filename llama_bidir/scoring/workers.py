@@ -196,7 +196,10 @@ def _stop(connections: list[Any], processes: list[Any]) -> None:
 
 def check_devices(devices: Any) -> list[str]:
     """Returns a list of devices as strings; raises ValueError for an empty one, or for one that torch does not know."""
-    names = [str(torch.device(device)) for device in devices]
+    try:
+        names = [str(torch.device(device)) for device in devices]
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
     if not names:
         raise ValueError("device must name at least one device, got an empty list")
     return names
