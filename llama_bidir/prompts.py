@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
+from .utils.errors import InputTypeError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_template: str, max_length: int):
         if not tokenizer.is_fast:
-            raise TypeError(
+            raise InputTypeError(
                 f"{type(tokenizer).__name__} has no token offsets, which truncation needs: pass a fast tokenizer, as "
                 "AutoTokenizer.from_pretrained(checkpoint) returns"
             )

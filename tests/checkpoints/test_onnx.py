@@ -8,7 +8,7 @@ from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
 from llama_bidir.checkpoints import loading
 from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.checkpoints.onnx import OnnxReranker
-from llama_bidir.jobs.rerank.scorer import check_one_score
+from llama_bidir.jobs.scoring import describe_scoring
 
 
 @pytest.mark.slow
@@ -55,5 +55,5 @@ def test_what_an_exported_graph_cannot_do_is_told(save, tmp_path, monkeypatch):
     reranker = CrossEncoder(folder, backend="onnx")
     with pytest.raises(ValueError, match="backend 'onnx' computes on the CPU: leave device out"):
         reranker.predict(PAIRS, device="cuda:1")
-    with pytest.raises(TypeError, match="a run is reranked with backend 'torch'"):
-        check_one_score(reranker)
+    with pytest.raises(TypeError, match="a job that resumes needs backend 'torch'"):
+        describe_scoring(reranker)

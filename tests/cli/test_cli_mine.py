@@ -11,6 +11,7 @@ pytest.importorskip("datasets")
 
 from llama_bidir.cli import main
 from llama_bidir.data import load_rows
+from llama_bidir.jobs import scoring
 from llama_bidir.training import read_history
 
 WORDS = ["bees", "hive", "clover", "sun", "Paris", "France", "Seine", "garden", "flowers", "white"]
@@ -115,9 +116,7 @@ def test_a_corpus_that_is_not_searched_is_said(command, tmp_path, caplog):
 
 
 def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
-    from llama_bidir.jobs.mining import job
-
-    monkeypatch.setattr(job.mine_file, "__kwdefaults__", {**job.mine_file.__kwdefaults__, "window_pairs": 16})
+    monkeypatch.setattr(scoring, "CPU_WINDOW_PAIRS", 16)
     assert main(command("--keep-empty", "--max-length=16")) == 0
     assert sum("were cut to fit" in record.getMessage() for record in caplog.records) == 1
 
@@ -204,4 +203,4 @@ def test_rows_without_candidates_need_a_corpus(command, tmp_path, capsys):
     )
     write(source, lines({"query": "q", "pos_doc": "a"}))
     assert main(command(candidates="neg_doc", corpus=tmp_path / "corpus.jsonl")) == 2
-    assert "so that no corpus is searched: leave corpus out" in capsys.readouterr().err
+    assert "so no corpus is searched: leave corpus out" in capsys.readouterr().err

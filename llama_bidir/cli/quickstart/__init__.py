@@ -1,31 +1,16 @@
 """Make, fine-tune, save, reload and evaluate a small reranker, without a download."""
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..options import positive_float, positive_int
 
 if TYPE_CHECKING:
     from .steps import QuickstartResult
 
 NUM_EXAMPLES = 3
-
-
-def positive_int(text: str) -> int:
-    """Reads an int above 0."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def positive_float(text: str) -> float:
-    """Reads a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
