@@ -9,6 +9,7 @@ import re
 import pytest
 from helpers import NO_SCORES, SHARED, arrow_bytes, lines, write
 
+from llama_bidir.data.arrow import are_valid
 from llama_bidir.data.corpus import open_corpus
 from llama_bidir.data.sources import parse_source
 
@@ -53,6 +54,7 @@ BEIR_ROWS = [
 def test_rows_are_made_of_a_beir_folder(beir, load, capfd):
     dataset = load(beir)
     assert list(dataset) == BEIR_ROWS
+    assert are_valid(dataset)
     assert b"second" not in arrow_bytes(dataset)
     assert pickle.loads(pickle.dumps(dataset))[1] == BEIR_ROWS[1]
     assert capfd.readouterr().err == ""

@@ -142,8 +142,8 @@ def as_loaded(*rows):
 
 
 def test_rows_that_load_rows_has_checked_give_the_groups_of_parsed_rows(load, folder):
-    write(folder / "rows.jsonl", lines(SCORED, PLAIN, {**SCORED, "pos_doc": ["p2"], "pos_score": [3]}, PLAIN))
-    loaded = load("rows.jsonl")
+    write(folder / "rows.jsonl", lines(SCORED, PLAIN, {}, {**SCORED, "pos_doc": ["p2"], "pos_score": [3]}, PLAIN))
+    loaded = load("rows.jsonl", skip_bad_rows=True)
     for rows in (loaded, loaded.select([2, 0]), as_loaded(SCORED, PLAIN)):
         assert are_valid(rows)
         for positives in ("cycle", "expand"):
