@@ -15,7 +15,7 @@ from llama_bidir.data.sources import parse_source
 
 pytest.importorskip("datasets")
 
-# What messages end with.
+# The ends of messages.
 CORRECT = "; correct or remove the line"
 REMOVE = "; correct or remove it"
 KEEP = "; keep one of the lines"
