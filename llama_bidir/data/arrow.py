@@ -148,16 +148,18 @@ def are_valid(rows: Any) -> bool:
     sizes = {name: pc.list_value_length(table[name]) for name, kind in COLUMNS.items() if kind != "text"}
     items = {name: pc.list_flatten(table[name]) for name in sizes}
     numbers = [name for name, kind in COLUMNS.items() if kind == "numbers"]
-    conditions = [
+    of_rows = [
         pc.greater(sizes["pos_doc"], 0),
         pc.equal(table["pos_score"].is_null(), table["neg_score"].is_null()),
         *(pc.equal(sizes[name], sizes[f"{name[:3]}_doc"]) for name in numbers),
-        *(pc.is_finite(items[name]) for name in numbers),
     ]
+    if rows._indices is not None:  # the table also holds rows that were left out, such as those with an error
+        of_rows = [condition.take(rows._indices.column(0)) for condition in of_rows]
+    of_items = [pc.is_finite(items[name]) for name in numbers]
     has_nulls = any(table[name].null_count for name in ("query", *PASSAGE_COLUMNS)) or any(
         column.null_count for column in items.values()
     )
-    return not has_nulls and all(pc.all(condition, min_count=0).as_py() for condition in conditions)
+    return not has_nulls and all(pc.all(condition, min_count=0).as_py() for condition in of_rows + of_items)
 
 
 def iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:

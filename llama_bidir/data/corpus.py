@@ -43,9 +43,9 @@ class Corpus:
             type_ = getattr(dataset.features[column], "dtype", dataset.features[column])
             if type_ not in types:
                 raise ValueError(f"{name}: the column {column} must be one of {', '.join(types)}, got {type_}")
-            null = dataset.data.column(column).is_null().index(True).as_py()
-            if null >= 0:
-                raise ValueError(f"{name}: row {null}: the document has no {column}")
+            if (values := dataset.data.column(column)).null_count:
+                row = values.is_null().index(True).as_py()
+                raise ValueError(f"{name}: row {row}: the document has no {column}")
         self.dataset, self.name, self.id_column = dataset, name, id_column
         self._ids = dataset.select_columns(id_column).with_format("arrow")
         self._texts = dataset.select_columns("text").with_format("arrow")

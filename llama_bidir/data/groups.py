@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
@@ -152,6 +151,16 @@ class GroupDataset(Dataset[Group]):
             if not 0 < weight < float("inf"):
                 raise ValueError(f"the weight of a source must be above 0, got {weight!r}")
         self._are_valid = [are_valid(rows) for rows, _ in self.sources]
+        # An entry is what one group is made of: a row, or one of its positives.
+        self._positive_ends: list[Integers] = []
+        num_entries = [len(rows) for rows, _ in self.sources]
+        if grouping.expands:
+            counts = [self._count_positives(source) for source in range(len(self.sources))]
+            self._positive_ends = [np.cumsum(count, dtype=np.int64) for count in counts]
+            num_entries = [sum(count) for count in counts]
+        self._num_entries = num_entries
+        sizes = [round(weight * n) for (_, weight), n in zip(self.sources, num_entries, strict=True)]
+        self._ends: Integers = np.cumsum([0, *sizes], dtype=np.int64)
         # In shared memory, so that the worker processes of a DataLoader follow.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._shuffles: dict[tuple[int, int], Integers] = {}
@@ -168,7 +177,7 @@ class GroupDataset(Dataset[Group]):
         return int(self._epoch)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.sources else 0
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Group:
         return self.group(index, self.epoch)
@@ -177,12 +186,12 @@ class GroupDataset(Dataset[Group]):
         """Returns the group of an index in an epoch."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no group {index}: the dataset has {len(self)}")
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        offset = index - self._range(source).start
+        source = int(np.searchsorted(self._ends, index, side="right")) - 1
+        start, end = self._ends[source : source + 2].tolist()
         entries = self._num_entries[source]
-        repetition, entry = divmod(offset, entries)
+        repetition, entry = divmod(index - start, entries)
         if repetition == int(self.sources[source][1]):  # the fractional part of the weight
-            share = len(self._range(source)) - repetition * entries
+            share = end - start - repetition * entries
             round_, entry = divmod(epoch * share + entry, entries)
             entry = int(self._shuffle(source, round_)[entry])
         row, positive = entry, None
@@ -211,12 +220,8 @@ class GroupDataset(Dataset[Group]):
     def _name(self, source: int, row: int) -> str:
         return f"row {row} of {self.names[source]}"
 
-    def _range(self, source: int) -> range:
-        """The indices of the groups of a source."""
-        return range(int(self._ends[source - 1]) if source else 0, int(self._ends[source]))
-
     def _shuffle(self, source: int, round_: int) -> Integers:
-        """The order in which a round goes through all rows of a source."""
+        """The order in which a round goes through all entries of a source."""
         if (source, round_) not in self._shuffles:
             # An epoch is in two rounds at most.
             self._shuffles = {key: value for key, value in self._shuffles.items() if key != (source, round_ - 2)}
@@ -224,25 +229,10 @@ class GroupDataset(Dataset[Group]):
             self._shuffles[source, round_] = generator.permutation(self._num_entries[source])
         return self._shuffles[source, round_]
 
-    @cached_property
-    def _ends(self) -> Integers:
-        sizes = [round(weight * n) for (_, weight), n in zip(self.sources, self._num_entries, strict=True)]
-        return np.cumsum(sizes, dtype=np.int64)
-
-    @cached_property
-    def _num_entries(self) -> list[int]:
-        if self.grouping.expands:
-            return [int(ends[-1]) if len(ends) else 0 for ends in self._positive_ends]
-        return [len(rows) for rows, _ in self.sources]
-
-    @cached_property
-    def _positive_ends(self) -> list[Integers]:
-        return [np.cumsum(self._count_positives(source), dtype=np.int64) for source in range(len(self.sources))]
-
     def _count_positives(self, source: int) -> list[int]:
         rows: Any = self.sources[source][0]
         if self._are_valid[source]:
-            return [len(passages) for part in iterate_column(rows, "pos_doc") for passages in part]
+            return [size for part in iterate_column(rows, "pos_doc") for size in part.value_lengths().to_pylist()]
         return [len(self._read(source, row).positives) for row in range(len(rows))]
 
 

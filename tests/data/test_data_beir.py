@@ -9,12 +9,13 @@ import re
 import pytest
 from helpers import NO_SCORES, SHARED, arrow_bytes, lines, write
 
+from llama_bidir.data.arrow import are_valid
 from llama_bidir.data.corpus import open_corpus
 from llama_bidir.data.sources import parse_source
 
 pytest.importorskip("datasets")
 
-# What messages end with.
+# The ends of messages.
 CORRECT = "; correct or remove the line"
 REMOVE = "; correct or remove it"
 KEEP = "; keep one of the lines"
@@ -53,6 +54,7 @@ BEIR_ROWS = [
 def test_rows_are_made_of_a_beir_folder(beir, load, capfd):
     dataset = load(beir)
     assert list(dataset) == BEIR_ROWS
+    assert are_valid(dataset)
     assert b"second" not in arrow_bytes(dataset)
     assert pickle.loads(pickle.dumps(dataset))[1] == BEIR_ROWS[1]
     assert capfd.readouterr().err == ""

@@ -21,7 +21,7 @@ def make_corpus(
 
 @pytest.fixture
 def corpus_id_file(folder):
-    """Two corpora, one of them with ints for identifiers and one in JSON Lines, and rows in all forms."""
+    """Two corpora, one with ints as identifiers and one in JSON Lines, and rows in every form."""
     make_corpus(folder / "wiki", "wiki", {"id": [7, 8, 9], "text": ["seven", "eight", "nine"], "title": ["", "", ""]})
     write(folder / "news" / "merlin_metadata.json", json.dumps({"class": "WikiSSNQDataset", "corpus_id": 1}))
     write(folder / "news" / "part-1.jsonl", lines({"docid": "a", "text": "first"}))

@@ -16,7 +16,7 @@ from llama_bidir.data.sources import Source, parse_source, read_rows
 
 pytest.importorskip("datasets")
 
-# What messages end with.
+# The ends of messages.
 CONVERT = "; convert the file"
 FETCH = "; fetch or write it again"
 
@@ -143,7 +143,7 @@ print(growth * 1024, len(dataset), dataset[15999]["query"], dataset.cache_files[
 
 
 @pytest.mark.slow
-def test_processes_read_a_large_new_file_at_once_in_little_memory(folder):
+def test_two_processes_read_a_large_new_file_in_little_memory(folder):
     write(folder / "small.jsonl", lines(ROW))
     size = 0
     with (folder / "rows.jsonl").open("w") as file:
@@ -193,7 +193,7 @@ def test_malformed_sources_are_named(entry, message):
         parse_source(entry, "e")
 
 
-def test_sources_of_no_known_kind_are_refused(folder, load):
+def test_sources_of_an_unknown_kind_are_refused(folder, load):
     write(folder / "rows.csv", "q,p\n")
     for name in ("rows.csv", "gone.tsv"):
         with pytest.raises(ValueError, match=f"^{re.escape(f'{READABLE}; got {name!r}')}$"):
