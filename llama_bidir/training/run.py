@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
+from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
 from .checkpoints import (
     SAVING_NAME,
     check_removable,
@@ -70,11 +70,11 @@ def train(
             f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
             "choose another training.output_dir"
         )
-    train_dataset = _load_groups(data_args.train, data_args, training_grouping(data_args, training_args), training_args)
+    grouping = data_args.grouping(training_args.draw_seed)
+    train_dataset = _load_groups(data_args.train, data_args, grouping, training_args.loss)
     eval_dataset = None
     if data_args.eval:
-        grouping = Grouping(group_size=data_args.eval_group_size, negatives="first")
-        eval_dataset = _load_groups(data_args.eval, data_args, grouping, training_args)
+        eval_dataset = _load_groups(data_args.eval, data_args, data_args.eval_grouping(), training_args.loss)
     set_seed(training_args.seed)  # a new head is drawn at random
     model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
@@ -151,13 +151,9 @@ def _path(entry: Any) -> str:
     return parse_source(entry).path
 
 
-def _load_groups(
-    entries: list[Any], data_args: DataArguments, grouping: Grouping, training_args: CrossEncoderTrainingArguments
-) -> GroupDataset:
+def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: str) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
-    weighted = [
-        (load_usable_rows(source, data_args, grouping, training_args.loss), source.weight) for source in sources
-    ]
+    weighted = [(load_usable_rows(source, data_args, grouping, loss), source.weight) for source in sources]
     return GroupDataset(weighted, grouping, names=[source.path for source in sources])
 
 
@@ -171,17 +167,6 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
     return rows
 
 
-def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:
-    """How rows become training groups."""
-    return Grouping(
-        group_size=data_args.group_size,
-        positives=data_args.positives,
-        negatives=data_args.negatives,
-        short_groups=data_args.short_groups,
-        seed=training_args.draw_seed,
-    )
-
-
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adapter: bool) -> PreTrainedModel:
     """
     Loads the checkpoint to train: in float32, or in `model_args.dtype` where it stays frozen under an adapter.
@@ -189,20 +174,15 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adap
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    fields: dict[str, Any] = {
-        "pooling": model_args.pooling,
-        "temperature": model_args.temperature,
-        "prompt_template": data_args.prompt_template,
-        "rerank_max_length": data_args.rerank_max_length,
-        "attn_implementation": model_args.attn_implementation,
-        "revision": model_args.revision,
-    }
+    fields = config_fields(model_args, data_args)
+    if model_args.attn_implementation is not None:
+        fields["attn_implementation"] = model_args.attn_implementation
     if model_args.load_in_4bit:
         fields["quantization_config"] = _four_bits(model_args.dtype)
     return LlamaBidirectionalForSequenceClassification.from_pretrained(
         model_args.model_name_or_path,
         dtype=model_args.dtype if has_adapter else "float32",
-        **{name: value for name, value in fields.items() if value is not None},
+        **fields,
     )
 
 
