@@ -81,7 +81,7 @@ def run_quickstart(
     """
     if model is not None:
         check_checkpoint_path(model)
-    for module in ("bm25s", "ir_measures", "matplotlib"):
+    for module in ("bm25s", "ir_measures", "matplotlib", "scipy"):
         require(module, "eval")
     with whole_folder(output, overwrite=overwrite) as folder:
         made = model is None and train_file is None
@@ -109,7 +109,7 @@ def run_quickstart(
             },
         )
         echo("scoring the held-out questions before fine-tuning")
-        before = _evaluate(CrossEncoder(model, max_length=recipe.data.rerank_max_length), test_set)
+        base = _evaluate(CrossEncoder(model, max_length=recipe.data.rerank_max_length), test_set)
         echo(f"fine-tuning for {recipe.training.max_steps} steps")
         train(*recipe)
 
@@ -119,18 +119,18 @@ def run_quickstart(
             AutoTokenizer.from_pretrained(folder / "model"),
         )
         write_model_card(folder / "model", reloaded.config, os.path.join(output, "model"))
-        after = _evaluate(reloaded, test_set)
+        tuned = _evaluate(reloaded, test_set)
 
-        for tag, run in (("bm25", test_set.run), ("before", before.run), ("after", after.run)):
+        for tag, run in (("bm25", test_set.run), ("before", base.run), ("after", tuned.run)):
             write_run(folder / f"run.{tag}.trec", run, tag)
         scores = {
             "random order": _average_over_shuffles(test_set),
-            "BM25": before.before.aggregated,
-            "before fine-tuning": before.after.aggregated,
-            "after fine-tuning": after.after.aggregated,
+            "BM25": base.before.aggregated,
+            "before fine-tuning": base.after.aggregated,
+            "after fine-tuning": tuned.after.aggregated,
         }
         plot_ndcg(folder / "ndcg.png", {name: measures["nDCG@10"] for name, measures in scores.items()})
-    return QuickstartResult(scores, test_set, after.run)
+    return QuickstartResult(scores, test_set, tuned.run)
 
 
 def make_test_set(rows: list[dict[str, Any]]) -> Dataset:
