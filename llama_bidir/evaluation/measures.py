@@ -96,7 +96,7 @@ def parse_measures(measures: str | Iterable[str]) -> list[Any]:
         measures of ir_measures.
 
     Raises:
-        ValueError: a measure is unknown (the message names the nearest one), a parameter is invalid, or there is no name.
+        ValueError: a measure is unknown (the message names the nearest), a parameter is invalid, or no name is given.
         ImportError: a measure needs a package that is not installed.
     """
     if isinstance(measures, str):
