@@ -150,7 +150,7 @@ class OnnxReranker:
     def to(self, device: str | int | torch.device) -> None:
         """Raises ValueError for any device but the CPU."""
         if torch.device(device).type != "cpu":
-            raise ValueError(f"backend 'onnx' computes on the CPU: leave device out, got {device!r}")
+            raise ValueError(f"backend 'onnx' computes on the CPU: leave device out, got {str(device)!r}")
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
         inputs = dict(zip(INPUTS, (input_ids.long().numpy(), attention_mask.long().numpy()), strict=True))

@@ -131,8 +131,8 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
     )
     known = {mode: name for name, mode in POOLING_MODES.items()}
     mode = pooling.get("pooling_mode")
-    is_linear = str(dense.get("activation_function", "Tanh")).endswith("Identity") and not dense.get("use_residual")
-    if mode not in known or not is_linear or dense.get("bias", True):
+    is_identity = str(dense.get("activation_function", "Tanh")).endswith("Identity")
+    if mode not in known or not is_identity or dense.get("bias", True) or dense.get("use_residual"):
         raise ValueError(
             f"{name_or_path!r}: pooling must be one of {', '.join(known)}, and the Dense head linear without bias, got "
             f"{mode!r} and {dense}"

@@ -8,8 +8,9 @@ from helpers import PASSAGE_FIRST, make_model, make_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from llama_bidir import CrossEncoder
-from llama_bidir.checkpoints.chat_template import make_chat_template
+from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
+from llama_bidir.checkpoints import chat_template
+from llama_bidir.checkpoints.chat_template import find_prompt_template, make_chat_template
 from llama_bidir.checkpoints.export import export_reranker
 
 
@@ -28,6 +29,20 @@ def test_a_chat_template_writes_special_tokens_out():
     assert lone == "a passage"
     with pytest.raises(Exception, match="a pair is a message of role query and one of role document"):
         tokenizer.apply_chat_template([messages[0]] * 2, chat_template=template)
+
+
+def test_a_prompt_that_no_chat_template_reproduces_is_left_out_with_a_warning(tmp_path, caplog, monkeypatch):
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    monkeypatch.setattr(chat_template, "_renders_the_same", lambda *args: False)
+    CrossEncoder(make_model(), tokenizer).save_pretrained(tmp_path)
+    assert caplog.messages == [
+        "saved without a chat template, so sentence-transformers will not know the prompt: the prompt template "
+        "'question:{query} \\n \\n passage:{passage}' cannot be written as a chat template for "
+        f"{type(tokenizer).__name__}, which returns different token ids when the text includes its special tokens"
+    ]
+    assert not (tmp_path / "chat_template.jinja").exists()
+    with pytest.raises(ValueError, match="cannot be written as a chat template"):
+        export_reranker(tmp_path, tmp_path / "st", format="sentence-transformers")
 
 
 def test_vllm_puts_special_tokens_around_what_its_template_renders(tmp_path):
@@ -51,7 +66,7 @@ def test_vllm_puts_special_tokens_around_what_its_template_renders(tmp_path):
     assert saved.apply_chat_template(messages, return_dict=True)["input_ids"] == expected
 
 
-def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
+def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path, caplog):
     prompt = 'Query: {query}\n\n"Text": {passage}'
     folder, _ = save()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -73,6 +88,11 @@ def test_the_prompt_of_nemo_automodel_is_recovered(save, tmp_path):
     # A prompt that the configuration has goes before it.
     other = make_model(prompt_template=PASSAGE_FIRST)
     assert CrossEncoder(other, AutoTokenizer.from_pretrained(folder)).config.prompt_template == PASSAGE_FIRST
+    config = LlamaBidirectionalConfig()
+    unreadable = AutoTokenizer.from_pretrained(folder)
+    unreadable.chat_template = {"reranking": "{{ messages[0] }}"}
+    assert find_prompt_template(unreadable, config) == config.prompt_template
+    assert "the chat template 'reranking' has no readable prompt template: pass prompt_template" in caplog.text
     # Saved by us, the prompt is in the configuration, and no template of NeMo's is left to contradict it.
     recovered.config.prompt_template = PASSAGE_FIRST
     recovered.save_pretrained(folder)

@@ -16,7 +16,7 @@ from llama_bidir.cli import main
 from llama_bidir.scoring import device
 
 
-def test_every_format_has_a_card_that_says_how_to_load_it(save, tmp_path):
+def test_the_card_of_each_format_explains_how_to_load_it(save, tmp_path):
     folder, _ = save()
     said = {
         "sentence-transformers": "from sentence_transformers",
@@ -33,7 +33,7 @@ def test_every_format_has_a_card_that_says_how_to_load_it(save, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_adapter_is_merged_on_the_way(base_checkpoint, tmp_path, format):
+def test_an_adapter_is_merged_before_it_is_exported(base_checkpoint, tmp_path, format):
     peft = pytest.importorskip("peft")
     from llama_bidir.training.lora import add_adapter
 
@@ -64,16 +64,25 @@ def test_an_adapter_is_merged_on_the_way(base_checkpoint, tmp_path, format):
     np.testing.assert_allclose(scores, expected, rtol=1e-4 if format == "onnx" else 1e-5)
 
 
-def test_an_export_never_replaces_what_it_reads_or_something_else(save, tmp_path):
+def test_a_base_model_is_exported_with_a_warning_that_its_scores_mean_nothing(base_checkpoint, tmp_path, caplog):
+    export_reranker(base_checkpoint, tmp_path / "out", format="hub")
+    [warning] = [message for message in caplog.messages if message.startswith("score.weight is new: ")]
+    assert str(base_checkpoint) in warning
+    assert warning.endswith("needs training before its scores mean anything")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_export_never_replaces_what_it_reads_or_something_else(save, tmp_path, capsys):
     folder, _ = save()
     arguments = ["export", "--model", str(folder), "--format", "hub", "--overwrite", "--output"]
     assert main([*arguments, str(folder)]) == 2
+    assert "lies in the output" in capsys.readouterr().err
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
     assert main([*arguments, str(other)]) == 2
+    assert "holds something else (it has no config.json)" in capsys.readouterr().err
     assert (other / "thesis.txt").read_text() == "mine"
-    assert main(["export", "--model", str(folder), "--format", "hub", "--int8", "--output", str(tmp_path / "x")]) == 2
 
 
 def test_quantized_weights_and_another_number_of_labels_are_refused(save, tmp_path, monkeypatch):

@@ -41,6 +41,10 @@ def test_a_prompt_that_ends_otherwise_is_the_same_for_pairs_that_fit(save, tmp_p
 def test_other_modules_of_sentence_transformers_are_refused(save, tmp_path):
     folder, _ = save()
     export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    head = (tmp_path / "st" / "2_Dense" / "model.safetensors").rename(tmp_path / "head")
+    with pytest.raises(FileNotFoundError, match=r"st' has no 2_Dense/model.safetensors, which its modules\.json calls"):
+        CrossEncoder(tmp_path / "st")
+    head.rename(tmp_path / "st" / "2_Dense" / "model.safetensors")
     dense = tmp_path / "st" / "2_Dense" / "config.json"
     dense.write_text(json.dumps({**json.loads(dense.read_text()), "activation_function": "torch.nn.Tanh"}))
     with pytest.raises(ValueError, match="the Dense head linear without bias"):
