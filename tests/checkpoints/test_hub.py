@@ -65,7 +65,6 @@ print(json.dumps([reranker.predict({TWO_PAIRS!r}).tolist() for reranker in (by_n
         assert run_python(block, tmp_path, HF_ENDPOINT=hub.endpoint).strip()
 
 
-@pytest.mark.xfail(strict=True, reason="mended on another branch")
 def test_a_refused_push_creates_no_repository(hub, graph_folder, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     refusals = run_python(
