@@ -169,7 +169,7 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
     """
     Llama without the causal mask: each token attends to every token of its sequence.
 
-    `config.is_causal=False` makes transformers build a bidirectional mask. `config.is_causal=True` keeps the causal one.
+    `config.is_causal=False` makes transformers build a bidirectional mask. `True` keeps the causal mask.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
