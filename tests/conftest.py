@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: tiny seeded checkpoints, a tokenizer, and no network."""
+"""Fixtures for all tests: tiny seeded checkpoints and a tokenizer. Tests have no network."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def model() -> LlamaBidirectionalForSequenceClassification:
 
 @pytest.fixture(scope="session")
 def base_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain `llama` checkpoint with a tokenizer that has no pad token, as Llama checkpoints are published."""
+    """A plain `llama` checkpoint. Its tokenizer has no pad token, like those of published Llamas."""
     path = tmp_path_factory.mktemp("base")
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(**tiny_config())).save_pretrained(path)
@@ -59,7 +59,7 @@ def reranker_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Any]:
-    """`load_rows` with a cache of its own."""
+    """`load_rows` with an empty cache."""
     from llama_bidir.data import load_rows
 
     return partial(load_rows, cache_dir=tmp_path / "cache")
@@ -67,7 +67,7 @@ def load(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that is also the working one, so that messages hold short names."""
+    """An empty working folder. Messages therefore hold short names."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -81,7 +81,7 @@ class QuickstartOutput(NamedTuple):
 
 @pytest.fixture(scope="session")
 def quickstart_output(tmp_path_factory: pytest.TempPathFactory) -> QuickstartOutput:
-    """What `llama-bidir quickstart` makes and prints, run once (about 90 seconds)."""
+    """The folder and the output of `llama-bidir quickstart`, which runs once (about 90 seconds)."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
     command = [sys.executable, "-m", "llama_bidir", "quickstart", "--output", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

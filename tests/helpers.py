@@ -1,4 +1,4 @@
-"""What tests of several rooms share: tiny seeded models, files of rows and runs, and arguments for a CPU."""
+"""Helpers for tests of several rooms: tiny seeded models, files of rows and runs, and training arguments."""
 
 import gzip
 import json
@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from llama_bidir import LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
 from llama_bidir.evaluation import System, compare, evaluate_queries, make_report, render_report
 
-SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).with_name("golden")
+CRANFIELD = Path(__file__).with_name("cranfield")
 TEXTS = [
     "question: where do bees find their way? passage: Honey bees navigate by the position of the sun.",
     "The hive was painted white, and the garden was full of clover; nobody counted the flowers.",
@@ -46,7 +46,7 @@ def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(**kwargs: object) -> dict[str, object]:
-    """Fields of a Llama small enough for every test: 2 layers, grouped-query attention, about 30 thousand weights."""
+    """Returns the fields of a tiny Llama: 2 layers, grouped-query attention, about 30,000 weights."""
     return {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -158,7 +158,7 @@ class Collection(NamedTuple):
 
 
 def write_collection(folder: Path, *, num_queries: int = 12, num_documents: int = 30, depth: int = 10) -> Collection:
-    """Queries q0 to qN, all but q3 with `depth` candidates, which are in the run by rank but not by query number."""
+    """Writes queries, of which all but q3 have `depth` candidates. The run lists the queries in reverse order."""
     draw = random.Random(7)
     documents = [
         {
@@ -243,7 +243,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 def stop(finished: Path, stopped: Path, checkpoint: str) -> None:
-    """Makes a folder as it is after a run was stopped behind one of its checkpoints."""
+    """Makes the folder of a run that was stopped after one of its checkpoints."""
     stopped.mkdir()
     shutil.copytree(finished / checkpoint, stopped / checkpoint)
     run = json.loads((finished / "training_run.json").read_text())
@@ -276,7 +276,7 @@ def make_systems(num_queries: int = 1200) -> tuple[dict[str, dict[str, int]], Sy
 
 
 def write_report(path: Path) -> Path:
-    """Writes a page of all sections, whose texts attack it."""
+    """Writes a report with all sections, whose texts try to inject HTML."""
     qrels, system, baseline = make_systems()
     report = make_report(qrels, system, baseline, compare(system.evaluation, baseline.evaluation))
     texts = [ATTACK, "what is a bee? " * 60, "ما هي عاصمة فرنسا؟", "x" * 400]
@@ -294,7 +294,7 @@ def write_report(path: Path) -> Path:
 
 
 def run_python(code, path, **environment):
-    """Runs code in a process of its own, which reads the Hub's address when it starts."""
+    """Runs code in a new process, because the address of the Hub is read at import."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     variables |= {"HF_HOME": str(path / "hf"), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers import GOLDEN, SEQUENCES, logits_by_layout, make_model, pack, pad, tiny_config
+from helpers import GOLDEN, SEQUENCES, logits_by_layout, make_model, make_tokenizer, pack, pad, tiny_config
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,8 +25,7 @@ from llama_bidir import (
 )
 from llama_bidir.modeling_llama_bidir import pool, pool_packed, sequence_classification_loss
 
-CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()) if GOLDEN.is_dir() else []
-needs_golden = pytest.mark.skipif(not CASES, reason="the golden logits are not beside the checkout")
+CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 
 # Pooling
@@ -73,7 +72,6 @@ def test_pool_packed_by_hand(pooling, expected):
 # Golden logits of the reference
 
 
-@needs_golden
 @pytest.mark.parametrize(
     ("case", "attn_implementation"),
     # flex_attention takes half a minute to compile.
@@ -91,7 +89,6 @@ def test_golden_logits(case, attn_implementation):
             assert difference <= 1e-4, (layout, wanted["pooling"], wanted["temperature"])
 
 
-@needs_golden
 @pytest.mark.parametrize("case", [case for case in CASES if (GOLDEN / case / "base").is_dir()])
 def test_golden_logits_from_the_base_and_the_head(case):
     expected = json.loads((GOLDEN / case / "expected.json").read_text())
@@ -108,7 +105,6 @@ def test_golden_logits_from_the_base_and_the_head(case):
             assert (logits.squeeze(-1) - torch.tensor(wanted["logits"])).abs().max().item() <= 1e-4
 
 
-@needs_golden
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])
 def test_code_of_an_nvidia_style_checkpoint_is_never_executed(trust, caplog):
     path = GOLDEN / "nvidia_style" / "reranker"
@@ -260,8 +256,9 @@ def test_unknown_problem_type_is_refused():
 def test_forward_with_labels_never_changes_the_config():
     model = make_model()
     before = model.config.to_dict()
-    loss = model(**pad(SEQUENCES, "right"), labels=torch.tensor([1, 0, 0, 1])).loss
-    assert loss.requires_grad
+    outputs = model(**pad(SEQUENCES, "right"), labels=torch.tensor([1, 0, 0, 1]))
+    expected = (outputs.logits.squeeze(-1) - torch.tensor([1.0, 0.0, 0.0, 1.0])).square().mean()
+    torch.testing.assert_close(outputs.loss, expected)
     assert model.config.to_dict() == before
     assert model.config.problem_type is None
 
@@ -379,9 +376,10 @@ def test_device_map_that_offloads_gives_equal_scores(reranker_checkpoint, tmp_pa
 
 
 def test_auto_tokenizer_of_a_saved_checkpoint(reranker_checkpoint):
+    saved = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
     tokenizer = AutoTokenizer.from_pretrained(reranker_checkpoint)
-    assert tokenizer("bees").input_ids
-    assert tokenizer.pad_token == "<|pad|>"
+    assert tokenizer("Bees fly.").input_ids == saved("Bees fly.").input_ids
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
 
 
 def test_other_architectures_are_refused_before_their_weights_load(tmp_path):

@@ -1,13 +1,11 @@
 """Training rows of BEIR folders."""
 
-import gzip
-import json
 import os
 import pickle
 import re
 
 import pytest
-from helpers import NO_SCORES, SHARED, arrow_bytes, lines, write
+from helpers import NO_SCORES, arrow_bytes, lines, write
 
 from llama_bidir.data.arrow import are_valid
 from llama_bidir.data.corpus import open_corpus
@@ -199,25 +197,6 @@ def test_queries_with_unknown_documents_can_be_left_out(name, content, message, 
     kept = [row for row in BEIR_ROWS if name == "qrels.tsv" or row["query"] != "query 1"]
     assert list(load("beir", skip_bad_rows=True)) == kept
     assert caplog.records[0].message == f"beir: left out 1 bad rows:\n  beir/{name}{message}"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
-def test_a_real_beir_folder(load):
-    folder = SHARED / "data" / "eval" / "nq"
-    with gzip.open(folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
-        documents = {row["_id"]: f"{row['title']} {row['text']}".strip() for row in map(json.loads, file)}
-    run = [line.split() for line in (folder / "run.bm25.trec").read_text().splitlines()]
-    dataset = load(folder)
-    assert len(dataset) == 500
-    assert dataset[0]["query"] == "who got the first nobel prize in physics"
-    assert dataset[0]["pos_doc"] == [documents["n0000"]]
-    assert dataset[0]["neg_doc"] == [
-        documents[doc] for query, _, doc, *_ in run if query == "nq0000" and doc != "n0000"
-    ]
-    with pytest.raises(
-        ValueError, match=r"several files of run: run\.bm25-en\.trec, run\.bm25\.trec; name one with run:"
-    ):
-        load(folder.parent / "xquad")
 
 
 def test_the_rows_follow_the_run_and_the_corpus_is_cached_once(beir, load, tmp_path):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import SHARED, lines, write
+from helpers import lines, write
 
 from llama_bidir.data import parse_row
 from llama_bidir.data.sources import Source, parse_source, read_rows
@@ -208,16 +208,3 @@ def test_sources_of_an_unknown_kind_are_refused(folder, load):
         ValueError, match=r"^rows.jsonl: run, depth can be given for a BEIR folder only, and this is not one$"
     ):
         load({"path": "rows.jsonl", "run": "r", "depth": 2})
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
-def test_real_train_files(load):
-    sizes = {"squad": 4857, "nq": 1653, "medquad": 1851, "scifact": 537}
-    for name, size in sizes.items():
-        path = SHARED / "data" / "train" / f"{name}-train.jsonl.gz"
-        dataset = load(path)
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            assert [json.loads(line) for line in file] == [
-                {name: row[name] for name in ("query", "pos_doc", "neg_doc")} for row in dataset
-            ]
-        assert len(dataset) == size

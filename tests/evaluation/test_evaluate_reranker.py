@@ -2,11 +2,12 @@
 
 import math
 import re
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import SHARED, lines, make_model, make_tokenizer, write
+from helpers import CRANFIELD, lines, make_model, make_tokenizer, write
 
 from llama_bidir import CrossEncoder
 from llama_bidir.evaluation import Dataset, MTEBCrossEncoder, evaluate_reranker, evaluate_run, load_dataset
@@ -113,9 +114,13 @@ def test_bad_datasets_are_named(dataset, options, error, message, cross_encoder)
         evaluate_reranker(cross_encoder, dataset, **options)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
-def test_a_real_folder(cross_encoder):
-    result = evaluate_reranker(cross_encoder, SHARED / "data" / "eval" / "cranfield", depth=5)
+def test_a_folder_with_real_judgements_and_a_real_run(cross_encoder, tmp_path):
+    shutil.copytree(CRANFIELD, tmp_path, dirs_exist_ok=True)
+    for name, count in (("corpus.jsonl", 1400), ("queries.jsonl", 225)):
+        write(
+            tmp_path / name, lines(*({"_id": str(number), "text": f"bee {number}"} for number in range(1, count + 1)))
+        )
+    result = evaluate_reranker(cross_encoder, tmp_path, depth=5)
     assert (round(result.before.aggregated["nDCG@10"], 4), result.num_pairs) == (0.4072, 625)
     assert result.after.aggregated["R@100"] == result.before.aggregated["R@100"]
 
