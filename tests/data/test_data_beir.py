@@ -163,7 +163,7 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
         (
             "run.bm25.trec",
             "other Q0 d1 1 1 t\n",
-            ": the run has no entry for a query of the qrels; they must be about the same queries",
+            ": the run has no entry for any query of the qrels; both must be about the same queries",
         ),
     ],
 )
