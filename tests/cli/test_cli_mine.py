@@ -183,7 +183,7 @@ def test_input_errors_name_file_and_line(name, content, message, command, tmp_pa
         ("--model=./gone", "'./gone' is not a checkpoint: there is no such folder"),
         (
             "--max-length=4",
-            "rerank_max_length counts the tokens of a rendered pair and must be an int from 8",
+            "rerank_max_length is the maximum number of tokens of a rendered pair and must be an int",
         ),
     ],
 )
