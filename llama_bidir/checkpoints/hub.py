@@ -19,19 +19,23 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_llama_bidir.LlamaBidirectionalForSequenceClassification",
 }
 
-USE = f"""
+USE = (
+    """
 Without `llama-bidir`, transformers (5.6 or newer) runs the two code files in this folder:
 
 ```python
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained({{model_id}}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({{model_id}}, trust_remote_code=True)
-{SCORE_WITH_TRANSFORMERS}```
-
-With `llama-bidir` installed, `llama_bidir.CrossEncoder({{model_id}})` loads the model without running them.
+model = AutoModelForSequenceClassification.from_pretrained({model_id}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({model_id}, trust_remote_code=True)
 """
+    + SCORE_WITH_TRANSFORMERS
+    + """```
+
+With `llama-bidir` installed, `llama_bidir.CrossEncoder({model_id})` loads the model without running them.
+"""
+)
 
 
 def add_code(directory: str | os.PathLike[str]) -> None:

@@ -37,7 +37,6 @@ KNOWN_LICENSES = {
     "huggingfacetb/smollm": "apache-2.0",
 }
 
-
 # What each Llama licence requires: the names of the model and the licence in the notice, what "Built with" must name,
 # and how the name of a model made from it must begin.
 LLAMA_LICENSES = {
@@ -82,7 +81,8 @@ with torch.no_grad():
     print(model(**inputs).logits)
 """
 
-USE = f"""
+USE = (
+    """
 ```bash
 pip install llama-bidir
 ```
@@ -90,14 +90,14 @@ pip install llama-bidir
 ```python
 from llama_bidir import CrossEncoder
 
-reranker = CrossEncoder({{model_id}})
+reranker = CrossEncoder({model_id})
 results = reranker.rank(
     "how do bees find their way?",
     ["Honey bees navigate by the position of the sun.", "The hive was painted white."],
     return_documents=True,
 )
 for result in results:
-    print(f"{{{{result['score']:.3f}}}}  {{{{result['text']}}}}")
+    print(f"{{result['score']:.3f}}  {{result['text']}}")
 ```
 
 With the Auto classes of transformers:
@@ -107,10 +107,12 @@ import llama_bidir
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained({{model_id}})
-tokenizer = AutoTokenizer.from_pretrained({{model_id}})
-{SCORE_WITH_TRANSFORMERS}```
+model = AutoModelForSequenceClassification.from_pretrained({model_id})
+tokenizer = AutoTokenizer.from_pretrained({model_id})
 """
+    + SCORE_WITH_TRANSFORMERS
+    + "```\n"
+)
 
 
 def write_model_card(

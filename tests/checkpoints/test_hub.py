@@ -205,24 +205,17 @@ def test_saved_with_code(tmp_path, tokenizer, model):
     assert auto_map["AutoModel"] == "modeling_llama_bidir.LlamaBidirectionalModel"
 
 
-def test_the_folder_for_the_hub_needs_no_package(save, tmp_path):
+def test_the_code_in_the_card_of_a_hub_folder_runs_without_the_package(save, tmp_path):
     folder, scores = save(temperature=0.5)
     export_reranker(folder, tmp_path / "hub", format="hub")
-    code = """
-import sys, torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-model = AutoModelForSequenceClassification.from_pretrained("hub", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("hub", trust_remote_code=True)
-text = model.config.prompt_template.format(query="where do bees find their way?",
-    passage="Honey bees navigate by the position of the sun.")
-with torch.no_grad():
-    print(model(**tokenizer(text, return_tensors="pt")).logits.item())
-assert "llama_bidir" not in sys.modules
-"""
+    exported = CrossEncoder(tmp_path / "hub")
+    np.testing.assert_allclose(exported.predict(PAIRS), scores, rtol=1e-6)
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "hub" / "README.md").read_text(), flags=re.DOTALL)
+    code += 'import sys\nassert "llama_bidir" not in sys.modules\nprint(model(**inputs).logits.item())\n'
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    np.testing.assert_allclose(float(result.stdout), scores[0], rtol=1e-5)
-    np.testing.assert_allclose(CrossEncoder(tmp_path / "hub").predict(PAIRS), scores, rtol=1e-6)
+    pair = ("how do bees find their way?", "Honey bees navigate by the position of the sun.")
+    np.testing.assert_allclose(float(result.stdout.split()[-1]), exported.predict(pair), rtol=1e-5)
 
 
 def test_a_cached_checkpoint_loads_without_a_network(reranker_checkpoint, tmp_path):
