@@ -236,7 +236,7 @@ ATTACK = """<script>window.attacked = 1</script><img src="http://example.org/x" 
 
 
 def make_systems(num_queries: int = 1200) -> tuple[dict[str, dict[str, int]], System, System]:
-    """A baseline that ranks at random, and a run that ranks half of the queries better and a few worse."""
+    """Makes a baseline that ranks at random, and a run that is better on half of the queries and worse on a few."""
     generator = random.Random(0)
     qrels, run, baseline = {}, {}, {}
     for number in range(num_queries):
@@ -256,7 +256,7 @@ def make_systems(num_queries: int = 1200) -> tuple[dict[str, dict[str, int]], Sy
 
 
 def write_report(path: Path) -> Path:
-    """Writes a page of all sections, whose texts attack it."""
+    """Writes a report with all sections. Its texts try to inject markup."""
     qrels, system, baseline = make_systems()
     report = make_report(qrels, system, baseline, compare(system.evaluation, baseline.evaluation))
     texts = [ATTACK, "what is a bee? " * 60, "ما هي عاصمة فرنسا؟", "x" * 400]
