@@ -256,7 +256,7 @@ ATTACK = """<script>window.attacked = 1</script><img src="http://example.org/x" 
 
 
 def make_systems(num_queries: int = 1200) -> tuple[dict[str, dict[str, int]], System, System]:
-    """A baseline that ranks at random, and a run that ranks half of the queries better and a few worse."""
+    """Makes a baseline that ranks at random, and a run that is better on half of the queries and worse on a few."""
     generator = random.Random(0)
     qrels, run, baseline = {}, {}, {}
     for number in range(num_queries):

@@ -96,7 +96,7 @@ def test_a_baseline_and_the_json(folder, capsys):
     comparison = result["comparison"]["RR@10"]
     assert (comparison["wins"], comparison["losses"], comparison["ties"]) == (2, 1, 0)
     assert (result["run"], result["baseline"]["run"]) == ("run.trec", "baseline.trec")
-    # The randomization test is seeded.
+    # The randomization test has a fixed seed.
     assert evaluate(*options, "--overwrite") == 0
     assert (folder / "new" / "out.json").read_text(encoding="utf-8") == text
 
@@ -108,7 +108,7 @@ def test_values_are_not_rounded(folder):
     assert (result["per_query"]["RR@10"]["q1"], result["aggregated"]["RR@10"]) == (1 / 3, 1 / 9)
 
 
-def test_other_formats_give_the_same(folder, capsys):
+def test_formats_and_the_order_of_lines_do_not_change_the_values(folder, capsys):
     assert evaluate("--json", "tsv.json") == 0
     trec = "".join(f"{q} 0 {d} {s}\n" for q, d, s in map(str.split, QRELS.splitlines()[1:]))
     write(folder / "qrels.txt.gz", trec)
@@ -116,13 +116,13 @@ def test_other_formats_give_the_same(folder, capsys):
     assert main(["evaluate", "--qrels", "qrels.txt.gz", "--run", "run.trec.gz", "--json", "trec.json"]) == 0
     results = [json.loads((folder / name).read_text()) for name in ("tsv.json", "trec.json")]
     assert results[0]["per_query"] == results[1]["per_query"]
-    # Neither the order of the lines nor their ranks count.
+    # The order of the lines and the ranks do not matter.
     write(folder / "run.trec", "".join(reversed(RUN.splitlines(keepends=True))).replace(" 1 9.5", " 7 9.5"))
     assert evaluate("--json", "turned.json") == 0
     assert json.loads((folder / "turned.json").read_text())["per_query"] == results[0]["per_query"]
 
 
-def test_the_report_holds_the_texts(folder):
+def test_the_report_shows_the_texts_and_the_latency(folder):
     write(folder / "latency.json", json.dumps({"q1": 0.25, "q2": 1}))
     assert evaluate("--baseline", "baseline.trec", *REPORT, "--latency", "latency.json") == 0
     page = (folder / "out.html").read_text(encoding="utf-8")
@@ -130,24 +130,24 @@ def test_the_report_holds_the_texts(folder):
         assert text in page
 
 
-def test_runs_of_one_name_are_told_apart(folder):
+def test_runs_with_the_same_file_name_are_shown_with_their_paths(folder):
     write(folder / "old" / "run.trec", BASELINE)
     assert evaluate("--baseline", "old/run.trec", *REPORT) == 0
     assert "run.trec against old/run.trec" in (folder / "out.html").read_text(encoding="utf-8")
 
 
-def test_documents_that_nobody_judged_are_pointed_out(folder, capsys):
+def test_a_run_without_a_judged_document_gets_a_note(folder, capsys):
     write(folder / "run.trec", "q1 Q0 D1 1 9.5 a\n")
     assert evaluate() == 0
     assert "no document of the run is judged: do the identifiers match?" in capsys.readouterr().out
 
 
-def test_files_that_exist_are_kept(folder, capsys):
+def test_existing_files_are_replaced_only_with_overwrite(folder, capsys):
     for name in ("out.json", "out.html"):
         write(folder / name, "mine")
     assert evaluate("--json", "out.json") == 2
     assert error_of(capsys) == "'out.json' exists: pass overwrite (--overwrite) to replace it, or choose another output"
-    # Neither file is written when one may not be.
+    # If one of the files exists, the other one is not written either.
     (folder / "out.json").unlink()
     assert evaluate("--json", "out.json", "--report", "out.html") == 2
     assert sorted(path.name for path in folder.glob("out*")) == ["out.html"]

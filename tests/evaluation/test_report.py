@@ -18,7 +18,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """Collects tags with their attributes, headings and text; fails if a tag is not closed in order."""
+    """Collects tags with their attributes, headings and text. It fails if a tag is not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -74,7 +74,7 @@ def test_the_page_has_its_sections_and_fetches_nothing(tmp_path):
     assert policies[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_texts_are_shown_as_they_are(tmp_path):
+def test_hostile_texts_are_shown_as_text(tmp_path):
     text = write_report(tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert "<img" not in text
@@ -123,7 +123,7 @@ def test_a_run_alone_shows_its_lowest_queries():
     assert all(case.query_id in shown for case in report.cases["Lowest nDCG@10"])
 
 
-def test_equal_runs_and_single_queries_have_a_page():
+def test_a_report_of_equal_runs_with_one_query():
     qrels = {"q": {"a": 1}}
     systems = [System(name, {"q": {"a": 1.0}}, evaluate_queries(qrels, {"q": {"a": 1.0}})) for name in ("a", "b")]
     report = make_report(qrels, *systems, compare(systems[0].evaluation, systems[1].evaluation))
