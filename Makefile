@@ -27,7 +27,9 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 reference: $(VENV)/.dev
-	$(VENV)/bin/pdoc --docformat google --output-directory build/reference llama_bidir
+	$(VENV)/bin/pdoc --docformat google --output-directory build/reference llama_bidir llama_bidir.losses \
+		llama_bidir.prompts llama_bidir.data llama_bidir.training llama_bidir.evaluation llama_bidir.jobs \
+		llama_bidir.checkpoints.export
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-output

@@ -113,8 +113,9 @@ class LlamaBidirectionalConfig(LlamaConfig):
             Logits are divided by it. It must be finite and above 0.
         is_causal (`bool`, *optional*, defaults to `False`):
             Whether to keep Llama's causal mask, for ablations.
-        prompt_template (`str`, *optional*, defaults to `"question:{query} \n \n passage:{passage}"`):
-            The text that the model reads, with one `{query}` and one `{passage}`. `{{` and `}}` are literal braces.
+        prompt_template (`str`, *optional*):
+            The text that the model reads, with one `{query}` and one `{passage}`. `{{` and `}}` are literal braces. The
+            default is that of NVIDIA's rerankers, `"question:{query} \n \n passage:{passage}"`.
         rerank_max_length (`int`, *optional*, defaults to 512, or `max_position_embeddings` where that is smaller):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
             `max_position_embeddings`.

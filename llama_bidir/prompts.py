@@ -48,8 +48,8 @@ class PromptEncoder:
     Renders pairs with a template and tokenizes them to at most `max_length` tokens.
 
     A pair that is too long loses the end of its passage, or its passage is split into windows. The template and the
-    query stay whole, with one exception: of the tokens that the template leaves free, the query gets at most three
-    quarters if the rest is too short for the passage. Then the query loses its end.
+    query stay whole, with one exception: in such a pair, a query that takes more than three quarters of the tokens that
+    the template leaves free is cut to three quarters, from its end.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer. Its offsets show which tokens belong to the passage.

@@ -147,7 +147,7 @@ def test_a_long_query_that_fits_with_its_passage_is_left_alone(byte_level):
 
 
 def test_a_query_of_any_length_never_pushes_the_passage_out(any_tokenizer):
-    (ids,), _, (is_truncated,) = encode(any_tokenizer, LONG, "Bees", max_length=64)
+    (ids,), _, (is_truncated,) = encode(any_tokenizer, LONG + "end", "Bees", max_length=64)
     text = any_tokenizer.decode(ids, skip_special_tokens=True)
     query, _, passage = text.removeprefix("question:").partition(" \n \n passage:")
     assert passage == "Bees"
