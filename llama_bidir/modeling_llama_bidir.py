@@ -1,5 +1,5 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
-"""Llama with full attention, a pooled representation and a linear score head."""
+"""Llama with bidirectional attention, and a linear score head on its pooled hidden states."""
 
 import logging
 from typing import Any
@@ -16,19 +16,21 @@ from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoin
 
 logger = logging.getLogger(__name__)
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """
-    Reduces each sequence to one vector: the mean over its tokens (`"avg"`), or its first (`"cls"`) or last (`"last"`)
-    token.
+    Pools each sequence into one vector: the mean of its tokens (`"avg"`), its first token (`"cls"`) or its last token
+    (`"last"`).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): any floating dtype.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): nonzero where there is a token.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): nonzero for tokens, 0 for padding.
         pooling (`str`): `"avg"`, `"cls"` or `"last"`.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, hidden_size)`, computed in float32; NaN for a row without tokens.
+        `torch.FloatTensor` of shape `(batch_size, hidden_size)`, computed in float32. A row without tokens is NaN.
     """
     selected = attention_mask.bool()
     if check_pooling(pooling) == "cls":
@@ -41,11 +43,11 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str
 
 def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling: str) -> torch.Tensor:
     """
-    What [`pool`] computes, of sequences that are laid end to end.
+    Pools like [`pool`], for sequences that lie end to end in one stream of tokens.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(total_tokens, hidden_size)`): any floating dtype.
-        cu_seq_lens (`torch.Tensor` of shape `(num_sequences + 1,)`): where each starts, from 0 to `total_tokens`.
+        cu_seq_lens (`torch.Tensor` of shape `(num_sequences + 1,)`): the start of each sequence, then `total_tokens`.
         pooling (`str`): `"avg"`, `"cls"` or `"last"`.
 
     Returns:
@@ -55,12 +57,12 @@ def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling:
         return hidden_states[cu_seq_lens[:-1]].float()
     if pooling == "last":
         return hidden_states[cu_seq_lens[1:] - 1].float()
-    # Lengths are checked in `check_packing`; checked again here, they would be waited for on a GPU.
+    # `check_packing` has checked the lengths. Another check here would wait for the GPU.
     return torch.segment_reduce(hidden_states.float(), "mean", lengths=cu_seq_lens.diff(), axis=0, unsafe=True)
 
 
 def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_tokens: int) -> None:
-    """Raises ValueError where lengths do not add up to the stream. Lengths on a GPU are trusted: reading them waits."""
+    """Raises ValueError unless the lengths add up to the stream. Does not read lengths on a GPU, which would wait."""
     if cu_seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     shortest, longest = (int(length) for length in cu_seq_lens.diff().aminmax())
@@ -82,14 +84,20 @@ def sequence_classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None
 ) -> torch.Tensor:
     """
-    The loss that transformers' `problem_type` names. `None` means regression for one label; for several it means one
-    class a row when labels are integers, and a target a label when they are floats.
+    Computes the loss that transformers' `problem_type` names.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`).
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): the outputs of the score head.
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`): class ids or targets.
         problem_type (`str`, *optional*): `"regression"` (mean squared error), `"single_label_classification"` (cross
-            entropy) or `"multi_label_classification"` (binary cross entropy).
+            entropy) or `"multi_label_classification"` (binary cross entropy). `None` chooses regression for one label.
+            For several labels it chooses the single-label loss if `labels` are integers, else the multi-label loss.
+
+    Returns:
+        `torch.FloatTensor`, a scalar: the mean over the batch.
+
+    Raises:
+        ValueError: `problem_type` has another value.
     """
     labels = labels.to(logits.device)
     num_labels = logits.shape[-1]
@@ -111,14 +119,16 @@ def sequence_classification_loss(
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the dtype of its weight and its input."""
+    """A linear layer that computes in float32, whatever the dtype of its weight and its input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Not a matrix product, which autocast would compute in its own dtype, and whose rounding depends on the batch.
+        # Not a matrix product: autocast would change its dtype, and its rounding depends on the size of the batch.
         return (input.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
 
 
 class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
+    """Loads `llama` and `llama_bidirec` checkpoints, including GGUF files, under a [`LlamaBidirectionalConfig`]."""
+
     config: LlamaBidirectionalConfig
     config_class = LlamaBidirectionalConfig
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
@@ -137,9 +147,14 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
     ) -> Any:
         if pretrained_model_name_or_path is not None:
             check_checkpoint_path(pretrained_model_name_or_path)
-        if gguf_file is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        # transformers finds the names of GGUF tensors by `config.model_type`, and GGUF knows "llama" only.
+        if gguf_file is not None:
+            return cls._from_gguf(pretrained_model_name_or_path, *model_args, gguf_file=gguf_file, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _from_gguf(cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str, **kwargs: Any) -> Any:
+        # transformers maps the names of GGUF tensors by `config.model_type`, and GGUF only knows "llama". So a plain
+        # Llama reads the file and passes its weights on.
         source = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         llama = LlamaModel.from_pretrained(
             pretrained_model_name_or_path, gguf_file=gguf_file, dtype=kwargs.get("dtype", "auto"), **source
@@ -157,11 +172,12 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         return loaded
 
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
 class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
-    """Llama without the causal mask: each token attends to every token of its sequence (`config.is_causal=False`)."""
+    """
+    Llama without the causal mask: each token attends to every token of its sequence.
+
+    With `config.is_causal=False`, transformers builds a bidirectional mask; with `True` it keeps the causal one.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
 
@@ -181,16 +197,24 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Exactly one of `input_ids` and `inputs_embeds` is given.
+                Token ids. Give either these or `inputs_embeds`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Nonzero where there is a token, on whichever side the padding is; `None` means no padding.
+                Nonzero for tokens, 0 for padding, which may be on either side. `None` means no padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Counted from the first token of each sequence when not given.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*).
+                By default they count from the first token of each sequence.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
             cu_seq_lens_q, cu_seq_lens_k (`torch.IntTensor` of shape `(num_sequences + 1,)`, *optional*):
-                Packed input: the one row of `input_ids` is several sequences laid end to end, which start here.
+                Packed input: `input_ids` is one row of sequences that lie end to end. These are the start of each
+                sequence, then the total number of tokens.
             max_length_q, max_length_k (`int`, *optional*):
-                Tokens of the longest packed sequence.
+                The length of the longest packed sequence, in tokens.
+
+        Returns:
+            [`BaseModelOutputWithPast`] with `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)`.
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`, or an inconsistent packed input.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -222,7 +246,7 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                 "position_ids restart, so the input is packed: pass cu_seq_lens_q and cu_seq_lens_k too, as "
                 "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
             )
-        # A key-value cache serves generation only.
+        # Only generation needs a key-value cache.
         kwargs["use_cache"] = False
         return super().forward(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -230,9 +254,9 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
 
 
 class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedModel):
-    """A bidirectional Llama with a linear head on its pooled hidden state: logits = score(pooled) / temperature."""
+    """A bidirectional Llama with a linear head on its pooled hidden states: logits = score(pooled) / temperature."""
 
-    # The loss is a mean over the batch: the Trainer divides it by the number of accumulation steps.
+    # The loss is a mean over the batch, so the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_missing = [r"^score\.weight$"]
 
@@ -253,11 +277,11 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         r"""
-        Takes what [`LlamaBidirectionalModel.forward`] takes, and:
+        Takes the arguments of [`LlamaBidirectionalModel.forward`] and `labels`.
 
         Args:
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-                Targets of the loss that `config.problem_type` names; for one label and no type, mean squared error.
+                Targets for [`sequence_classification_loss`], whose `problem_type` is that of the config.
 
         Returns:
             [`SequenceClassifierOutput`] with float32 `logits` of shape `(batch_size, num_labels)`, or
@@ -296,15 +320,15 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model._score_is_new and not head_follows:
             logger.warning(
-                f"score.weight is new: {model.config.name_or_path or 'the checkpoint'} has no score head, so it was "
-                "drawn at random and needs training before its scores mean anything"
+                f"score.weight is new: {model.config.name_or_path or 'the checkpoint'} has no score head, so one was "
+                "initialized at random. It needs training before its scores mean anything"
             )
         return loaded
 
     _score_is_new = False
 
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers flags the parameters that it has loaded before it initializes the others.
+        # transformers marks the parameters that it has loaded, then initializes the others.
         if module is self.score and not getattr(module.weight, "_is_hf_initialized", False):
             self._score_is_new = True
         super()._init_weights(module)

@@ -1,4 +1,4 @@
-"""From a query and a passage to token ids: the one place that renders a pair and decides what is cut."""
+"""Turns a query and a passage into token ids. Rendering and truncation happen only here."""
 
 import logging
 import string
@@ -8,17 +8,16 @@ from typing import Any, NamedTuple, Self
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
+from .utils.errors import InputTypeError
 
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN_OF_LLAMA_3 = "<|finetune_right_pad_id|>"
-
-
 LONG_DOCUMENT = ("truncate", "max", "first_max")
 
 
 def check_long_document(long_document: Any) -> str:
-    """Returns `long_document`; anything but `truncate`, `max` and `first_max` raises ValueError."""
+    """Returns `long_document`. Raises ValueError unless it is `truncate`, `max` or `first_max`."""
     if long_document not in LONG_DOCUMENT:
         raise ValueError(f"long_document must be one of 'truncate', 'max' or 'first_max', got {long_document!r}")
     return str(long_document)
@@ -26,12 +25,12 @@ def check_long_document(long_document: Any) -> str:
 
 class EncodedPairs(NamedTuple):
     """
-    Token ids of rendered pairs, in input order.
+    The token ids of rendered pairs, in input order.
 
     Args:
-        input_ids: one sequence a window, the windows of a pair next to each other.
-        num_windows: how many sequences each pair has: 1 unless its passage was split.
-        is_truncated: whether each pair lost tokens to the length limit.
+        input_ids: one sequence per window. The windows of a pair follow each other.
+        num_windows: the number of sequences of each pair: 1 unless its passage was split.
+        is_truncated: whether the length limit removed tokens, for each pair.
     """
 
     input_ids: list[list[int]]
@@ -40,6 +39,7 @@ class EncodedPairs(NamedTuple):
 
     @property
     def num_truncated(self) -> int:
+        """The number of pairs that lost tokens."""
         return sum(self.is_truncated)
 
 
@@ -47,25 +47,25 @@ class PromptEncoder:
     """
     Renders pairs with a template and tokenizes them to at most `max_length` tokens.
 
-    Only the passage gives way, from its end or in windows; the template and the query stay whole. A query that would
-    leave the passage less than a quarter of the tokens that the template leaves free is itself cut, from its end, to
-    three quarters of them.
+    A pair that is too long loses the end of its passage, or its passage is split into windows. The template and the
+    query stay whole, with one exception: of the tokens that the template leaves free, the query gets at most three
+    quarters if the rest is too short for the passage. Then the query loses its end.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, whose offsets tell passage tokens from others.
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer. Its offsets show which tokens belong to the passage.
         prompt_template (`str`): text with one `{query}` and one `{passage}`.
-        max_length (`int`): most tokens of a rendered pair, special tokens included.
+        max_length (`int`): the maximum number of tokens of a rendered pair, including special tokens.
 
     Raises:
-        TypeError: the tokenizer is not a fast one.
-        ValueError: the template is malformed, or takes all of `max_length` by itself.
+        TypeError: the tokenizer is not a fast tokenizer.
+        ValueError: the template is malformed, or takes at least `max_length` tokens itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_template: str, max_length: int):
         if not tokenizer.is_fast:
-            raise TypeError(
-                f"{type(tokenizer).__name__} has no token offsets, which truncation needs: pass a fast tokenizer, such "
-                "as AutoTokenizer.from_pretrained(checkpoint) gives"
+            raise InputTypeError(
+                f"{type(tokenizer).__name__} has no token offsets, which truncation needs: pass a fast tokenizer, as "
+                "AutoTokenizer.from_pretrained(checkpoint) returns"
             )
         self.tokenizer = tokenizer
         self.prompt_template = check_prompt_template(prompt_template)
@@ -74,29 +74,33 @@ class PromptEncoder:
         if template_length >= max_length:
             raise ValueError(
                 f"max_length {max_length} leaves no room for a query and a passage: the template {prompt_template!r} "
-                f"takes {template_length} tokens by itself. Raise max_length (rerank_max_length) or shorten the "
-                "template"
+                f"alone takes {template_length} tokens. Raise max_length (rerank_max_length) or shorten the template"
             )
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig) -> Self:
-        """The encoder of a reranker's own prompt template and maximum length."""
+        """Returns an encoder with the prompt template and the maximum length of `config`."""
         return cls(tokenizer, prompt_template=config.prompt_template, max_length=config.rerank_max_length)
 
     def render(self, query: str, passage: str) -> str:
-        """Returns the text that is tokenized; braces in the query or the passage are left alone."""
+        """Returns the text that is tokenized. Braces in the query and the passage have no meaning."""
         return self.prompt_template.format(query=query, passage=passage)
 
     def encode(self, pairs: Sequence[tuple[str, str]], *, long_document: str = "truncate") -> EncodedPairs:
         """
+        Renders pairs and returns their token ids.
+
         Args:
-            pairs: (query, passage) strings; either may be empty.
-            long_document: what becomes of a passage that does not fit. `"truncate"` cuts its end. `"max"` splits it
-                into windows that overlap by a quarter. `"first_max"` does the same, and every window after the first
-                begins with the first eighth of the first one, where titles and summaries are.
+            pairs: (query, passage) strings, which may be empty.
+            long_document: the treatment of a passage that does not fit. `"truncate"` cuts its end. `"max"` splits it
+                into windows that overlap by a quarter. `"first_max"` also splits it, and starts every later window with
+                the first eighth of the first one, where titles and summaries usually are.
 
         Returns:
-            `EncodedPairs`, no sequence of which is longer than `max_length`.
+            [`EncodedPairs`]. None of its sequences is longer than `max_length`.
+
+        Raises:
+            ValueError: in some pair, the template and the tokens that it shares with a text exceed `max_length`.
         """
         if not pairs:
             return EncodedPairs([], [], [])
@@ -114,7 +118,7 @@ class PromptEncoder:
         return self.tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs)
 
     def _windows(self, query: str, passage: str, long_document: str) -> tuple[list[list[int]], bool]:
-        """The sequences of a pair that is too long (one, or its windows), and whether tokens are in none of them."""
+        """Returns the sequences of a pair that is too long, and whether any of its tokens is in none of them."""
         encoding = self._tokenize(
             [self.render(query, passage)], return_offsets_mapping=True, return_special_tokens_mask=True
         )
@@ -143,7 +147,7 @@ class PromptEncoder:
         return sequences, query_room < len(query_tokens) or len(sequences) == 1
 
     def _character_spans(self, **values: str) -> dict[str, tuple[int, int]]:
-        """Where each value is in the rendered text: its start and end, in characters."""
+        """Returns the start and end of each value in the rendered text, in characters."""
         spans, position = {}, 0
         for literal, field, _, _ in string.Formatter().parse(self.prompt_template):
             position += len(literal)
@@ -154,13 +158,13 @@ class PromptEncoder:
 
 
 def _tokens_within(offsets: Sequence[tuple[int, int] | None], start: int, end: int) -> range:
-    """Indices of the tokens that lie between two characters; one that reaches over a border is not among them."""
+    """Returns the indices of the tokens that lie wholly between two character positions."""
     inside = [index for index, span in enumerate(offsets) if span is not None and start <= span[0] and span[1] <= end]
     return range(inside[0], inside[-1] + 1) if inside else range(0)
 
 
 def _replace(ids: list[int], replacements: Mapping[range, list[int]]) -> list[int]:
-    """Token ids with others in the place of some ranges, which do not overlap."""
+    """Returns `ids` with the tokens of each range replaced. The ranges do not overlap."""
     result, position = [], 0
     for span in sorted(filter(None, replacements), key=lambda span: span.start):
         result += ids[position : span.start] + replacements[span]
@@ -170,8 +174,10 @@ def _replace(ids: list[int], replacements: Mapping[range, list[int]]) -> list[in
 
 def _window_starts(length: int, room: int, lead: int) -> list[int]:
     """
-    Where the windows after the first begin, in tokens of the passage: each overlaps the one before by a quarter of the
-    room, and the last one ends with the passage.
+    Returns the starts of all windows but the first, in tokens of the passage.
+
+    Each window overlaps the one before by a quarter of `room`. The last one ends with the passage. After the first, a
+    window has `lead` tokens less room, because it repeats that many from the start of the passage.
     """
     size, overlap = room - lead, room // 4
     if length <= room or size <= overlap:
@@ -182,17 +188,17 @@ def _window_starts(length: int, room: int, lead: int) -> list[int]:
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """
-    Gives a tokenizer without a usable pad token one of its own tokens, so that the embeddings need no new row.
+    Makes one of the tokenizer's own tokens its pad token if it has no usable one. The embeddings need no new row.
 
-    The choice is `<|finetune_right_pad_id|>` (Llama 3.1 and later), else the unk token, else the eos token. Padding is
-    masked in attention and pooling, so it never changes a score.
+    The choice is `<|finetune_right_pad_id|>` (Llama 3.1 and later), else the unk token, else the eos token. Attention
+    and pooling mask the padding, so the choice never changes a score.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): changed in place.
-        vocab_size (`int`): rows of the model's embeddings; ids from `vocab_size` on have none.
+        vocab_size (`int`): the number of rows of the model's embeddings. A usable id is below it.
 
     Raises:
-        ValueError: the tokenizer has none of the three within `vocab_size`.
+        ValueError: the tokenizer has none of the three tokens with an id below `vocab_size`.
     """
     if tokenizer.pad_token is not None and tokenizer.pad_token_id < vocab_size:
         return

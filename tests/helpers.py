@@ -5,8 +5,10 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +65,13 @@ def make_model(seed: int = 0, **kwargs: object) -> LlamaBidirectionalForSequence
     return LlamaBidirectionalForSequenceClassification(LlamaBidirectionalConfig(**tiny_config(**kwargs))).eval()
 
 
+PAIRS = [
+    ("where do bees find their way?", "Honey bees navigate by the position of the sun."),
+    (" capital  {France}", ""),
+    ("", "The hive was painted white."),
+    ("the garden", "The garden was full of clover; nobody counted the flowers. " * 8),  # is cut at 64 tokens
+]
+PASSAGE_FIRST = "<{passage}\n{{k}} {query} !"
 SEQUENCES = [[5], [7, 9, 11, 2, 3], list(range(20, 37)), list(range(40, 80))]
 
 
@@ -180,6 +189,17 @@ def read_lines_of(path: Path) -> dict[str, list[tuple[str, int, float, str]]]:
         assert q0 == "Q0"
         found.setdefault(query_id, []).append((doc_id, int(rank), float(score), tag))
     return found
+
+
+def count_windows(journal: Path) -> int:
+    """Windows in the state file of a job that may be running: it is neither locked nor changed."""
+    if not journal.exists():
+        return 0
+    with closing(sqlite3.connect(f"{journal.as_uri()}?immutable=1", uri=True)) as database:
+        try:
+            return database.execute("SELECT count(*) FROM windows").fetchone()[0]
+        except sqlite3.Error:  # in the middle of a transaction
+            return 0
 
 
 def command(files, checkpoint, output, *options):

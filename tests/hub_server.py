@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback that keeps what is pushed, for the real huggingface_hub client."""
+"""A Hugging Face Hub on loopback that stores what is pushed, for tests with the real huggingface_hub client."""
 
 import base64
 import hashlib

@@ -144,8 +144,8 @@ def test_other_architectures_are_refused(other, tmp_path):
         LlamaBidirectionalConfig.from_pretrained(tmp_path)
 
 
-def test_paths_that_are_no_checkpoint(tmp_path):
-    with pytest.raises(OSError, match=r"no checkpoint: there is no such folder"):
+def test_paths_without_a_checkpoint_are_refused(tmp_path):
+    with pytest.raises(OSError, match=r"not a checkpoint: there is no such folder"):
         LlamaBidirectionalConfig.from_pretrained(tmp_path / "missing")
     with pytest.raises(OSError, match=r"config\.json"):
         LlamaBidirectionalConfig.from_pretrained(tmp_path)

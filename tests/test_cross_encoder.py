@@ -305,10 +305,10 @@ def test_wrong_models(model, tmp_path):
         CrossEncoder(3)
     with pytest.raises(TypeError, match="LlamaBidirectionalForSequenceClassification, got LlamaBidirectionalModel"):
         CrossEncoder(model.model, make_tokenizer(eos_token="<|end|>"))
-    with pytest.raises(OSError, match="is no checkpoint: there is no such folder"):
+    with pytest.raises(OSError, match="is not a checkpoint: there is no such folder"):
         CrossEncoder(tmp_path / "missing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="is no checkpoint: it is a file"):
+    with pytest.raises(OSError, match="is not a checkpoint: it is a file"):
         CrossEncoder(tmp_path / "file")
 
 

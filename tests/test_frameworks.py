@@ -1,4 +1,4 @@
-"""The blocks of docs/frameworks.md, each run against the real package."""
+"""The blocks of docs/frameworks.md, each run with the framework itself."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ PASSAGES = ["By the sun.", "A hive holds a queen.", "Trains run on rails.", "The
 
 @pytest.fixture
 def ranking(tmp_path, monkeypatch):
-    """The passages and scores of the first three by `CrossEncoder`, from the folder that the page names."""
+    """Saves the reranker that the page names and returns its best three passages, with their scores."""
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
     reranker = CrossEncoder(make_model(temperature=0.5, rerank_max_length=48), tokenizer)
@@ -27,7 +27,7 @@ def ranking(tmp_path, monkeypatch):
 
 
 def run_block(section: str, number: int = 0) -> dict:
-    """What the names of a section's block stand for once it has run."""
+    """Runs a block of a section and returns the names that it defines."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.split(f"\n## {section}\n")[1], flags=re.DOTALL)
     names: dict = {"__name__": "page"}
     exec(compile(blocks[number].replace("512", "48"), section, "exec"), names)

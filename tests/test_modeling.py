@@ -392,6 +392,6 @@ def test_other_architectures_are_refused_before_their_weights_load(tmp_path):
         LlamaBidirectionalForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_paths_that_are_no_checkpoint(tmp_path):
-    with pytest.raises(OSError, match="no checkpoint: there is no such folder"):
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(OSError, match="not a checkpoint: there is no such folder"):
         LlamaBidirectionalForSequenceClassification.from_pretrained(tmp_path / "missing")

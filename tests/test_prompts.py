@@ -164,7 +164,7 @@ def test_no_pairs_are_no_ids(byte_level):
 
 def test_a_length_below_the_template_is_refused(byte_level):
     length = len(byte_level(TEMPLATE.format(query="", passage="")).input_ids)
-    with pytest.raises(ValueError, match=rf"max_length {length} leaves no room .* takes {length} tokens by itself"):
+    with pytest.raises(ValueError, match=rf"max_length {length} leaves no room .* alone takes {length} tokens"):
         PromptEncoder(byte_level, prompt_template=TEMPLATE, max_length=length)
     assert len(encode(byte_level, "z" * 9, "w" * 9, max_length=length + 1).input_ids[0]) == length + 1
 

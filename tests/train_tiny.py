@@ -12,8 +12,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import arguments
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from llama_bidir.training import CrossEncoderTrainingArguments, DataArguments, ModelArguments, train
 from llama_bidir.training import run as training_run
@@ -32,9 +34,25 @@ class SlowTrainer(training_run.CrossEncoderTrainer):
         self.add_callback(SlowSteps())
 
 
+def allow_fsdp_on_cpus():
+    """Makes the Trainer shard between processes on CPUs. torch can do that, but accelerate asks for accelerators."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def create_with_fsdp(self):
+        create(self)
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    Trainer.create_accelerator_and_postprocess = create_with_fsdp
+
+
 def main():
     base, train_rows, eval_rows, output, *fields = sys.argv[1:]
     torch.set_num_threads(1)
+    allow_fsdp_on_cpus()
     torch.manual_seed(0)
     training_run.CrossEncoderTrainer = SlowTrainer
     given = {name: json.loads(value) for name, value in (field.split("=", 1) for field in fields)}

@@ -1,1 +1,1 @@
-"""Between disk and model: loading, saving, adapters, and the folders that other tools read."""
+"""Checkpoints on disk and on the Hub: loading, saving, the model card, and the folders that other tools read."""

@@ -1,7 +1,4 @@
-"""
-The prompt of a reranker as a chat template with the roles `query` and `document`: the form in which
-sentence-transformers and vLLM read it.
-"""
+"""The prompt as a chat template with the roles `query` and `document`, which sentence-transformers and vLLM read."""
 
 import copy
 import json
@@ -20,14 +17,13 @@ from ..configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE, LlamaBidirectio
 
 logger = logging.getLogger(__name__)
 
-# vLLM's own file in a saved folder. Its tokenizer puts special tokens around what a template renders.
+# vLLM adds special tokens to a rendered template, so a saved folder has a template of its own for vLLM.
 VLLM_TEMPLATE_FILE = "vllm_template.jinja"
-
-SAMPLES = (("how do bees find their way?", "Honey bees, by the sun."), ("", ""), (" a  {b}", "\u00e9 \n c"))
-# What NeMo AutoModel calls the template in which it keeps a reranker's prompt.
+# The name of the chat template in which NeMo AutoModel keeps a reranker's prompt.
 NEMO_TEMPLATE = "reranking"
+SAMPLES = (("how do bees find their way?", "Honey bees, by the sun."), ("", ""), (" a  {b}", "\u00e9 \n c"))
 
-# A lone text, of which sentence-transformers counts the tokens when it writes a model card, is rendered as it is.
+# A single message is rendered as it is: sentence-transformers counts the tokens of one text for its model card.
 TEMPLATE = """\
 {{%- macro text(message) -%}}
 {{{{- message["content"] if message["content"] is string else message["content"][0]["text"] -}}}}
@@ -47,44 +43,41 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str)
     """
     Writes a prompt template as a chat template (Jinja) that renders to the same token ids.
 
+    The template includes the special tokens that the tokenizer adds to a text, because tools tokenize a rendered chat
+    template without adding any. Only vLLM adds them, so its template leaves them out (see [`save_tokenizer`]).
+
     Args:
-        tokenizer: the special tokens that it puts around a text are written out, as a rendered chat template is
-            tokenized without them, except by vLLM (see [`make_vllm_template`]).
+        tokenizer: the reranker's.
         prompt_template: see [`LlamaBidirectionalConfig`].
 
     Raises:
-        ValueError: the tokenizer gives other ids for text that has its special tokens in it.
+        ValueError: the tokenizer returns different ids when the text includes its special tokens.
     """
     before, after = _special_tokens(tokenizer)
-    middle = _parts(prompt_template)
-    # Some tokenizers of Llama 2 put a space before a text, but not behind a special token.
+    # Some tokenizers of Llama 2 put a space before a text, but not after a special token.
     for space in ("", " "):
-        parts = [_quote(before + space)] * bool(before + space) + middle + [_quote(after)] * bool(after)
-        template = TEMPLATE.format(expression=" + ".join(parts))
+        template = _write_template(before + space, prompt_template, after)
         if _renders_the_same(tokenizer, template, prompt_template):
             return template
     raise ValueError(
         f"the prompt template {prompt_template!r} cannot be written as a chat template for "
-        f"{type(tokenizer).__name__}: with its special tokens written out, it gives other ids"
+        f"{type(tokenizer).__name__}, which returns different token ids when the text includes its special tokens"
     )
-
-
-def make_vllm_template(prompt_template: str) -> str:
-    """Writes a prompt template as a chat template that renders to the bare prompt, whatever the tokenizer adds."""
-    return TEMPLATE.format(expression=" + ".join(_parts(prompt_template)))
 
 
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str], config: LlamaBidirectionalConfig
 ) -> None:
     """
-    Saves the tokenizer of a reranker, for tools that do not read the reranker's configuration: its chat template is the
-    prompt, instead of the one for talking that its base may have had, and its longest input that of a pair. A file
-    beside it holds the prompt for vLLM.
+    Saves the tokenizer of a reranker for tools that do not read the reranker's configuration.
+
+    The prompt replaces the chat template of the base model, and the length of a pair its `model_max_length`. A file
+    beside the tokenizer holds the prompt for vLLM. A prompt that cannot be written as a chat template is left out with
+    a warning.
 
     Args:
-        tokenizer: not changed.
-        directory: where to.
+        tokenizer: the reranker's; it is not changed.
+        directory: the folder to save to.
         config: the reranker's.
     """
     saved = copy.deepcopy(tokenizer)
@@ -92,21 +85,20 @@ def save_tokenizer(
     try:
         saved.chat_template = make_chat_template(tokenizer, config.prompt_template)
     except ValueError as error:
-        logger.warning(
-            f"saved without a chat template, so that sentence-transformers does not know the prompt: {error}"
-        )
+        logger.warning(f"saved without a chat template, so sentence-transformers will not know the prompt: {error}")
         saved.chat_template = None
-    # What the Trainer has saved of the base's, for one.
+    # The folder may hold templates of the base model, for example saved by the Trainer.
     Path(directory, "chat_template.jinja").unlink(missing_ok=True)
     shutil.rmtree(Path(directory, "additional_chat_templates"), ignore_errors=True)
     saved.save_pretrained(directory)
-    Path(directory, VLLM_TEMPLATE_FILE).write_text(make_vllm_template(config.prompt_template), encoding="utf-8")
+    for_vllm = _write_template("", config.prompt_template, "")
+    Path(directory, VLLM_TEMPLATE_FILE).write_text(for_vllm, encoding="utf-8")
 
 
 def find_prompt_template(tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig) -> str:
     """
-    Returns the prompt template of a checkpoint: its configuration's, or where that has none of its own, what NeMo
-    AutoModel has saved as a chat template.
+    Returns the prompt template of a checkpoint: the configuration's, unless that is the default and NeMo AutoModel has
+    saved another one as a chat template.
     """
     recovered = _read_nemo_template(tokenizer) if config.prompt_template == DEFAULT_PROMPT_TEMPLATE else None
     return recovered or config.prompt_template
@@ -115,30 +107,33 @@ def find_prompt_template(tokenizer: PreTrainedTokenizerBase, config: LlamaBidire
 def _read_nemo_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     templates = tokenizer.chat_template
     written = templates.get(NEMO_TEMPLATE) if isinstance(templates, Mapping) else None
-    found = re.search(r'("(?:[^"\\]|\\.)*")\s*\.format\(', written or "")
+    if written is None:
+        return None
+    found = re.search(r'("(?:[^"\\]|\\.)*")\s*\.format\(', written)
     if found is None:
-        if written is not None:
-            logger.warning(f"the chat template {NEMO_TEMPLATE!r} holds no prompt template that can be read: pass one")
+        logger.warning(f"the chat template {NEMO_TEMPLATE!r} has no readable prompt template: pass prompt_template")
         return None
     return check_prompt_template(json.loads(found[1]))
 
 
-def _parts(prompt_template: str) -> list[str]:
-    """Expressions of Jinja, whose values joined are the prompt."""
-    parts = []
+def _write_template(before: str, prompt_template: str, after: str) -> str:
+    """Returns a chat template that renders a pair to the prompt between `before` and `after`."""
+    parts = [_quote(before)]
     for literal, field, _, _ in string.Formatter().parse(check_prompt_template(prompt_template)):
-        parts += [_quote(literal)] * bool(literal)
-        parts += {"query": ["text(query)"], "passage": ["text(document)"]}.get(str(field), [])
-    return parts
+        parts.append(_quote(literal))
+        if field is not None:
+            parts.append({"query": "text(query)", "passage": "text(document)"}[field])
+    parts.append(_quote(after))
+    return TEMPLATE.format(expression=" + ".join(part for part in parts if part != _quote("")))
 
 
 def _quote(text: str) -> str:
-    """A string of Jinja, which reads surrogate escapes of JSON as two characters."""
+    """Returns a string literal of Jinja, which would read JSON's surrogate escapes as two characters."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the tokenizer puts before and after a text."""
+    """Returns the special tokens that the tokenizer adds before and after a text."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     ids, is_special = encoding["input_ids"], encoding["special_tokens_mask"]
     inside = [index for index, special in enumerate(is_special) if not special]

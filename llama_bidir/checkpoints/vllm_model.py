@@ -1,4 +1,4 @@
-"""vLLM's bidirectional Llama, with the temperature that it does not read."""
+"""vLLM's bidirectional Llama with a temperature, which vLLM does not read. It imports only where vLLM is installed."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from vllm.model_executor.models import llama
 
 
 class LlamaBidirectionalForSequenceClassification(llama.LlamaBidirectionalForSequenceClassification):
-    """Logits are divided by the temperature of the configuration, as part of the head."""
+    """Divides the head's weight by the temperature of the configuration, and so the logits."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         temperature = getattr(self.config, "temperature", 1.0)  # a plain Llama has none

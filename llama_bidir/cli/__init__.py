@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..utils.errors import InputTypeError, ScoreError
 from ..utils.names import nearest
 from . import evaluate, export, merge, mine, quickstart, recipes, rerank, train
 
@@ -26,7 +27,7 @@ VERBS = {
     "export": export,
     "merge": merge,
 }
-BAD_INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
+BAD_INPUT = (ValueError, InputTypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,5 +72,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llama-bidir: error{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
         # transformers raises an OSError without a number of the system for a checkpoint that is not there.
         is_input = isinstance(error, BAD_INPUT) or (isinstance(error, OSError) and error.errno is None)
-        return 2 if is_input else 1
+        return 2 if is_input and not isinstance(error, ScoreError) else 1
     return 0

@@ -1,10 +1,10 @@
-"""Measure a run against qrels, and compare it with a baseline."""
+"""Measure a run against qrels and compare it with a baseline."""
 
 import argparse
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,36 +17,37 @@ if TYPE_CHECKING:
 MEASURES = "nDCG@10 RR@10 R@100"
 INPUTS = ("qrels", "run", "baseline", "queries", "corpus", "latency")
 OUTPUTS = ("json", "report")
-MIN_P = 0.0001
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.epilog = (
-        "Documents are ranked by score, and by falling identifier where scores are equal, as trec_eval ranks them. A "
-        "judged query that the run lacks counts as 0; a query that is not judged is left out. Files may end in .gz."
+        "Documents are ranked by falling score. Equal scores are ranked by falling identifier, as in trec_eval. "
+        "A judged query that the run lacks counts as 0. Queries that are not judged are ignored. Input files may be "
+        "gzipped (.gz)."
     )
     parser.add_argument(
-        "--qrels", required=True, metavar="QRELS", help="BEIR's TSV with its header, or TREC's 4 columns"
+        "--qrels", required=True, metavar="QRELS", help="judgements: BEIR TSV with a header, or 4-column TREC"
     )
-    parser.add_argument("--run", required=True, metavar="A.trec", help="run of TREC's 6 columns")
+    parser.add_argument("--run", required=True, metavar="A.trec", help="6-column TREC run")
     parser.add_argument("--baseline", metavar="B.trec", help="run to compare with")
     parser.add_argument(
-        "--measures", nargs="+", default=[MEASURES], metavar="M", help=f"as ir_measures names them; {MEASURES}"
+        "--measures", nargs="+", default=[MEASURES], metavar="M", help=f"names from ir_measures; default: {MEASURES}"
     )
-    parser.add_argument("--json", metavar="OUT", help="write all values, unrounded, also of each query")
+    parser.add_argument("--json", metavar="OUT", help="write all values, also per query, unrounded")
     parser.add_argument(
-        "--report", metavar="OUT.html", help="write a page with tables, charts and the queries that changed"
+        "--report", metavar="OUT.html", help="write a page with tables, charts and the queries that changed most"
     )
-    parser.add_argument("--queries", metavar="Q", help="JSON Lines (_id, text) for the report")
-    parser.add_argument("--corpus", metavar="C", help="JSON Lines (_id, title, text) for the report")
-    parser.add_argument("--latency", metavar="L.json", help="JSON object of seconds by query, for the report")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.html when they exist")
+    parser.add_argument("--queries", metavar="Q", help="texts for the report: JSON Lines (_id, text)")
+    parser.add_argument("--corpus", metavar="C", help="texts for the report: JSON Lines (_id, title, text)")
+    parser.add_argument("--latency", metavar="L.json", help="latencies for the report: JSON object of seconds by query")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.html if they exist")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates, writes what is asked for and prints the table."""
+    """Evaluates the runs, writes the requested outputs and prints the table."""
     _check_paths(arguments)
+    from ..data.trec import no_common_query
     from ..evaluation import System, compare, evaluate_queries, make_report, read_qrels, read_run
     from ..evaluation.measures import parse_measures
 
@@ -59,9 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         entries = read_run(path)
         judged = {query_id: entries[query_id] for query_id in qrels if query_id in entries}
         if not judged:
-            raise ValueError(
-                f"{path}: the run has no entry for a query of {arguments.qrels}; they must be about the same queries"
-            )
+            raise no_common_query(f"{path}: the run", arguments.qrels)
         print(_coverage(path, qrels, entries))
         name = Path(path).name if has_short_names else path
         systems.append(System(name, judged, evaluate_queries(qrels, judged, measures)))
@@ -76,16 +75,15 @@ def run(arguments: argparse.Namespace) -> None:
             arguments, report, qrels, {Path(path): each.run for path, each in zip(paths, systems, strict=True)}
         )
     _write(outputs, arguments.overwrite)
-    print()
-    print(_format(comparisons) if comparisons else _format_values(system.evaluation))
+    print("", *_format(system.evaluation, comparisons), sep="\n")
     for path in outputs:
         print(f"written: {path}")
 
 
 def _check_paths(arguments: argparse.Namespace) -> None:
-    """Refuses what would fail after the work, or would replace an input."""
+    """Refuses paths that would fail after the work, and outputs that would replace an input."""
     if arguments.baseline and os.path.realpath(arguments.run) == os.path.realpath(arguments.baseline):
-        raise ValueError("--run and --baseline must be two files, got the same one twice")
+        raise ValueError("--run and --baseline must be different files, got the same one twice")
     for name in ("queries", "corpus", "latency"):
         if getattr(arguments, name) and not arguments.report:
             raise ValueError(f"--{name} is for the report: add --report OUT.html, or leave it out")
@@ -98,7 +96,7 @@ def _check_paths(arguments: argparse.Namespace) -> None:
 def _write(outputs: dict[str, str], overwrite: bool) -> None:
     for path, text in outputs.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        check_free(path, overwrite=overwrite, is_file=True)  # it may have appeared meanwhile
+        check_free(path, overwrite=overwrite, is_file=True)  # a file may have appeared during the work
         write_whole(path, text)
 
 
@@ -107,16 +105,16 @@ def _coverage(path: str, qrels: "Qrels", entries: "Run") -> str:
     unjudged = sum(query_id not in qrels for query_id in entries)
     parts = [f"{path}: {len(qrels)} judged queries"]
     if missing:
-        parts.append(f"{missing} of them not in the run, counted as 0")
+        parts.append(f"not in the run (counted as 0): {missing}")
     if unjudged:
-        parts.append(f"{unjudged} queries of the run not judged, left out")
+        parts.append(f"in the run but not judged (ignored): {unjudged}")
     if not any(doc_id in entries.get(query_id, ()) for query_id, docs in qrels.items() for doc_id in docs):
         parts.append("no document of the run is judged: do the identifiers match?")
     return "; ".join(parts)
 
 
 def _to_json(
-    arguments: argparse.Namespace, system: "System", baseline: "System | None", comparisons: "Iterable[Comparison]"
+    arguments: argparse.Namespace, system: "System", baseline: "System | None", comparisons: "Sequence[Comparison]"
 ) -> str:
     from ..evaluation.comparison import NUM_PERMUTATIONS
 
@@ -145,19 +143,19 @@ def _read_latency(path: str) -> dict[str, float]:
 
     latency = read_json(check_file(path))
     if not latency:
-        raise ValueError(f'{path}: there is no query; it needs the seconds of each, as in {{"q1": 0.25}}')
+        raise ValueError(f'{path}: the file has no queries; it must map each query to seconds, as in {{"q1": 0.25}}')
     for query_id, seconds in latency.items():
         is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
         if not is_number or not 0 <= seconds < math.inf:
-            raise ValueError(f"{path}: {query_id!r} must have its seconds, a number from 0, got {describe(seconds)}")
+            raise ValueError(f"{path}: the seconds of {query_id!r} must be a number from 0, got {describe(seconds)}")
     return latency
 
 
-def _format_values(evaluation: "Evaluation") -> str:
-    return "\n".join(f"{measure:<16}{value:>10.4f}" for measure, value in evaluation.aggregated.items())
+def _format(evaluation: "Evaluation", comparisons: "Sequence[Comparison]") -> list[str]:
+    if not comparisons:
+        return [f"{measure:<16}{value:>10.4f}" for measure, value in evaluation.aggregated.items()]
+    from ..evaluation.comparison import format_p
 
-
-def _format(comparisons: "Iterable[Comparison]") -> str:
     header = ("measure", "run", "baseline", "difference", "wins/losses/ties", "p (t-test)", "p (randomization)")
     rows = [
         (
@@ -166,14 +164,10 @@ def _format(comparisons: "Iterable[Comparison]") -> str:
             f"{each.baseline:.4f}",
             f"{each.difference:+.4f}",
             f"{each.wins}/{each.losses}/{each.ties}",
-            _format_p(each.t_test_holm),
-            _format_p(each.randomization_holm),
+            format_p(each.t_test_holm),
+            format_p(each.randomization_holm),
         )
         for each in comparisons
     ]
-    lines = format_table([header, *rows], "<>>>>>>")
-    return "\n".join([*lines, "p: two-sided, corrected for the number of measures (Holm)"])
-
-
-def _format_p(value: float) -> str:
-    return f"<{MIN_P}" if value < MIN_P else f"{value:.4f}"
+    note = "p: two-sided, corrected for the number of measures (Holm)"
+    return [*format_table([header, *rows], "<>>>>>>"), note]

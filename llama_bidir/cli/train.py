@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         logging.disable_progress_bar()
     if arguments.dry_run:
         if is_first:
-            print(plan(*recipe, overwrite=arguments.overwrite).format())
+            print(plan(*recipe, overwrite=arguments.overwrite))
         return
     trainer = train(*recipe, overwrite=arguments.overwrite)
     if is_first:

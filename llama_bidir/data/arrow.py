@@ -3,23 +3,21 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..utils.extras import require
 from .files import check_file
-from .rows import Row
+from .rows import COLUMNS, PASSAGE_COLUMNS, TrainingRow
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-# Part of every cache key: raise it when the same sources become other records.
-RECORD_VERSION = 1
-DOCUMENT_FIELDS = ("pos_doc", "neg_doc")
+# Part of every cache key: raise it when the same sources give different records.
+RECORD_VERSION = 2
 
 
 class FileStamp(NamedTuple):
-    """What tells two states of a file apart: its absolute path, its size in bytes and when it changed, in ns."""
+    """The state of a file: its absolute path, its size in bytes and its time of change in nanoseconds."""
 
     path: str
     size: int
@@ -27,7 +25,7 @@ class FileStamp(NamedTuple):
 
 
 def stamp(path: str | os.PathLike[str]) -> FileStamp:
-    """Returns the state of a file; raises FileNotFoundError where there is none."""
+    """Returns the state of a file; raises FileNotFoundError when there is none."""
     status = check_file(path).stat()
     return FileStamp(os.path.abspath(path), status.st_size, status.st_mtime_ns)
 
@@ -39,12 +37,12 @@ def write_dataset(
     cache_dir: str | os.PathLike[str] | None,
 ) -> "Dataset":
     """
-    Returns the records of a generator as a memory-mapped dataset, written when no process has done so before.
+    Returns the records of a generator as a memory-mapped dataset, written if no process has done so before.
 
     Args:
-        generate: a function of a module; one process at a time calls it, and the others wait for its file.
+        generate: a module-level function. One process at a time calls it, and the others wait for its file.
         features: of the records.
-        arguments: of `generate`; plain values, because they and the function's name are the key of the cache. They
+        arguments: of `generate`. Their pickled values and the function's name are the key of the cache, so they
             include the stamps of the files that are read.
         cache_dir: where the file is kept; None is the cache of `datasets`.
 
@@ -68,7 +66,7 @@ def write_dataset(
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keeps `datasets` from drawing bars, which would stand between the lines of a log and beside an error."""
+    """Keeps `datasets` from drawing progress bars between the lines of a log and beside an error."""
     datasets = require("datasets", "train")
     was_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -79,28 +77,47 @@ def no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def row_features(document_type: str) -> "Features":
-    """Features of the records of rows: `document_type` is `string` for texts, `int64` for row numbers of documents."""
+class ArrowFiles(NamedTuple):
+    """
+    A memory-mapped dataset as plain values, for a cache key.
+
+    Args:
+        paths: of its Arrow files, in order.
+        fingerprint: changes with the content.
+    """
+
+    paths: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, dataset: "Dataset") -> "ArrowFiles":
+        return cls(tuple(file["filename"] for file in dataset.cache_files), dataset._fingerprint)
+
+    def open(self) -> "Dataset":
+        datasets = require("datasets", "train")
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in self.paths])
+
+
+def row_features(passage_type: str) -> "Features":
+    """Features of the records of rows; `passage_type` is `string` for texts and `int64` for rows of a corpus."""
     datasets = require("datasets", "train")
-    text, number = datasets.Value("string"), datasets.Value("float64")
-    documents = [datasets.Value(document_type)]
-    return datasets.Features(
-        query=text, pos_doc=documents, neg_doc=documents, pos_score=[number], neg_score=[number], error=text
-    )
+    text = datasets.Value("string")
+    kinds = {"text": text, "passages": [datasets.Value(passage_type)], "numbers": [datasets.Value("float64")]}
+    return datasets.Features({name: kinds[kind] for name, kind in COLUMNS.items()}, error=text)
 
 
-def row_record(row: Row[Any]) -> dict[str, Any]:
-    """The record of a row that is right."""
-    return {**dict(zip(("query", *DOCUMENT_FIELDS, "pos_score", "neg_score"), row, strict=True)), "error": None}
+def row_record(row: TrainingRow) -> dict[str, Any]:
+    """Returns the record of a valid row."""
+    return {**dict(zip(COLUMNS, row, strict=True)), "error": None}
 
 
 def error_record(error: ValueError) -> dict[str, Any]:
-    """The record of a row that is not: it travels with the others, so that all of them are known after one reading."""
-    return {**row_record(Row("", [], [], None, None)), "error": str(error)}
+    """Returns the record of an invalid row. It stands among the others, so one reading finds all errors."""
+    return {**row_record(TrainingRow("", [], [])), "error": str(error)}
 
 
 def split_errors(dataset: "Dataset") -> tuple["Dataset", list[str]]:
-    """Returns the rows that are right, without the column `error`, and the errors of the others."""
+    """Returns the valid rows, without the column `error`, and the errors of the other rows."""
     pc = require("pyarrow.compute", "train")
     errors = dataset.data.column("error")
     messages = errors.drop_null().to_pylist()
@@ -111,89 +128,60 @@ def split_errors(dataset: "Dataset") -> tuple["Dataset", list[str]]:
     return rows, messages
 
 
+def are_valid(rows: Any) -> bool:
+    """
+    Whether the Arrow columns of `rows` alone show that every row is valid, as they do for what [`load_rows`] returns.
+
+    This looks at types, lengths, nulls and scores but reads no text, so it is cheap for any number of rows. False means
+    that the rows have to be parsed, not that one of them is invalid.
+    """
+    if not hasattr(rows, "features") or not isinstance(rows, require("datasets", "train").Dataset):
+        return False
+    has_numbers = isinstance(rows.format["format_kwargs"].get("transform"), DocumentTexts)
+    schema = row_features("int64" if has_numbers else "string").arrow_schema
+    if not rows.features.arrow_schema.equals(schema.remove(schema.get_field_index("error"))):
+        return False
+    if set(rows.format["columns"]) != set(COLUMNS) or (rows.format["type"] is not None and not has_numbers):
+        return False
+    pc = require("pyarrow.compute", "train")
+    table = {name: rows.data.column(name) for name in COLUMNS}
+    sizes = {name: pc.list_value_length(table[name]) for name, kind in COLUMNS.items() if kind != "text"}
+    items = {name: pc.list_flatten(table[name]) for name in sizes}
+    numbers = [name for name, kind in COLUMNS.items() if kind == "numbers"]
+    of_rows = [
+        pc.greater(sizes["pos_doc"], 0),
+        pc.equal(table["pos_score"].is_null(), table["neg_score"].is_null()),
+        *(pc.equal(sizes[name], sizes[f"{name[:3]}_doc"]) for name in numbers),
+    ]
+    if rows._indices is not None:  # the table also holds rows that were left out, such as those with an error
+        of_rows = [condition.take(rows._indices.column(0)) for condition in of_rows]
+    of_items = [pc.is_finite(items[name]) for name in numbers]
+    has_nulls = any(table[name].null_count for name in ("query", *PASSAGE_COLUMNS)) or any(
+        column.null_count for column in items.values()
+    )
+    return not has_nulls and all(pc.all(condition, min_count=0).as_py() for condition in of_rows + of_items)
+
+
+def iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:
+    """Yields a column as Arrow arrays of at most 1,000 rows, as it is stored."""
+    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
+        yield batch.column(name).combine_chunks()
+
+
 class DocumentTexts:
     """
-    A transform of `datasets` that puts texts in place of the row numbers in `pos_doc` and `neg_doc` as rows are read.
+    A transform of `datasets` that replaces the row numbers in `pos_doc` and `neg_doc` by texts when rows are read.
 
     Args:
-        documents: a memory-mapped dataset with the column `text`, which the row numbers count in.
+        documents: a memory-mapped dataset with the column `text`, which the numbers are rows of.
     """
 
     def __init__(self, documents: "Dataset"):
         self.documents = documents.select_columns("text").with_format("arrow")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        fields = [field for field in DOCUMENT_FIELDS if field in batch]
+        fields = [field for field in PASSAGE_COLUMNS if field in batch]
         numbers = sorted({number for field in fields for documents in batch[field] for number in documents})
         texts = dict(zip(numbers, self.documents[numbers]["text"].to_pylist(), strict=True))
         read = {field: [[texts[number] for number in documents] for documents in batch[field]] for field in fields}
         return {**batch, **read}
-
-
-class DocumentFiles(NamedTuple):
-    """
-    The Arrow files of documents, in plain values that a cache key can hold and a generator can open.
-
-    Args:
-        name: what errors call the documents.
-        paths: of the Arrow files, in order.
-        fingerprint: changes with the content.
-        id_column: the column of identifiers, strings or ints.
-        first_row: the row number of the first document, where several corpora are counted through.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    fingerprint: str
-    id_column: str = "id"
-    first_row: int = 0
-
-
-def check_documents(dataset: "Dataset", name: str, *, id_column: str = "id", first_row: int = 0) -> DocumentFiles:
-    """
-    Returns the files of a dataset of documents.
-
-    Raises:
-        ValueError: a column is missing or of another type, or a document has no text.
-    """
-    for column, kinds in (
-        (id_column, ("string", "large_string", "int64", "int32")),
-        ("text", ("string", "large_string")),
-    ):
-        if column not in dataset.column_names:
-            columns = ", ".join(dataset.column_names)
-            raise ValueError(f"{name}: the documents must have the columns {id_column} and text, got {columns}")
-        kind = getattr(dataset.features[column], "dtype", dataset.features[column])
-        if kind not in kinds:
-            raise ValueError(f"{name}: the column {column} must be one of {', '.join(kinds)}, got {kind}")
-        null = dataset.data.column(column).is_null().index(True).as_py()
-        if null >= 0:
-            raise ValueError(f"{name}: row {null}: the document has no {column}")
-    paths = tuple(file["filename"] for file in dataset.cache_files)
-    return DocumentFiles(name, paths, dataset._fingerprint, id_column, first_row)
-
-
-def index_documents(documents: DocumentFiles) -> dict[str, int]:
-    """Returns the row number of each identifier; raises ValueError where two documents share one."""
-    index: dict[str, int] = {}
-    number = documents.first_row
-    for batch in iterate_files(documents.paths, [documents.id_column]):
-        for value in batch[documents.id_column]:
-            if index.setdefault(str(value), number) != number:
-                row, first = number - documents.first_row, index[str(value)] - documents.first_row
-                raise ValueError(
-                    f"{documents.name}: row {row}: the document {str(value)!r} is there already, in row {first}; an "
-                    "identifier must be one document's"
-                )
-            number += 1
-    return index
-
-
-def iterate_files(paths: tuple[str, ...], columns: list[str] | None = None) -> Iterator[dict[str, list[Any]]]:
-    """Yields the columns of Arrow files that `datasets` has written, 1,000 rows at a time."""
-    datasets = require("datasets", "train")
-    for path in paths:
-        dataset = datasets.Dataset.from_file(str(Path(path)))
-        selected = dataset if columns is None else dataset.select_columns(columns)
-        for batch in selected.with_format("arrow").iter(1000):
-            yield batch.to_pydict()

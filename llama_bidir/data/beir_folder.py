@@ -1,40 +1,72 @@
-"""Training rows of a folder in BEIR's layout: relevant documents from qrels, negatives from a first-stage run."""
+"""A folder in BEIR's layout, and its training rows: positives from the qrels, negatives from a first-stage run."""
 
 import os
-from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..utils.extras import require
-from .arrow import (
-    DocumentFiles,
-    FileStamp,
-    check_documents,
-    error_record,
-    index_documents,
-    row_features,
-    row_record,
-    stamp,
-    write_dataset,
-)
+from .arrow import FileStamp, error_record, row_features, row_record, stamp, write_dataset
+from .corpus import Corpus, open_corpus, read_queries
 from .files import check_file
-from .rows import Row
-from .trec import Judgement, read_documents, read_qrels, read_queries, read_run
+from .rows import TrainingRow
+from .trec import RankedRun, read_judgements, unknown_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 QRELS_NAMES = ("qrels.tsv", "qrels.tsv.gz", "qrels/train.tsv", "qrels/train.tsv.gz", "qrels.trec", "qrels.txt")
-UNKNOWN = -1
 
 
 class BeirFiles(NamedTuple):
-    """The files of a BEIR folder, beside its runs."""
+    """The files of a BEIR folder, without its runs."""
 
     corpus: Path
     queries: Path
     qrels: Path
+
+
+class RelevantDocuments:
+    """
+    The queries of a BEIR folder that have a relevant document, in the order of the qrels, and those documents.
+
+    Args:
+        files: of the folder.
+        index: row number in the corpus by doc_id.
+
+    Attributes:
+        judgements: the judgements of 1 or more by query_id.
+
+    Raises:
+        ValueError: a line of a file breaks its rule, or no query has a relevant document.
+    """
+
+    def __init__(self, files: BeirFiles, index: Mapping[str, int]):
+        self._files, self._index = files, index
+        judged = {
+            query_id: [judgement for judgement in judgements.values() if judgement.relevance >= 1]
+            for query_id, judgements in read_judgements(files.qrels).items()
+        }
+        self.judgements = {query_id: relevant for query_id, relevant in judged.items() if relevant}
+        if not self.judgements:
+            raise ValueError(f"{files.qrels}: no query has a relevant document, one with a score of 1 or more")
+        self._queries = read_queries(files.queries)
+
+    def read(self, query_id: str) -> tuple[str, list[int]]:
+        """
+        Returns the text of a query and the row numbers of its relevant documents.
+
+        Raises:
+            ValueError: the query is not among the queries, or a document is not in the corpus, with file and line.
+        """
+        relevant = self.judgements[query_id]
+        if query_id not in self._queries:
+            where = f"{self._files.qrels}:{relevant[0].line}: query-id"
+            raise unknown_id(where, "query", query_id, self._files.queries)
+        for judgement in relevant:
+            if judgement.doc_id not in self._index:
+                where = f"{self._files.qrels}:{judgement.line}: corpus-id"
+                raise unknown_id(where, "document", judgement.doc_id, self._files.corpus)
+        return self._queries[query_id], [self._index[judgement.doc_id] for judgement in relevant]
 
 
 def load_beir(
@@ -46,40 +78,32 @@ def load_beir(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple["Dataset", "Dataset"]:
     """
-    Reads a BEIR folder: a row for each query with a relevant document, in the order of the qrels. Its negatives are
-    the documents of the run that are not judged relevant, by rank; a query without a run entry has none.
+    Reads a BEIR folder: one row for each query with a relevant document, in the order of the qrels. Its negatives are
+    the documents of the run that are not judged relevant, by rank. A query without a run entry has none.
 
     Args:
-        folder, qrels, run: see [`find_files`].
-        depth: how many documents of the run to look at for each query; None is all of them.
+        folder, qrels, run: see [`find_files`] and [`find_run`].
+        depth: how many documents of the run to consider for each query; None is all of them.
         cache_dir: see [`write_dataset`].
 
     Returns:
-        the records of the rows, whose passages are row numbers, and the documents (column `text`) that these count in.
+        the records of the rows, whose passages are row numbers, and the documents (column `text`) that these refer to.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a line of a file breaks its rule, or no query has a relevant document. A query whose text or whose
-            documents are not in the folder becomes a record with `error`.
+        FileNotFoundError: a file is missing.
+        ValueError: a line of a file breaks its rule, or no query has a relevant document. A query whose text or
+            documents are missing from the folder becomes a record with `error`.
     """
-    datasets = require("datasets", "train")
     files, run_path = find_files(folder, qrels=qrels), find_run(folder, run)
-    text = datasets.Value("string")
-    documents = write_dataset(
-        _generate_documents,
-        datasets.Features(id=text, text=text),
-        {"path": os.fspath(files.corpus), "state": stamp(files.corpus)},
-        cache_dir,
-    )
+    corpus = open_corpus(files.corpus, cache_dir)
     arguments = {
-        "documents": check_documents(documents, os.fspath(files.corpus)),
-        "queries": os.fspath(files.queries),
-        "qrels": os.fspath(files.qrels),
-        "run": os.fspath(run_path),
+        "files": files,
+        "corpus": corpus,
+        "run": run_path,
         "depth": depth,
-        "states": tuple(map(stamp, files)),
+        "states": tuple(map(stamp, (*files, run_path))),
     }
-    return write_dataset(_generate_rows, row_features("int64"), arguments, cache_dir), documents
+    return write_dataset(_generate_rows, row_features("int64"), arguments, cache_dir), corpus.dataset
 
 
 def find_files(folder: Path, *, qrels: str | None = None) -> BeirFiles:
@@ -87,26 +111,28 @@ def find_files(folder: Path, *, qrels: str | None = None) -> BeirFiles:
     Finds the files of a BEIR folder.
 
     Args:
-        folder: holds `corpus.jsonl` and `queries.jsonl`, each maybe with `.gz`.
-        qrels: a path in the folder (or absolute); by default the one file of `qrels.tsv`, `qrels/train.tsv`,
-            `qrels.trec`, `qrels.txt`.
+        folder: holds `corpus.jsonl` and `queries.jsonl`, or their `.gz` forms.
+        qrels: a path in the folder (or an absolute one). By default it is the only one of `qrels.tsv`,
+            `qrels/train.tsv`, `qrels.trec` and `qrels.txt`.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: several could be meant, with their names.
+        FileNotFoundError: a file is missing.
+        ValueError: there are several candidates for a file, with their names.
     """
-    return BeirFiles(
-        corpus=_choose(folder, "corpus", None, ["corpus.jsonl", "corpus.jsonl.gz"], "corpus.jsonl or corpus.jsonl.gz"),
-        queries=_choose(
-            folder, "queries", None, ["queries.jsonl", "queries.jsonl.gz"], "queries.jsonl or queries.jsonl.gz"
-        ),
-        qrels=_choose(folder, "qrels", qrels, QRELS_NAMES, "qrels.tsv or qrels/train.tsv"),
+    corpus, queries = (
+        _choose(folder, kind, None, [f"{kind}.jsonl", f"{kind}.jsonl.gz"], f"{kind}.jsonl or {kind}.jsonl.gz")
+        for kind in ("corpus", "queries")
     )
+    return BeirFiles(corpus, queries, _choose(folder, "qrels", qrels, QRELS_NAMES, "qrels.tsv or qrels/train.tsv"))
 
 
 def find_run(folder: Path, run: str | None = None) -> Path:
     """
-    Finds a run in a BEIR folder: a path in it (or an absolute one), by default the one of `run*.trec`, `run*.trec.gz`.
+    Finds a run in a BEIR folder.
+
+    Args:
+        folder: the BEIR folder.
+        run: a path in the folder (or an absolute one). By default it is the only one of `run*.trec`, `run*.trec.gz`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -132,79 +158,17 @@ def _choose(folder: Path, kind: str, name: str | None, candidates: Iterable[str]
     return folder / found[0]
 
 
-def _generate_documents(path: str, state: FileStamp, version: int) -> Iterator[dict[str, str]]:
-    for doc_id, text in read_documents(Path(path)):
-        yield {"id": doc_id, "text": text}
-
-
 def _generate_rows(
-    documents: DocumentFiles,
-    queries: str,
-    qrels: str,
-    run: str,
-    depth: int | None,
-    states: tuple[FileStamp, ...],
-    version: int,
+    files: BeirFiles, corpus: Corpus, run: Path, depth: int | None, states: tuple[FileStamp, ...], version: int
 ) -> Iterator[dict[str, Any]]:
-    judgements = _read_judgements(Path(qrels))
-    texts = read_queries(Path(queries))
-    index = index_documents(documents)
-    entries = _read_entries(Path(run), judgements, index)
-    for query_id, judged in judgements.items():
-        relevant = [judgement for judgement in judged.values() if judgement.relevance >= 1]
-        if not relevant:
-            continue
+    index = corpus.index()
+    relevant = RelevantDocuments(files, index)
+    ranked = RankedRun(run, relevant.judgements, corpus, index=index, source="the qrels")
+    for query_id in relevant.judgements:
         try:
-            if query_id not in texts:
-                raise ValueError(f"{qrels}:{relevant[0].line}: query-id: there is no query {query_id!r} in {queries}")
-            positives = [_find(index, judgement.doc_id, f"{qrels}:{judgement.line}") for judgement in relevant]
-            ranked = _rank(entries.get(query_id, array("q")), run)[:depth]
+            query, positives = relevant.read(query_id)
             known = set(positives)
-            negatives = [number for number in ranked if number not in known]
-            yield row_record(Row(texts[query_id], positives, negatives, None, None))
+            negatives = [row for row in ranked.rows(query_id)[:depth] if row not in known]
+            yield row_record(TrainingRow(query, positives, negatives))
         except ValueError as error:
             yield error_record(error)
-
-
-def _read_judgements(path: Path) -> dict[str, dict[str, Judgement]]:
-    """Returns the judgements of each query by document."""
-    judgements: dict[str, dict[str, Judgement]] = {}
-    for judgement in read_qrels(path):
-        first = judgements.setdefault(judgement.query_id, {}).setdefault(judgement.doc_id, judgement)
-        if first.relevance != judgement.relevance:
-            raise ValueError(
-                f"{path}:{judgement.line}: score: the document {judgement.doc_id!r} of query {judgement.query_id!r} is "
-                f"judged {judgement.relevance} here and {first.relevance} in line {first.line}; keep one of the lines"
-            )
-    if all(judgement.relevance < 1 for judged in judgements.values() for judgement in judged.values()):
-        raise ValueError(f"{path}: no query has a relevant document, one with a score of 1 or more")
-    return judgements
-
-
-def _read_entries(path: Path, query_ids: Collection[str], index: Mapping[str, int]) -> dict[str, "array[int]"]:
-    """Returns rank, line and row number of each entry of the queries, flat, as a run can have very many of them."""
-    entries: dict[str, array[int]] = {}
-    for entry in read_run(path):
-        if entry.query_id in query_ids:
-            number = index.get(entry.doc_id, UNKNOWN)
-            entries.setdefault(entry.query_id, array("q")).extend((entry.rank, entry.line, number))
-    if not entries:
-        raise ValueError(f"{path}: the run has no entry for a query of the qrels; they must be about the same queries")
-    return entries
-
-
-def _rank(entries: "array[int]", run: str) -> list[int]:
-    """Returns the row numbers of a query's entries by rank, and in the order of the file where ranks are equal."""
-    numbers: dict[int, int] = {}
-    for _, line, number in sorted(zip(entries[::3], entries[1::3], entries[2::3], strict=True)):
-        if number == UNKNOWN:
-            raise ValueError(f"{run}:{line}: doc-id: there is no such document in the corpus")
-        if numbers.setdefault(number, line) != line:
-            raise ValueError(f"{run}:{line}: doc-id: the query has the document already, in line {numbers[number]}")
-    return list(numbers)
-
-
-def _find(index: Mapping[str, int], doc_id: str, where: str) -> int:
-    if doc_id not in index:
-        raise ValueError(f"{where}: corpus-id: there is no document {doc_id!r} in the corpus")
-    return index[doc_id]

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 class GroupCollator:
     """
-    Makes a batch of groups: renders and tokenizes their pairs, group after group.
+    Makes a batch of groups: renders and tokenizes their pairs, one group after another.
 
     Args:
         prompt_encoder (`PromptEncoder`): renders and tokenizes the pairs.
@@ -26,7 +26,7 @@ class GroupCollator:
 
     Returns:
         `labels`, a `torch.FloatTensor` of shape `(groups, largest_group)` with the relevance of each passage and -100
-        where there is none; `teacher_scores` of the same shape, NaN where a group has none; and what the model takes:
+        as padding; `teacher_scores` of the same shape, NaN for a group without them; and the model's inputs:
         `input_ids` and `attention_mask` of shape `(num_pairs, longest_pair)`, or the keywords of a packed batch.
     """
 

@@ -1,32 +1,21 @@
 """
 Training rows that name their passages by identifier, in NeMo AutoModel's corpus-id layout.
 
-A JSON file holds `corpus`, the folders of documents, and `data`, the rows; each folder holds documents and a
+A JSON file holds `corpus`, the folders of documents, and `data`, the rows. Each folder holds documents and a
 `merlin_metadata.json` with its `class` and `corpus_id`.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import require
-from ..utils.validation import check_text, describe
-from .arrow import (
-    DOCUMENT_FIELDS,
-    DocumentFiles,
-    FileStamp,
-    check_documents,
-    error_record,
-    index_documents,
-    no_progress_bars,
-    row_features,
-    row_record,
-    stamp,
-    write_dataset,
-)
-from .files import check_file, read_id, read_json, read_json_lines
-from .rows import read_row
+from ..utils.validation import describe
+from .arrow import FileStamp, error_record, no_progress_bars, row_features, row_record, stamp, write_dataset
+from .corpus import Corpus, cache_documents, join_texts
+from .files import read_id, read_json
+from .rows import PASSAGE_COLUMNS, parse_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,52 +24,38 @@ METADATA = "merlin_metadata.json"
 ID_COLUMNS = {"TextQADataset": "id", "WikiSSNQDataset": "docid"}
 
 
-class Corpus(NamedTuple):
-    """Documents and the `corpus_id` that rows call them by."""
-
-    corpus_id: str
-    documents: DocumentFiles
-
-
 def load_corpus_id(path: Path, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset"]:
     """
     Reads a JSON file in the corpus-id layout.
 
     Returns:
-        the records of the rows, whose passages are row numbers, and the documents (column `text`) that these count in.
+        the records of the rows, whose passages are row numbers, and the documents (column `text`) that these refer to.
 
     Raises:
-        FileNotFoundError: the file, a folder of documents or its metadata is not there.
-        ValueError: one of them breaks its rule. Rows that do become records with `error`.
+        FileNotFoundError: the file, a folder of documents or its metadata is missing.
+        ValueError: one of them breaks its rule. A row that does becomes a record with `error`.
     """
     datasets = require("datasets", "train")
     arguments = {"path": os.fspath(path), "state": stamp(path)}
-    # A dataset of its own, so that the processes that find both in the cache need not parse the whole file.
+    # A dataset of its own, so that processes that find both in the cache need not parse the whole file.
     folders = write_dataset(_generate_folders, datasets.Features(folder=datasets.Value("string")), arguments, cache_dir)
-    texts: list[Dataset] = []
     corpora: dict[str, Corpus] = {}
     for index, folder in enumerate(folders["folder"][:]):
         corpus_id, id_column = _read_metadata(Path(folder), f"{path}: corpus[{index}]")
-        name = corpora[corpus_id].documents.name if corpus_id in corpora else folder
-        if name != folder:
-            raise ValueError(
-                f"{path}: corpus[{index}]: {folder} has the corpus_id {corpus_id!r} of {name}; it must be one folder's"
-            )
         if corpus_id not in corpora:
-            documents = load_documents(Path(folder), id_column, cache_dir)
-            first_row = sum(dataset.num_rows for dataset in texts)
-            files = check_documents(documents, folder, id_column=id_column, first_row=first_row)
-            corpora[corpus_id] = Corpus(corpus_id, files)
-            texts.append(documents.select_columns("text"))
-    rows = write_dataset(
-        _generate_rows, row_features("int64"), {**arguments, "corpora": tuple(corpora.values())}, cache_dir
-    )
-    return rows, datasets.concatenate_datasets(texts)
+            corpora[corpus_id] = open_folder(Path(folder), id_column, cache_dir)
+        elif (name := corpora[corpus_id].name) != folder:
+            raise ValueError(
+                f"{path}: corpus[{index}]: {folder} has the corpus_id {corpus_id!r} of {name}; give each folder a "
+                "corpus_id of its own"
+            )
+    rows = write_dataset(_generate_rows, row_features("int64"), {**arguments, "corpora": corpora}, cache_dir)
+    return rows, join_texts(corpora.values())
 
 
-def load_documents(folder: Path, id_column: str, cache_dir: str | os.PathLike[str] | None) -> "Dataset":
+def open_folder(folder: Path, id_column: str, cache_dir: str | os.PathLike[str] | None) -> Corpus:
     """
-    Reads the documents of a folder: its JSON Lines files, or what else `datasets.load_dataset` finds there for `train`.
+    Opens the documents of a folder: its JSON Lines files, or whatever `datasets.load_dataset` finds there for `train`.
 
     Raises:
         ValueError: they cannot be read.
@@ -89,25 +64,23 @@ def load_documents(folder: Path, id_column: str, cache_dir: str | os.PathLike[st
     lines = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern))
     if lines:
         # Not by `datasets`, which takes the metadata for documents too, and whose errors name no line.
-        chosen = [file for file in lines if "train" in file.name] or lines
-        arguments = {"paths": tuple(map(str, chosen)), "states": tuple(map(stamp, chosen)), "id_column": id_column}
-        text = datasets.Value("string")
-        features = datasets.Features({id_column: text, "text": text})
-        return write_dataset(_generate_documents, features, arguments, cache_dir)
+        chosen = [os.fspath(file) for file in lines if "train" in file.name] or [os.fspath(file) for file in lines]
+        return Corpus(cache_documents(chosen, cache_dir, id_field=id_column), os.fspath(folder))
     try:
         with no_progress_bars():
             cache = None if cache_dir is None else os.fspath(cache_dir)
-            return datasets.load_dataset(os.fspath(folder), split="train", cache_dir=cache, keep_in_memory=False)
+            documents = datasets.load_dataset(os.fspath(folder), split="train", cache_dir=cache, keep_in_memory=False)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(
             f"{folder}: the documents cannot be read: {reason}; the folder must hold parquet, arrow or jsonl files "
             f"with the columns {id_column} and text"
         ) from error
+    return Corpus(documents, os.fspath(folder), id_column=id_column)
 
 
 def corpus_rows(
-    rows: Iterable[tuple[str, Any]], corpora: Iterable[Corpus], *, corpus_id: str | None = None
+    rows: Iterable[tuple[str, Any]], corpora: Mapping[str, Corpus], *, corpus_id: str | None = None, first: int = 0
 ) -> Iterator[dict[str, Any]]:
     """
     Yields the records of rows that name their passages by identifier.
@@ -116,10 +89,14 @@ def corpus_rows(
         rows: what errors call a row, and the row: `question` (or `query`), `corpus_id`, `pos_doc` and `neg_doc` with
             identifiers or objects with `id`; teacher scores as `pos_score` and `neg_score`, or as `score` of every
             object.
-        corpora: the documents that the rows may name.
+        corpora: the corpora by `corpus_id`. Their documents are numbered in this order.
         corpus_id: the corpus of all rows, which then need not name it.
+        first: the number of the first document.
     """
-    finders = {corpus.corpus_id: _finder(corpus) for corpus in corpora}
+    readers = {}
+    for name, corpus in corpora.items():
+        readers[name] = _passage_reader(name, corpus.index(first))
+        first += len(corpus)
     for where, row in rows:
         try:
             if not isinstance(row, Mapping):
@@ -127,31 +104,27 @@ def corpus_rows(
                     f"{where}: a row must be an object with question, corpus_id and pos_doc, got {describe(row)}"
                 )
             name = read_id(row, "corpus_id", where) if corpus_id is None else corpus_id
-            if name not in finders:
-                known = ", ".join(map(repr, finders))
+            if name not in readers:
+                known = ", ".join(map(repr, readers))
                 raise ValueError(f"{where}: corpus_id: there is no corpus {name!r}; the file's corpora are {known}")
-            yield row_record(read_row(_with_scores(row), where, finders[name]))
+            yield row_record(parse_row(_with_scores(row), where, readers[name]))
         except ValueError as error:
             yield error_record(error)
 
 
-def _finder(corpus: Corpus) -> Callable[[Any, str], int]:
-    index = index_documents(corpus.documents)
-
-    def find(item: Any, where: str) -> int:
-        if not isinstance(item, Mapping):
-            item = {"id": item}
-        document_id = read_id(item, "id", where)
+def _passage_reader(corpus_id: str, index: Mapping[str, int]) -> Callable[[Any, str], int]:
+    def read_number(item: Any, where: str) -> int:
+        document_id = read_id(item if isinstance(item, Mapping) else {"id": item}, "id", where)
         if document_id not in index:
-            raise ValueError(f"{where}: the corpus {corpus.corpus_id!r} has no document {document_id!r}")
+            raise ValueError(f"{where}: the corpus {corpus_id!r} has no document {document_id!r}")
         return index[document_id]
 
-    return find
+    return read_number
 
 
 def _with_scores(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the `score` of its documents, where each has one, as `pos_score` and `neg_score`."""
-    lists = [row.get(field) or [] for field in DOCUMENT_FIELDS]
+    """Returns the row with the `score` of its documents, if each has one, as `pos_score` and `neg_score`."""
+    lists = [row.get(field) or [] for field in PASSAGE_COLUMNS]
     has_scores = all(
         isinstance(documents, list)
         and all(isinstance(item, Mapping) and item.get("score") is not None for item in documents)
@@ -178,13 +151,12 @@ def _read_metadata(folder: Path, where: str) -> tuple[str, str]:
 
 
 def _generate_folders(path: str, state: FileStamp, version: int) -> Iterator[dict[str, Any]]:
-    content = read_json(Path(path))
-    corpus = content.get("corpus")
+    corpus = read_json(Path(path)).get("corpus")
     entries = [corpus] if isinstance(corpus, Mapping) else corpus
     if not isinstance(entries, list) or not entries:
         raise ValueError(
             f"{path}: corpus must be an object with the path of a folder, or a list of them, got {describe(corpus)}; "
-            "rows that hold their texts themselves belong into a .jsonl file, one a line"
+            "rows that hold their texts themselves belong in a .jsonl file, one per line"
         )
     for index, entry in enumerate(entries):
         folder = entry.get("path") if isinstance(entry, Mapping) else None
@@ -195,19 +167,8 @@ def _generate_folders(path: str, state: FileStamp, version: int) -> Iterator[dic
         yield {"folder": os.path.normpath(os.path.join(os.path.dirname(state.path), folder))}
 
 
-def _generate_rows(path: str, state: FileStamp, corpora: tuple[Corpus, ...], version: int) -> Iterator[dict[str, Any]]:
+def _generate_rows(path: str, state: FileStamp, corpora: dict[str, Corpus], version: int) -> Iterator[dict[str, Any]]:
     data = read_json(Path(path)).get("data")
     if not isinstance(data, list) or not data:
         raise ValueError(f"{path}: data must be a list of rows, got {describe(data)}")
     yield from corpus_rows(((f"{path}: data[{index}]", row) for index, row in enumerate(data)), corpora)
-
-
-def _generate_documents(
-    paths: tuple[str, ...], states: tuple[FileStamp, ...], id_column: str, version: int
-) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        for number, row in read_json_lines(check_file(path)):
-            where = f"{path}:{number}"
-            if not isinstance(row.get("text"), str):
-                raise ValueError(f"{where}: text must be a string, got {describe(row.get('text'))}")
-            yield {id_column: read_id(row, id_column, where), "text": check_text(f"{where}: text", row["text"])}

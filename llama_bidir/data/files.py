@@ -1,4 +1,4 @@
-"""Text files as the sources of training rows read them: lines and JSON, with errors that name file and line."""
+"""Text files as lines and JSON, with errors that name the file and the line."""
 
 import codecs
 import gzip
@@ -13,7 +13,7 @@ from ..utils.validation import check_text, describe
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a file; raises FileNotFoundError where there is none."""
+    """Returns the path of a file; raises FileNotFoundError when there is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     return Path(path)
@@ -21,18 +21,18 @@ def check_file(path: str | os.PathLike[str]) -> Path:
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
-    Yields number (from 1) and text of each line of a UTF-8 file that is not blank, one line in memory at a time.
+    Yields the number (from 1) and the text of each non-blank line of a UTF-8 file, with one line in memory at a time.
 
-    A byte order mark at the start is dropped; a name that ends in `.gz` is decompressed.
+    A byte order mark at the start is dropped. A file whose name ends in `.gz` is decompressed.
 
     Raises:
-        ValueError: the bytes are not UTF-8 or not a whole gzip file, with file and line.
+        ValueError: the bytes are not UTF-8, or not a whole gzip file, with file and line.
     """
     number = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
-                # Decoded line by line: a text file decodes far ahead and so cannot tell the line of a bad byte.
+                # Decoded line by line: a text file decodes far ahead and cannot tell the line of a bad byte.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     yield number, text.rstrip("\r\n")
@@ -47,28 +47,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
-    Yields number (from 1) and object of each line of a JSON Lines file.
+    Yields the number (from 1) and the object of each line of a JSON Lines file.
 
     Raises:
         ValueError: a line is not one JSON object, or as [`read_lines`] does.
     """
     for number, line in read_lines(path):
-        value = parse_json(line, f"{path}:{number}")
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}:{number}: a line must be one JSON object, got {describe(value)}")
-        yield number, value
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Returns the JSON value of a line; raises ValueError, naming it, where there is not exactly one."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # an int of thousands of digits
-        raise ValueError(f"{where}: a line must be one JSON object: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: a line must be one JSON object: it is nested too deep") from None
+        yield number, parse_json(line, path, number)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,23 +65,35 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with _open(path) as file:
-            content = file.read().removeprefix(codecs.BOM_UTF8)
-        value = json.loads(content.decode("utf-8"))
+            text = file.read().removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: the file must be UTF-8 text: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: the file must hold one JSON object: {error.msg} at column {error.colno}"
-        ) from None
-    except ValueError as error:  # an int of thousands of digits
-        raise ValueError(f"{path}: the file must hold one JSON object: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: the file must hold one JSON object: it is nested too deep") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _not_gzip(path, 1, error) from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> dict[str, Any]:
+    """
+    Returns the JSON object of a line, or of a whole file when `line` is None.
+
+    Raises:
+        ValueError: the text is not exactly one JSON object, with file and line.
+    """
+    where = f"{path}" if line is None else f"{path}:{line}"
+    rule = "the file must hold one JSON object" if line is None else "a line must be one JSON object"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line or error.lineno}"
+        raise ValueError(f"{where}: {rule}: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # an int of thousands of digits
+        raise ValueError(f"{where}: {rule}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: {rule}: it is nested too deep") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: the file must hold one JSON object, got {describe(value)}")
+        raise ValueError(f"{where}: {rule}, got {describe(value)}")
     return value
 
 

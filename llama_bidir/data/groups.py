@@ -1,16 +1,16 @@
-"""From rows to groups: which positive and which negatives of a row are shown in which epoch."""
+"""From rows to groups: the positive and the negatives of a row that an epoch shows."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .rows import TrainingRow, parse_row
+from .arrow import are_valid, iterate_column
+from .rows import COLUMNS, TrainingRow, parse_row
 
 POSITIVES = ("cycle", "expand")
 NEGATIVES = ("sample", "first")
@@ -20,11 +20,12 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Group(TypedDict):
-    """A query and its passages, the positives first.
+    """
+    A query and its passages, the positives first.
 
     Keys:
         labels: 1.0 for a positive, 0.0 for a negative, aligned with `passages`.
-        teacher_scores: aligned with `passages`, None where the row has none.
+        teacher_scores: aligned with `passages`; None when the row has none.
     """
 
     query: str
@@ -39,14 +40,17 @@ class Grouping:
     How a row becomes a group.
 
     Args:
-        group_size: passages a group; None takes all positives and negatives of a row.
-        positives: of a row with several: `cycle` takes the next one each epoch, `expand` makes a group of each.
-        negatives: of a row with more than fit: `sample` draws them anew each epoch, `first` takes the first.
-        short_groups: of a row with fewer than fit: `mask` makes a smaller group, `repeat` shows them again in turn.
+        group_size: passages per group; None takes all positives and negatives of a row.
+        positives: for a row with several positives: `cycle` takes the next one each epoch, `expand` makes one group per
+            positive.
+        negatives: for a row with more negatives than fit: `sample` draws them anew each epoch, `first` takes the first
+            ones.
+        short_groups: for a row with fewer negatives than fit: `mask` makes a smaller group, `repeat` shows them again
+            in turn.
         seed: of the draws.
 
     Raises:
-        ValueError: a value is none of these.
+        ValueError: a value is not one of these.
     """
 
     group_size: int | None
@@ -57,21 +61,26 @@ class Grouping:
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1 (passages a query), got {self.group_size!r}")
+            raise ValueError(f"group_size must be at least 1 (passages per query), got {self.group_size!r}")
         for name, known in (("positives", POSITIVES), ("negatives", NEGATIVES), ("short_groups", SHORT_GROUPS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def expands(self) -> bool:
+        """Whether each positive of a row makes a group of its own."""
+        return self.positives == "expand" and self.group_size is not None
 
     def group(self, row: TrainingRow, where: str, *, epoch: int, key: str, positive: int | None = None) -> Group:
         """
         Makes the group of a row.
 
         Args:
-            row: the row; a passage that is a positive of it is never one of the negatives.
+            row: the row. A negative that is also one of its positives is left out.
             where: what errors call the row.
             epoch: decides the positive and the draw of the negatives.
-            key: tells rows apart in the draw: the same key gives the same negatives in the same epoch.
-            positive: which positive; by the epoch when None.
+            key: distinguishes rows in the draw: the same key gives the same negatives in the same epoch.
+            positive: the index of the positive; None lets the epoch decide.
 
         Raises:
             ValueError: the row has no negative, and `group_size` needs some.
@@ -113,15 +122,16 @@ class GroupDataset(Dataset[Group]):
     """
     Groups of several sources of rows, mixed by weight.
 
-    A source of n rows gives `round(weight * n)` groups an epoch: all rows as often as the weight has wholes, and for
-    the rest of the weight as many rows as it takes, which are the next ones of a shuffle each epoch. Every draw depends
-    on the seed, the epoch and the row alone, so that a run can be resumed and any number of processes see the same
-    groups.
+    A source of n rows gives `round(weight * n)` groups per epoch. The whole part of the weight says how often all rows
+    are shown. The rest of the weight is a share of the rows, taken in turn from a shuffle that goes through all of
+    them. Every draw depends on the seed, the epoch and the row alone, so a run can be resumed, and any number of
+    processes see the same groups.
 
     Args:
-        sources: (rows, weight) pairs; rows are any sequence of mappings of the training schema (see [`parse_row`]).
+        sources: (rows, weight) pairs; rows are any sequence of mappings of the training schema. They are parsed when
+            they are read (see [`parse_row`]), unless their Arrow columns show that they are valid (see [`are_valid`]).
         grouping: how rows become groups.
-        names: what errors call the sources, such as their paths; by number when not given.
+        names: what errors call the sources, such as their paths; by default their numbers.
 
     Raises:
         ValueError: a weight is not above 0, or there is no row.
@@ -140,6 +150,17 @@ class GroupDataset(Dataset[Group]):
         for _, weight in self.sources:
             if not 0 < weight < float("inf"):
                 raise ValueError(f"the weight of a source must be above 0, got {weight!r}")
+        self._are_valid = [are_valid(rows) for rows, _ in self.sources]
+        # An entry is what one group is made of: a row, or one of its positives.
+        self._positive_ends: list[Integers] = []
+        num_entries = [len(rows) for rows, _ in self.sources]
+        if grouping.expands:
+            counts = [self._count_positives(source) for source in range(len(self.sources))]
+            self._positive_ends = [np.cumsum(count, dtype=np.int64) for count in counts]
+            num_entries = [sum(count) for count in counts]
+        self._num_entries = num_entries
+        sizes = [round(weight * n) for (_, weight), n in zip(self.sources, num_entries, strict=True)]
+        self._ends: Integers = np.cumsum([0, *sizes], dtype=np.int64)
         # In shared memory, so that the worker processes of a DataLoader follow.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._shuffles: dict[tuple[int, int], Integers] = {}
@@ -152,11 +173,11 @@ class GroupDataset(Dataset[Group]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that items are of."""
+        """The epoch whose groups the items are."""
         return int(self._epoch)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.sources else 0
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Group:
         return self.group(index, self.epoch)
@@ -165,39 +186,42 @@ class GroupDataset(Dataset[Group]):
         """Returns the group of an index in an epoch."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no group {index}: the dataset has {len(self)}")
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        offset = index - self._range(source).start
+        source = int(np.searchsorted(self._ends, index, side="right")) - 1
+        start, end = self._ends[source : source + 2].tolist()
         entries = self._num_entries[source]
-        repetition, entry = divmod(offset, entries)
-        if repetition == int(self.sources[source][1]):  # the part of the weight behind the point
-            share = len(self._range(source)) - repetition * entries
+        repetition, entry = divmod(index - start, entries)
+        if repetition == int(self.sources[source][1]):  # the fractional part of the weight
+            share = end - start - repetition * entries
             round_, entry = divmod(epoch * share + entry, entries)
             entry = int(self._shuffle(source, round_)[entry])
-        rows, positive = self.sources[source][0], None
-        row_index = entry
-        if self.grouping.positives == "expand" and self.grouping.group_size is not None:
-            row_index = int(np.searchsorted(self._positive_ends[source], entry, side="right"))
-            positive = entry - int(self._positive_ends[source][row_index - 1] if row_index else 0)
-        where = f"row {row_index} of {self.names[source]}"
+        row, positive = entry, None
+        if self.grouping.expands:
+            row = int(np.searchsorted(self._positive_ends[source], entry, side="right"))
+            positive = entry - int(self._positive_ends[source][row - 1] if row else 0)
         return self.grouping.group(
-            parse_row(rows[row_index], where),
-            where,
+            self._read(source, row),
+            self._name(source, row),
             epoch=epoch,
             key=f"{source} {entry} {repetition}",
             positive=positive,
         )
 
     def num_characters(self) -> list[int]:
-        """Characters of the longest pair of each group in this epoch, for batches of groups of like lengths."""
+        """Returns the characters of each group's longest pair in this epoch, for batches of similar lengths."""
         groups = (self[index] for index in range(len(self)))
         return [len(group["query"]) + max(map(len, group["passages"])) for group in groups]
 
-    def _range(self, source: int) -> range:
-        """The indices of a source."""
-        return range(int(self._ends[source - 1]) if source else 0, int(self._ends[source]))
+    def _read(self, source: int, row: int) -> TrainingRow:
+        values = self.sources[source][0][row]
+        if self._are_valid[source]:
+            return TrainingRow(*(values[column] for column in COLUMNS))
+        return parse_row(values, self._name(source, row))
+
+    def _name(self, source: int, row: int) -> str:
+        return f"row {row} of {self.names[source]}"
 
     def _shuffle(self, source: int, round_: int) -> Integers:
-        """A round through a source takes each of its rows once."""
+        """The order in which a round goes through all entries of a source."""
         if (source, round_) not in self._shuffles:
             # An epoch is in two rounds at most.
             self._shuffles = {key: value for key, value in self._shuffles.items() if key != (source, round_ - 2)}
@@ -205,31 +229,18 @@ class GroupDataset(Dataset[Group]):
             self._shuffles[source, round_] = generator.permutation(self._num_entries[source])
         return self._shuffles[source, round_]
 
-    @cached_property
-    def _ends(self) -> Integers:
-        sizes = [round(weight * n) for (_, weight), n in zip(self.sources, self._num_entries, strict=True)]
-        return np.cumsum(sizes, dtype=np.int64)
-
-    @cached_property
-    def _num_entries(self) -> list[int]:
-        if self.grouping.positives == "expand" and self.grouping.group_size is not None:
-            return [int(ends[-1]) if len(ends) else 0 for ends in self._positive_ends]
-        return [len(rows) for rows, _ in self.sources]
-
-    @cached_property
-    def _positive_ends(self) -> list[Integers]:
-        counts = (
-            [len(parse_row(row, f"row {number} of {self.names[source]}").positives) for number, row in enumerate(rows)]
-            for source, (rows, _) in enumerate(self.sources)
-        )
-        return [np.cumsum(count, dtype=np.int64) for count in counts]
+    def _count_positives(self, source: int) -> list[int]:
+        rows: Any = self.sources[source][0]
+        if self._are_valid[source]:
+            return [size for part in iterate_column(rows, "pos_doc") for size in part.value_lengths().to_pylist()]
+        return [len(self._read(source, row).positives) for row in range(len(rows))]
 
 
 class FixedGroups(Dataset[Group]):
     """
-    The same groups at every reading, for evaluation: those of the first epoch, or those of a list.
+    The groups of the first epoch, or of a list, every time they are read. Evaluation needs this.
 
-    accelerate tells a dataset with `set_epoch` how often it was read, which would change what is measured.
+    It has no `set_epoch`, because accelerate would call it for each evaluation and so change what is measured.
     """
 
     def __init__(self, groups: GroupDataset | Sequence[Group]):
@@ -248,7 +259,7 @@ class GroupStream(IterableDataset[Group]):
 
     Args:
         rows: an iterable of mappings that can be read again each epoch, such as a `datasets.IterableDataset`.
-        grouping: how rows become groups; a row is told apart in the draws by its query.
+        grouping: how rows become groups. Draws distinguish rows by their query.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], grouping: Grouping):
@@ -265,14 +276,13 @@ class GroupStream(IterableDataset[Group]):
     def __iter__(self) -> Iterator[Group]:
         epoch = int(self._epoch)
         worker = get_worker_info()
-        # A `datasets.IterableDataset` shares its rows among workers by itself.
+        # A `datasets.IterableDataset` splits its own rows among workers.
         is_shared = worker is None or hasattr(self.rows, "num_shards") or hasattr(self.rows, "n_shards")
         for number, item in enumerate(self.rows):
             if worker is not None and not is_shared and number % worker.num_workers != worker.id:
                 continue
             where = f"row {number} of the stream"
             row = parse_row(item, where)
-            expand = self.grouping.positives == "expand" and self.grouping.group_size is not None
-            for positive in range(len(row.positives)) if expand else [None]:
+            for positive in range(len(row.positives)) if self.grouping.expands else [None]:
                 key = f"{row.query} {positive}"
                 yield self.grouping.group(row, where, epoch=epoch, key=key, positive=positive)

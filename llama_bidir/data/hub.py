@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..utils.extras import require
-from .arrow import DocumentFiles, check_documents, iterate_files, no_progress_bars, row_features, write_dataset
-from .corpus_id import Corpus, corpus_rows
+from .arrow import ArrowFiles, no_progress_bars, row_features, write_dataset
+from .corpus import Corpus, join_texts
+from .corpus_id import corpus_rows
 from .files import read_id, read_json
 
 if TYPE_CHECKING:
@@ -22,11 +23,12 @@ T = TypeVar("T")
 
 
 class Subset(NamedTuple):
-    """One subset of a dataset: what errors call it, its corpus, and the Arrow files of its rows."""
+    """One subset of a dataset: what errors call it, its corpus and the `corpus_id` of that, and its rows."""
 
     name: str
+    corpus_id: str
     corpus: Corpus
-    rows: DocumentFiles
+    rows: ArrowFiles
 
 
 def load_hub(source: str, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset"]:
@@ -35,30 +37,29 @@ def load_hub(source: str, cache_dir: str | os.PathLike[str] | None) -> tuple["Da
 
     A subset has a file `{subset}/dataset_metadata.json` with `corpus_id`, and two configurations with a split `train`:
     `{subset}_corpus` with the columns `id` and `text`, and `{subset}` with `question`, `pos_doc` and, optionally,
-    `neg_doc`. What has been downloaded once is found again without a network.
+    `neg_doc`. What has been downloaded once needs no network the next time.
 
     Returns:
-        the records of the rows, whose passages are row numbers, and the documents (column `text`) that these count in.
+        the records of the rows, whose passages are row numbers, and the documents (column `text`) that these refer to.
 
     Raises:
         OSError: the Hub or something on it cannot be reached, and it is not in the cache.
-        ValueError: the name or the content breaks its rule. Rows that do become records with `error`.
+        ValueError: the name or the content breaks its rule. A row that does becomes a record with `error`.
     """
-    datasets = require("datasets", "train")
     repo_id, subset_name = parse_hub_source(source)
     names = [subset_name] if subset_name else _list_subsets(repo_id, source)
-    texts: list[Dataset] = []
-    subsets: list[Subset] = []
-    for name in names:
-        subset, documents = _load_subset(repo_id, name, sum(dataset.num_rows for dataset in texts), cache_dir)
-        subsets.append(subset)
-        texts.append(documents)
-    rows = write_dataset(_generate_rows, row_features("int64"), {"subsets": tuple(subsets)}, cache_dir)
-    return rows, datasets.concatenate_datasets(texts)
+    subsets = tuple(_load_subset(repo_id, name, cache_dir) for name in names)
+    rows = write_dataset(_generate_rows, row_features("int64"), {"subsets": subsets}, cache_dir)
+    return rows, join_texts(subset.corpus for subset in subsets)
 
 
 def parse_hub_source(source: str) -> tuple[str, str]:
-    """Returns repository and subset (empty for all) of `hf://org/repo/subset`; raises ValueError for other names."""
+    """
+    Returns the repository and the subset of `hf://org/repo/subset`; the subset is empty for `hf://org/repo`.
+
+    Raises:
+        ValueError: the name has another form.
+    """
     organization, _, rest = source.removeprefix(PREFIX).strip("/").partition("/")
     repository, _, subset = rest.partition("/")
     if not source.startswith(PREFIX) or not organization or not repository:
@@ -74,9 +75,7 @@ def _list_subsets(repo_id: str, source: str) -> list[str]:
     return names
 
 
-def _load_subset(
-    repo_id: str, name: str, first_row: int, cache_dir: str | os.PathLike[str] | None
-) -> tuple[Subset, "Dataset"]:
+def _load_subset(repo_id: str, name: str, cache_dir: str | os.PathLike[str] | None) -> Subset:
     datasets = require("datasets", "train")
     source = f"{PREFIX}{repo_id}/{name}"
     cache = None if cache_dir is None else os.fspath(cache_dir)
@@ -85,7 +84,7 @@ def _load_subset(
     if metadata.get("ids_only"):
         raise ValueError(
             f"{source}: {METADATA} says ids_only: the dataset holds identifiers without texts. Add the texts as NeMo "
-            "AutoModel's data preparation does, and train on the .json file that comes out"
+            "AutoModel's data preparation does, and train on the .json file that it writes"
         )
     corpus_id = read_id(metadata, "corpus_id", f"{source}: {METADATA}")
 
@@ -95,24 +94,20 @@ def _load_subset(
 
     documents = _ask_hub(source, lambda: load(f"{name}_corpus"))
     rows = _ask_hub(source, lambda: load(name))
-    missing = [column for column in ("question", "pos_doc") if column not in rows.column_names]
-    if missing:
+    if not {"question", "pos_doc"} <= set(rows.column_names):
         raise ValueError(
             f"{source}: the rows must have the columns question and pos_doc, got {', '.join(rows.column_names)}"
         )
-    corpus = Corpus(corpus_id, check_documents(documents, f"{source}_corpus", first_row=first_row))
-    paths = tuple(item["filename"] for item in rows.cache_files)
-    subset = Subset(source, corpus, DocumentFiles(source, paths, rows._fingerprint))
-    return subset, documents.select_columns("text")
+    return Subset(source, corpus_id, Corpus(documents, f"{source}_corpus"), ArrowFiles.of(rows))
 
 
 def _ask_hub(source: str, ask: Callable[[], T]) -> T:
-    """Returns what `ask` returns; whatever the clients of the Hub raise becomes one OSError of one line."""
+    """Returns what `ask` returns. Whatever the clients of the Hub raise becomes an OSError of one line."""
     try:
         return ask()
     except Exception as error:
-        # They have no common class: huggingface_hub lets the errors of its HTTP library through, which its versions
-        # differ in.
+        # These errors have no common class: huggingface_hub passes on those of its HTTP library, which depends on its
+        # version.
         is_wrapped = isinstance(error, require("datasets", "train").exceptions.DatasetGenerationError)
         reason = textwrap.shorten(str(error.__cause__ if is_wrapped else error), 300, placeholder=" ...").rstrip(".")
         raise OSError(
@@ -122,12 +117,8 @@ def _ask_hub(source: str, ask: Callable[[], T]) -> T:
 
 
 def _generate_rows(subsets: tuple[Subset, ...], version: int) -> Iterator[dict[str, Any]]:
-    for subset in subsets:
-        rows = ((f"{subset.name}: train[{number}]", row) for number, row in enumerate(_iterate_rows(subset.rows.paths)))
-        yield from corpus_rows(rows, [subset.corpus], corpus_id=subset.corpus.corpus_id)
-
-
-def _iterate_rows(paths: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for columns in iterate_files(paths):
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+    first = 0
+    for name, corpus_id, corpus, files in subsets:
+        rows = ((f"{name}: train[{number}]", row) for number, row in enumerate(files.open()))
+        yield from corpus_rows(rows, {corpus_id: corpus}, corpus_id=corpus_id, first=first)
+        first += len(corpus)

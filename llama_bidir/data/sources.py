@@ -1,9 +1,9 @@
-"""Where training rows come from: one function for every kind of source, told apart by name."""
+"""Where training rows come from: one function for every kind of source. The name of a source tells its kind."""
 
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..utils.names import nearest
 from ..utils.validation import check_positive_int, describe
-from .arrow import DocumentTexts, split_errors
+from .arrow import DocumentTexts, iterate_column, split_errors
 from .beir_folder import load_beir
 from .corpus_id import load_corpus_id
 from .hub import PREFIX, load_hub
@@ -37,9 +37,9 @@ class Source:
     An entry of `data.train` or `data.eval`.
 
     Args:
-        path: what names the rows: a file, a folder or `hf://org/repo/subset`.
-        weight: how often an epoch shows each of its rows (see [`GroupDataset`]).
-        options: of a BEIR folder: `qrels` and `run`, paths in the folder, and `depth`, how many documents of the run
+        path: of the rows: a file, a folder or `hf://org/repo/subset`.
+        weight: how often an epoch shows each row (see [`GroupDataset`]).
+        options: for a BEIR folder: `qrels` and `run`, paths in the folder, and `depth`, how many documents of the run
             may become negatives of a query.
     """
 
@@ -85,18 +85,16 @@ def load_rows(
     """
     Reads training rows.
 
-    Rows are kept in memory-mapped files of the cache, written when a source is new or has changed, and shared by the
-    processes that read them. Where a source names documents of a corpus, rows hold their row numbers, and the texts
-    are looked up when a row is read (`dataset.with_transform`). `datasets.concatenate_datasets` drops that look-up, as
-    it drops every transform that its parts do not share: join such datasets in another way, such as
-    `torch.utils.data.ConcatDataset`.
+    Rows are kept in memory-mapped files of the cache. These are written when a source is new or has changed, and all
+    processes share them. If a source names documents of a corpus, its rows hold row numbers, and a transform
+    (`dataset.with_transform`) looks up the texts when a row is read. `datasets.concatenate_datasets` drops such a
+    transform, so join these datasets in another way, such as `torch.utils.data.ConcatDataset`.
 
     Args:
-        source: a `*.jsonl` or `*.jsonl.gz` file with one row a line (see [`parse_row`]); a `*.json` or `*.json.gz` file
-            in NeMo AutoModel's corpus-id layout (see [`load_corpus_id`]); `hf://org/repo/subset` (see [`load_hub`]); a
-            BEIR folder (see [`load_beir`]); or a mapping of a path and options (see [`parse_source`]).
-        skip_bad_rows: leave out rows that break their rule, with one warning, instead of raising. All of them cannot
-            be left out.
+        source: a `*.jsonl` or `*.jsonl.gz` file with one row per line (see [`parse_row`]); a `*.json` or `*.json.gz`
+            file in NeMo AutoModel's corpus-id layout (see [`load_corpus_id`]); `hf://org/repo/subset` (see
+            [`load_hub`]); a BEIR folder (see [`load_beir`]); or a mapping of a path and options (see [`parse_source`]).
+        skip_bad_rows: leave out invalid rows, with one warning, instead of raising. At least one row must be valid.
         cache_dir: where the files are kept; None is the cache of `datasets`.
 
     Returns:
@@ -123,52 +121,46 @@ def load_rows(
 
 def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> "Dataset":
     """
-    Returns the rows that have a negative which is not one of their positives, as groups of several passages need.
+    Returns the rows that have a negative which is not also one of their positives. Groups of several passages need one.
 
     Args:
         rows: as [`load_rows`] returns them.
         name: what errors call the source.
-        skip_others: leave the others out, with a warning, instead of raising.
+        skip_others: leave the other rows out, with a warning, instead of raising. At least one row must remain.
 
     Raises:
-        ValueError: a row has none, or, where those are left out, all rows.
+        ValueError: a row has no such negative.
     """
-    columns = zip(_iterate_column(rows, "pos_doc"), _iterate_column(rows, "neg_doc"), strict=True)
-    has_negative = [
-        not set(negatives) <= set(positives)
-        for column in columns
-        for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
-    ]
-    found = np.flatnonzero(has_negative)
-    num_others = len(rows) - len(found)
-    if not num_others:
+    columns = zip(iterate_column(rows, "pos_doc"), iterate_column(rows, "neg_doc"), strict=True)
+    has_negative = np.array(
+        [
+            not set(negatives) <= set(positives)
+            for column in columns
+            for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
+        ]
+    )
+    if has_negative.all():
         return rows
-    first = int(np.setdiff1d(np.arange(len(rows)), found)[0])
+    others = np.flatnonzero(~has_negative)
+    first = int(others[0])
     message = (
         f"{name}: row {first} (query {rows[first]['query']!r}) has no neg_doc beside its positives, which groups of "
         "passages need"
     )
-    if not skip_others or not len(found):
-        raise ValueError(f"{message} (and {num_others - 1} more); --skip-bad-rows leaves such rows out")
-    logger.warning(f"{message}: left out {num_others} such rows")
-    return rows.select(found)
+    if not skip_others or not has_negative.any():
+        raise ValueError(f"{message} (and {len(others) - 1} more); --skip-bad-rows leaves such rows out")
+    logger.warning(f"{message}: left out {len(others)} such rows")
+    return rows.select(np.flatnonzero(has_negative))
 
 
 def check_teacher_scores(rows: "Dataset", name: str) -> None:
-    """Raises ValueError where a row has no teacher scores; `rows` and `name` as in [`with_negatives`]."""
-    start = 0
-    for column in _iterate_column(rows, "pos_score"):
-        if column.null_count:
-            row = start + column.is_valid().to_pylist().index(False)
-            raise ValueError(
-                f"{name}: row {row} (query {rows[row]['query']!r}) has no pos_score and neg_score, which the loss needs"
-            )
-        start += len(column)
-
-
-def _iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:
-    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
-        yield batch.column(name).combine_chunks()
+    """Raises ValueError when a row has no teacher scores; `rows` and `name` as in [`with_negatives`]."""
+    missing = [is_null for part in iterate_column(rows, "pos_score") for is_null in part.is_null().to_pylist()]
+    if any(missing):
+        row = missing.index(True)
+        raise ValueError(
+            f"{name}: row {row} (query {rows[row]['query']!r}) has no pos_score and neg_score, which the loss needs"
+        )
 
 
 def read_rows(
@@ -177,13 +169,13 @@ def read_rows(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple["Dataset", list[str]]:
     """
-    Reads training rows, and the errors of those that break their rule.
+    Reads training rows, and the errors of the invalid ones.
 
     Args:
         source, cache_dir: see [`load_rows`].
 
     Returns:
-        the rows of [`load_rows`], without the bad ones, and one message for each bad one, in the order of the source.
+        the valid rows, as [`load_rows`] returns them, and one message per invalid row, in the order of the source.
 
     Raises:
         FileNotFoundError, OSError: as [`load_rows`] does.
@@ -195,13 +187,16 @@ def read_rows(
     return (dataset if documents is None else dataset.with_transform(DocumentTexts(documents))), errors
 
 
+def not_beir(path: str, options: Iterable[str]) -> ValueError:
+    """The error of options that only a BEIR folder has."""
+    return ValueError(f"{path}: {', '.join(options)} can be given for a BEIR folder only, and this is not one")
+
+
 def _load(source: Source, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset | None"]:
     path, name = Path(source.path), source.path.lower()
     is_folder = path.is_dir() and not source.path.startswith(PREFIX)
     if source.options and not is_folder:
-        raise ValueError(
-            f"{source.path}: {', '.join(source.options)} can be given for a BEIR folder only, and this is none"
-        )
+        raise not_beir(source.path, source.options)
     if source.path.startswith(PREFIX):
         return load_hub(source.path, cache_dir)
     if is_folder:

@@ -1,35 +1,40 @@
 """
-Readers of BEIR and TREC files, with errors that name file and line.
+Qrels and runs: BEIR's TSV with its header or TREC's four columns, and TREC's six columns.
 
-A corpus and queries are JSON Lines, qrels BEIR's TSV or TREC's four columns, runs TREC's six; `.gz` is decompressed.
+Readers decompress `.gz`, and their errors name file and line. Each rule of these files stands here and nowhere else.
 """
 
 import math
-from collections.abc import Iterator
+import os
+from array import array
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..utils.validation import check_text, describe
-from .files import read_id, read_json_lines, read_lines
+import numpy as np
+
+from ..utils.validation import describe
+from .corpus import Corpus, Numbers, read_documents, read_queries
+from .files import check_file, read_lines
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 QRELS_RULES = {
     True: "3 columns separated by tabs (query-id, corpus-id, score)",
     False: "4 columns (query-id, 0, doc-id, relevance), or 3 separated by tabs under a line query-id, corpus-id, score",
 }
+UNKNOWN = -1
 
 
 class Judgement(NamedTuple):
     """A line of qrels: `relevance` is 1 or more for a relevant document."""
 
     line: int
-    query_id: str
     doc_id: str
     relevance: int
 
 
 class RunEntry(NamedTuple):
-    """A line of a run: the document at a rank (from 1, as a rule) of a query."""
+    """A line of a run: the document at a rank (usually counted from 1) of a query."""
 
     line: int
     query_id: str
@@ -38,58 +43,62 @@ class RunEntry(NamedTuple):
     score: float
 
 
-def read_documents(path: Path) -> Iterator[tuple[str, str]]:
+def read_judgements(path: Path) -> dict[str, dict[str, Judgement]]:
     """
-    Yields identifier and text of the documents of a corpus (`_id`, `title`, `text`), in its order.
-
-    A document's text is `title + " " + text`, or just `text` where there is no title.
+    Returns the judgements of each query by document, in the order of the file.
 
     Raises:
-        ValueError: a line breaks its rule, an `_id` comes twice, or there is no document, with file and line.
+        ValueError: a line breaks its rule, a document is judged twice and differently, or there is no judgement, with
+            file and line.
     """
-    return _read_texts(path, "document")
-
-
-def read_queries(path: Path) -> dict[str, str]:
-    """
-    Returns the text of each query of a JSON Lines file (`_id`, `text`), in its order.
-
-    Raises:
-        ValueError: a line breaks its rule, an `_id` comes twice, or there is no query, with file and line.
-    """
-    return dict(_read_texts(path, "query"))
-
-
-def read_qrels(path: Path) -> Iterator[Judgement]:
-    """
-    Yields the judgements of a file, BEIR's TSV with its header or TREC's four columns, in its order.
-
-    Raises:
-        ValueError: a line breaks its rule or there is no judgement, with file and line.
-    """
-    judgement = None
+    judgements: dict[str, dict[str, Judgement]] = {}
     is_beir = False
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        if judgement is None and not is_beir and line.split("\t") == QRELS_HEADER:
+        if not judgements and not is_beir and line.split("\t") == QRELS_HEADER:
             is_beir = True
             continue
         columns = line.split("\t") if is_beir else line.split()
         if len(columns) != (3 if is_beir else 4) or not all(columns):
-            rule = QRELS_RULES[is_beir]
+            raise _malformed(where, "qrels", QRELS_RULES[is_beir], line)
+        query_id, doc_id, relevance = columns[0], columns[-2], _read_int(columns[-1], f"{where}: score")
+        judged = judgements.setdefault(query_id, {})
+        first = judged.setdefault(doc_id, Judgement(number, doc_id, relevance))
+        if first.relevance != relevance:
             raise ValueError(
-                f"{where}: a line of qrels must have {rule}, got {describe(line.strip())}; correct or remove it"
+                f"{where}: score: the document {doc_id!r} of query {query_id!r} is judged {relevance} here and "
+                f"{first.relevance} in line {first.line}; keep one of the lines"
             )
-        query_id, doc_id = columns[0], columns[-2]
-        judgement = Judgement(number, query_id, doc_id, _read_int(columns[-1], f"{where}: score"))
-        yield judgement
-    if judgement is None:
-        raise ValueError(f"{path}:1: the file has no judgements; it needs one a line")
+    if not judgements:
+        raise ValueError(f"{path}:1: the file has no judgements; it needs one per line")
+    return judgements
 
 
-def read_run(path: Path) -> Iterator[RunEntry]:
+def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
     """
-    Yields the entries of a run in TREC's six columns, in the order of the file.
+    Returns the relevance of each judged document by query.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a document is judged twice and differently, with file and line.
+    """
+    judgements = read_judgements(check_file(path))
+    return {
+        query_id: {doc_id: judgement.relevance for doc_id, judgement in judged.items()}
+        for query_id, judged in judgements.items()
+    }
+
+
+def write_qrels(path: str | os.PathLike[str], qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes qrels as BEIR TSV with its header."""
+    lines = ["\t".join(QRELS_HEADER)]
+    lines += [f"{query_id}\t{doc_id}\t{value}" for query_id, docs in qrels.items() for doc_id, value in docs.items()]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def iterate_run(path: Path) -> Iterator[RunEntry]:
+    """
+    Yields the entries of a run in the order of the file.
 
     Raises:
         ValueError: a line breaks its rule or there is no entry, with file and line.
@@ -99,41 +108,190 @@ def read_run(path: Path) -> Iterator[RunEntry]:
         where = f"{path}:{number}"
         columns = line.split()
         if len(columns) != 6:
-            raise ValueError(
-                f"{where}: a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, tag), got "
-                f"{describe(line.strip())}; correct or remove it"
-            )
+            raise _malformed(where, "a run", "6 columns (query-id, Q0, doc-id, rank, score, tag)", line)
         query_id, _, doc_id, rank, score, _ = columns
         entry = RunEntry(
             number, query_id, doc_id, _read_int(rank, f"{where}: rank"), _read_float(score, f"{where}: score")
         )
         yield entry
     if entry is None:
-        raise ValueError(f"{path}:1: the run has no entries; it needs one a line")
+        raise ValueError(f"{path}:1: the run has no entries; it needs one per line")
 
 
-def _read_texts(path: Path, kind: str) -> Iterator[tuple[str, str]]:
-    lines: dict[str, int] = {}
-    for number, row in read_json_lines(path):
-        where = f"{path}:{number}"
-        identifier = read_id(row, "_id", where)
-        if lines.setdefault(identifier, number) != number:
-            raise ValueError(
-                f"{where}: _id: the {kind} {identifier!r} is there already, in line {lines[identifier]}; keep one of "
-                "the lines"
-            )
-        text = _read_text(row, "text", where)
-        title = _read_text(row, "title", where) if kind == "document" and row.get("title") is not None else ""
-        yield identifier, f"{title} {text}" if title else text
-    if not lines:
-        raise ValueError(f"{path}:1: the file has no lines; it needs one JSON object a line, one for each {kind}")
+def read_run(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """
+    Returns the score of each document of a run by query. Like trec_eval, it ignores the ranks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a query has a document twice, with file and line.
+    """
+    path = check_file(path)
+    run: dict[str, dict[str, float]] = {}
+    for line, query_id, doc_id, _, score in iterate_run(path):
+        documents = run.setdefault(query_id, {})
+        if doc_id in documents:
+            # Read again, so that the lines of a valid run take no memory.
+            entries = (entry for entry in iterate_run(path) if (entry.query_id, entry.doc_id) == (query_id, doc_id))
+            raise _repeated_document(path, line, query_id, doc_id, next(entries).line)
+        documents[doc_id] = score
+    return run
 
 
-def _read_text(row: dict[str, Any], field: str, where: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {field} must be a string, got {describe(value)}; correct or remove the line")
-    return check_text(f"{where}: {field}", value)
+def run_lines(query_id: str, doc_ids: Sequence[str], scores: Sequence[float], tag: str) -> Iterator[str]:
+    """
+    Yields the lines of a query in a run, ranked from 1 in the given order.
+
+    Args:
+        query_id, doc_ids, tag: without white space.
+        scores: one per document; reading them back gives the same floats.
+    """
+    for rank, (doc_id, score) in enumerate(zip(doc_ids, scores, strict=True), start=1):
+        yield f"{query_id} Q0 {doc_id} {rank} {float(score)!r} {tag}\n"
+
+
+def write_run(path: str | os.PathLike[str], run: Mapping[str, Mapping[str, float]], tag: str) -> None:
+    """Writes a run by falling score; equal scores keep their order."""
+    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
+        for query_id, scores in run.items():
+            doc_ids = sorted(scores, key=lambda doc_id: -scores[doc_id])
+            file.writelines(run_lines(query_id, doc_ids, [scores[doc_id] for doc_id in doc_ids], tag))
+
+
+class RankedRun:
+    """
+    The documents that a run lists for some queries, as row numbers of a corpus. An entry takes 24 bytes.
+
+    Args:
+        path: of the run.
+        query_ids: the queries to keep.
+        corpus: the documents.
+        index: row number in the corpus by doc_id.
+        source: what errors call the source of the queries.
+
+    Raises:
+        ValueError: a line breaks its rule, or the run has no entry for any of the queries.
+    """
+
+    def __init__(
+        self, path: Path, query_ids: Collection[str], corpus: Corpus, *, index: Mapping[str, int], source: str
+    ):
+        self._path, self._corpus = path, corpus
+        self._entries: dict[str, array[int]] = {}
+        self._unknown: dict[int, str] = {}
+        for line, query_id, doc_id, rank, _ in iterate_run(path):
+            if query_id in query_ids:
+                row = index.get(doc_id, UNKNOWN)
+                self._entries.setdefault(query_id, array("q")).extend((rank, line, row))
+                if row == UNKNOWN:
+                    self._unknown[line] = doc_id
+        if not self._entries:
+            raise no_common_query(f"{path}: the run", source)
+
+    def rows(self, query_id: str) -> list[int]:
+        """
+        Returns the row numbers of a query's documents by rank, in the order of the file where ranks are equal.
+
+        Raises:
+            ValueError: a document is not in the corpus or comes twice, with file and line.
+        """
+        entries = np.array(self._entries.get(query_id, ()), dtype=np.int64).reshape(-1, 3)
+        for line in entries[entries[:, 2] == UNKNOWN, 1].tolist():
+            raise unknown_id(f"{self._path}:{line}: doc-id", "document", self._unknown[line], self._corpus.name)
+        return sort_entries(entries, self._path, query_id, self._corpus)[:, 2].tolist()
+
+
+def sort_entries(entries: Numbers, path: Path, query_id: str, corpus: Corpus) -> Numbers:
+    """
+    Sorts the entries of a query by rank, and by line where ranks are equal.
+
+    Args:
+        entries: of shape `(num_entries, 3)`: rank, line and row number of a document in the corpus.
+        path, query_id, corpus: for errors.
+
+    Raises:
+        ValueError: a document comes twice, with file and line.
+    """
+    ranks, lines, rows = entries.T
+    if len(np.unique(rows)) < len(rows):
+        first_lines: dict[int, int] = {}
+        for line, row in sorted(zip(lines.tolist(), rows.tolist(), strict=True)):
+            if (first := first_lines.setdefault(row, line)) != line:
+                raise _repeated_document(path, line, query_id, corpus.ids([row])[0], first)
+    return entries[np.lexsort((lines, ranks))]
+
+
+def read_judged_queries(
+    path: str | os.PathLike[str], qrels: Mapping[str, object], qrels_path: str | os.PathLike[str]
+) -> dict[str, str]:
+    """
+    Returns the texts of the judged queries, in the order of the qrels.
+
+    Args:
+        path: the queries, JSON Lines (`_id`, `text`).
+        qrels: the judgements by query.
+        qrels_path: the file of the judgements, for errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a judged query is missing, with file and line.
+    """
+    texts = read_queries(check_file(path))
+    if missing := [query_id for query_id in qrels if query_id not in texts]:
+        first = next(iter(read_judgements(Path(qrels_path))[missing[0]].values()))
+        raise unknown_id(f"{os.fspath(qrels_path)}:{first.line}: query-id", "query", missing[0], path)
+    return {query_id: texts[query_id] for query_id in qrels}
+
+
+def read_run_documents(
+    path: str | os.PathLike[str], keep: Container[str], runs: Mapping[Path, Mapping[str, Mapping[str, float]]]
+) -> dict[str, str]:
+    """
+    Returns the texts of some documents of a corpus, without the others in memory.
+
+    Args:
+        path: the corpus, JSON Lines (`_id`, `title`, `text`).
+        keep: the doc_ids.
+        runs: runs that may list documents of the corpus only, by the file that they were read from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, or a document of a run is missing, with file and line.
+    """
+    unknown = {doc_id for run in runs.values() for documents in run.values() for doc_id in documents}
+    texts = {}
+    for doc_id, text in read_documents(check_file(path)):
+        unknown.discard(doc_id)
+        if doc_id in keep:
+            texts[doc_id] = text
+    for run_path, run in runs.items() if unknown else ():
+        for entry in iterate_run(run_path):
+            if entry.doc_id in unknown and entry.doc_id in run.get(entry.query_id, ()):
+                raise unknown_id(f"{run_path}:{entry.line}: doc-id", "document", entry.doc_id, path)
+    return texts
+
+
+def unknown_id(where: str, kind: str, identifier: str, path: str | os.PathLike[str]) -> ValueError:
+    """The error of an identifier in a column of qrels or of a run that `path`, the corpus or the queries, lacks."""
+    return ValueError(
+        f"{where}: there is no {kind} {identifier!r} in {os.fspath(path)}; both files must be of the same dataset"
+    )
+
+
+def no_common_query(run: str, source: str) -> ValueError:
+    """The error of a run that lists no query of its source, which may be the qrels or the training rows."""
+    return ValueError(f"{run} has no entry for a query of {source}; they must be about the same queries")
+
+
+def _repeated_document(path: Path, line: int, query_id: str, doc_id: str, first: int) -> ValueError:
+    return ValueError(
+        f"{path}:{line}: doc-id: the query {query_id!r} has the document {doc_id!r} already, in line {first}; keep one "
+        "of the lines"
+    )
+
+
+def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
+    return ValueError(f"{where}: a line of {kind} must have {rule}, got {describe(line.strip())}; correct or remove it")
 
 
 def _read_int(text: str, where: str) -> int:

@@ -1,17 +1,11 @@
 """Evaluation of rankings with qrels and runs."""
 
+from ..data.corpus import write_corpus, write_queries
+from ..data.trec import read_judged_queries as read_queries
+from ..data.trec import read_qrels, read_run, write_qrels, write_run
+from ..data.trec import read_run_documents as read_documents
 from .bm25 import score_bm25
 from .comparison import Comparison, compare
-from .files import (
-    read_documents,
-    read_qrels,
-    read_queries,
-    read_run,
-    write_corpus,
-    write_qrels,
-    write_queries,
-    write_run,
-)
 from .measures import Evaluation, Qrels, Run, evaluate_queries, evaluate_run, rank_documents
 from .mteb import MTEBCrossEncoder
 from .report import Report, System, make_report, render_report

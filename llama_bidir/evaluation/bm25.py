@@ -8,7 +8,53 @@ import numpy.typing as npt
 
 from ..utils.extras import require
 
-Scores = npt.NDArray[np.float32]
+
+class BM25:
+    """
+    An index of texts, made once.
+
+    Args:
+        texts: the documents. Document frequencies and lengths are those of all of them.
+
+    Raises:
+        ImportError: bm25s is not installed.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self._bm25s = require("bm25s", "eval")
+        tokens: Any = self._bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        self._num_texts = len(tokens.ids)
+        self._retriever: Any = None
+        if tokens.vocab:  # bm25s cannot index texts without any word
+            self._retriever = self._bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+            self._retriever.index(tokens, show_progress=False)
+
+    def score(self, query: str) -> npt.NDArray[np.float32]:
+        """Returns the score of each text; 0 for one that shares no term with the query."""
+        known = []
+        if self._retriever is not None:
+            terms = self._bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)[0]
+            known = [term for term in terms if term in self._retriever.vocab_dict]
+        return self._retriever.get_scores(known) if known else np.zeros(self._num_texts, dtype=np.float32)
+
+    def search(self, query: str, depth: int) -> tuple[list[int], list[float]]:
+        """
+        Ranks the texts that share a term with a query.
+
+        Args:
+            query: a text.
+            depth: the largest number of results.
+
+        Returns:
+            the positions of the texts and their scores, by falling score and in the order of the texts where scores
+            are equal.
+        """
+        scores = self.score(query)
+        found = np.flatnonzero(scores > 0)
+        if len(found) > depth:  # every text that ties with the last one stays, so the sort decides between them
+            found = found[scores[found] >= np.partition(scores[found], -depth)[-depth]]
+        best = found[np.argsort(-scores[found], kind="stable")][:depth]
+        return best.tolist(), scores[best].tolist()
 
 
 def score_bm25(
@@ -26,49 +72,16 @@ def score_bm25(
         a run: score by doc_id by query_id, 0 for a candidate that shares no term with the query.
     """
     position_of = {doc_id: position for position, doc_id in enumerate(corpus)}
-    all_scores = _score_all(corpus.values(), queries.values())
-    return {
-        query_id: {doc_id: float(scores[position_of[doc_id]]) for doc_id in candidates[query_id]}
-        for query_id, scores in zip(queries, all_scores, strict=True)
-    }
+    bm25 = BM25(corpus.values())
+    run = {}
+    for query_id, query in queries.items():
+        scores = bm25.score(query)
+        run[query_id] = {doc_id: float(scores[position_of[doc_id]]) for doc_id in candidates[query_id]}
+    return run
 
 
 def rank_bm25(texts: Iterable[str], queries: Iterable[str], depth: int) -> Iterator[tuple[list[int], list[float]]]:
-    """
-    Ranks a corpus for each query with BM25.
-
-    Args:
-        texts: of the documents.
-        queries: texts.
-        depth: documents a query, at most.
-
-    Yields:
-        positions in `texts` and scores of the documents that share a term with the query, by falling score and in the
-        order of `texts` where scores are equal.
-    """
-    for scores in _score_all(texts, queries):
-        best = _best(scores, depth)
-        yield best.tolist(), scores[best].tolist()
-
-
-def _score_all(texts: Iterable[str], queries: Iterable[str]) -> Iterator[Scores]:
-    """Yields the score of each text, query by query."""
-    bm25s = require("bm25s", "eval")
-    tokens: Any = bm25s.tokenize(texts, stopwords="en", show_progress=False)
-    if not tokens.vocab:  # bm25s cannot index what has no word
-        yield from (np.zeros(len(tokens.ids), dtype=np.float32) for _ in queries)
-        return
-    retriever = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    retriever.index(tokens, show_progress=False)
-    del tokens
+    """Yields the results of [`BM25.search`] among `texts` for each query."""
+    bm25 = BM25(texts)
     for query in queries:
-        terms = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)[0]
-        known = [term for term in terms if term in retriever.vocab_dict]
-        yield retriever.get_scores(known) if known else np.zeros(retriever.scores["num_docs"], dtype=np.float32)
-
-
-def _best(scores: Scores, depth: int) -> npt.NDArray[np.int64]:
-    found = np.flatnonzero(scores > 0)
-    if len(found) > depth:  # all of those that tie with the last one stay, so that the sort decides between them
-        found = found[scores[found] >= np.partition(scores[found], -depth)[-depth]]
-    return found[np.argsort(-scores[found], kind="stable")][:depth]
+        yield bm25.search(query, depth)

@@ -1,7 +1,6 @@
 """Whether a run beats a baseline: paired tests over the queries, corrected for several measures."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,20 +10,24 @@ from ..utils.extras import require
 from .measures import Evaluation
 
 NUM_PERMUTATIONS = 10_000
-TIE = 1e-9  # differences up to this are rounding
-BLOCK_SIZE = 2**22  # signs in memory at once
+TIE_DECIMALS = 9
+TIE = 10.0**-TIE_DECIMALS  # differences up to this are rounding errors
+MIN_P = 0.0001  # the smallest p-value that is printed in full
+SIGNS_IN_MEMORY = 2**22
 
 
 class Comparison(NamedTuple):
     """
-    A measure of a run against a baseline.
+    The values of one measure for a run and its baseline.
 
     Attributes:
-        measure: its name.
+        measure: the name of the measure.
         run, baseline, difference: the aggregated values, and `run - baseline`.
-        wins, losses, ties: queries for which the run has the higher, the lower, the same value.
-        t_test, randomization: two-sided p-values of [`paired_t_test`] and [`randomization_test`].
-        t_test_holm, randomization_holm: the same after [`correct_by_holm`] over the measures compared.
+        wins, losses, ties: numbers of queries for which the value of the run is higher, lower or equal.
+        t_test: two-sided p-value of Student's paired t-test. Where all differences are equal, the t statistic is
+            undefined, and the value is that of `randomization`.
+        randomization: two-sided p-value of [`randomization_test`].
+        t_test_holm, randomization_holm: the same p-values after [`correct_by_holm`] over all compared measures.
     """
 
     measure: str
@@ -47,22 +50,28 @@ def compare(
     Compares a run with a baseline, measure by measure.
 
     Args:
-        run, baseline: of the same qrels and measures.
-        num_permutations, seed: of the randomization test.
+        run, baseline: evaluations with the same queries and measures.
+        num_permutations, seed: settings of the randomization test.
 
     Raises:
-        ValueError: the two differ in their measures or queries.
+        ValueError: the two evaluations have different measures or queries.
     """
     measures = list(run.per_query)
     if measures != list(baseline.per_query):
         raise ValueError(f"both must have the same measures, got {measures} and {list(baseline.per_query)}")
+    columns = []
     for measure in measures:
-        if run.per_query[measure].keys() != baseline.per_query[measure].keys():
+        before = baseline.per_query[measure]
+        if run.per_query[measure].keys() != before.keys():
             raise ValueError(f"both must be evaluated on the same queries, but those of {measure} differ")
-    differences = np.stack([_differences(run.per_query[name], baseline.per_query[name]) for name in measures], axis=1)
-    differences[np.abs(differences) <= TIE] = 0
-    t_test = paired_t_test(differences)
-    randomization = randomization_test(differences, num_permutations=num_permutations, seed=seed)
+        column = np.array([value - before[query_id] for query_id, value in run.per_query[measure].items()])
+        columns.append(np.where(np.abs(column) <= TIE, 0.0, column))
+    randomization = [randomization_test(each, num_permutations=num_permutations, seed=seed) for each in columns]
+    stats = require("scipy.stats", "eval")
+    t_test = [
+        float(stats.ttest_1samp(each, 0.0).pvalue) if np.ptp(each) > TIE else p_value
+        for each, p_value in zip(columns, randomization, strict=True)
+    ]
     t_test_holm, randomization_holm = correct_by_holm(t_test), correct_by_holm(randomization)
     return [
         Comparison(
@@ -70,64 +79,49 @@ def compare(
             run.aggregated[measure],
             baseline.aggregated[measure],
             run.aggregated[measure] - baseline.aggregated[measure],
-            wins=int((differences[:, column] > 0).sum()),
-            losses=int((differences[:, column] < 0).sum()),
-            ties=int((differences[:, column] == 0).sum()),
-            t_test=t_test[column],
-            randomization=randomization[column],
-            t_test_holm=t_test_holm[column],
-            randomization_holm=randomization_holm[column],
+            wins=int((column > 0).sum()),
+            losses=int((column < 0).sum()),
+            ties=int((column == 0).sum()),
+            t_test=t_test[number],
+            randomization=randomization[number],
+            t_test_holm=t_test_holm[number],
+            randomization_holm=randomization_holm[number],
         )
-        for column, measure in enumerate(measures)
+        for number, (measure, column) in enumerate(zip(measures, columns, strict=True))
     ]
-
-
-def paired_t_test(differences: NDArray[np.float64]) -> list[float]:
-    """
-    Returns the two-sided p-values of Student's paired t-test.
-
-    Args:
-        differences: of shape `(num_queries, num_measures)`.
-
-    Returns:
-        one value a measure; 1 where all differences are 0, or there is but one query.
-    """
-    num_queries, num_measures = differences.shape
-    if num_queries < 2:
-        return [1.0] * num_measures
-    mean, deviation = differences.mean(axis=0), differences.std(axis=0, ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = np.where(mean == 0, 0.0, np.abs(mean) / (deviation / math.sqrt(num_queries)))
-    student = require("scipy.special", "eval").stdtr
-    return [float(value) for value in 2 * student(num_queries - 1, -statistic)]
 
 
 def randomization_test(
     differences: NDArray[np.float64], *, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0
-) -> list[float]:
+) -> float:
     """
-    Returns the two-sided p-values of Fisher's randomization test: how often the mean difference is at least as large
-    when the two systems are swapped at random, query by query (Smucker, Allan and Carterette, CIKM 2007).
+    Returns the two-sided p-value of Fisher's randomization test (Smucker, Allan and Carterette, CIKM 2007).
 
-    The observed assignment counts as one of the permutations, so that no p-value is 0 (Phipson and Smyth, 2010).
+    A permutation swaps the two systems on randomly chosen queries, which flips the signs of those differences. The
+    p-value is the share of permutations whose mean difference is at least as large as the observed one. The observed
+    assignment counts as one more permutation, so no p-value is 0 (Phipson and Smyth, 2010).
 
     Args:
-        differences: of shape `(num_queries, num_measures)`; a permutation swaps all measures of a query together.
+        differences: run minus baseline for each query, of shape `(num_queries,)`.
+        num_permutations: random permutations to draw.
+        seed: seed of the permutations. Tests of equally many queries with the same seed swap the same queries.
 
     Returns:
-        one value a measure, from `1 / (num_permutations + 1)` to 1.
+        a value from `1 / (num_permutations + 1)` to 1; 1 if there is one query, or if all differences are 0.
     """
-    num_queries, num_measures = differences.shape
+    # The test samples signs because scipy.stats.permutation_test, which permutes the differences themselves, is thirty
+    # times slower: 36 seconds for 7,000 queries and three measures.
     generator = np.random.default_rng(seed)
-    total = differences.sum(axis=0)
-    as_large = np.zeros(num_measures, dtype=np.int64)
-    block = max(1, BLOCK_SIZE // num_queries)
-    for start in range(0, num_permutations, block):
-        size = (min(block, num_permutations - start), num_queries)
-        kept = generator.integers(0, 2, size, dtype=np.int8).astype(np.float64)
-        sums = 2 * (kept @ differences) - total
-        as_large += (np.abs(sums) >= np.abs(total) - TIE).sum(axis=0)
-    return [float(value) for value in (as_large + 1) / (num_permutations + 1)]
+    result = require("scipy.stats", "eval").monte_carlo_test(
+        np.ones(len(differences)),
+        lambda size: 1.0 - 2.0 * generator.integers(0, 2, size, dtype=np.int8),
+        lambda signs, axis: np.abs(signs @ differences).round(TIE_DECIMALS),  # rounded, so that equal sums stay equal
+        vectorized=True,
+        n_resamples=num_permutations,
+        batch=max(1, SIGNS_IN_MEMORY // len(differences)),
+        alternative="greater",
+    )
+    return float(result.pvalue)
 
 
 def correct_by_holm(p_values: Sequence[float]) -> list[float]:
@@ -140,5 +134,6 @@ def correct_by_holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _differences(run: Mapping[str, float], baseline: Mapping[str, float]) -> NDArray[np.float64]:
-    return np.array([value - baseline[query_id] for query_id, value in run.items()], dtype=np.float64)
+def format_p(p_value: float) -> str:
+    """Formats a p-value with four decimals, or as `<0.0001`."""
+    return f"<{MIN_P}" if p_value < MIN_P else f"{p_value:.4f}"

@@ -1,4 +1,4 @@
-"""Measures by the names of ir_measures, computed by ir_measures."""
+"""Retrieval measures, named and computed by ir_measures."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,16 +13,16 @@ Run = Mapping[str, Mapping[str, float]]  # query_id -> doc_id -> score
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@100")
 MAX_CUTOFF = 2**31 - 1
-# What the tools behind ir_measures raise for parameters that they do not take.
+# The tools behind ir_measures raise these for parameters that they do not support.
 MEASURE_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, SubprocessError)
 
 
 class Evaluation(NamedTuple):
     """
-    Measures of a run.
+    The values of a run.
 
     Attributes:
-        aggregated: value by measure: the mean over the judged queries (the sum, for counts such as `NumRet`).
+        aggregated: value by measure. It is the mean over the judged queries, or the sum for counts such as `NumRet`.
         per_query: value by query_id by measure, for every judged query, in the order of the qrels.
     """
 
@@ -37,23 +37,23 @@ def evaluate_run(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEFAULT
 
 def evaluate_queries(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEFAULT_MEASURES) -> Evaluation:
     """
-    Computes measures for each query of the qrels; a query that the run lacks counts as 0.
+    Computes measures for each query of the qrels. A query that the run lacks counts as 0.
 
     Args:
-        qrels: relevance of the judged documents, by query. Other queries of the run are left out.
-        run: score of the retrieved documents, by query, ranked by [`rank_documents`] for every measure alike: the tools
-            behind ir_measures differ in how they break ties.
+        qrels: judged relevance by doc_id by query_id. Queries of the run that are not judged are ignored.
+        run: score by doc_id by query_id. [`rank_documents`] ranks the documents for all measures, because the tools
+            behind ir_measures break ties in different ways.
         measures: see [`parse_measures`].
 
     Raises:
-        ValueError: a measure breaks its rule, there are no qrels, or a score is NaN.
+        ValueError: a measure is invalid, there are no qrels, or a score is NaN.
         ImportError: a measure needs a package that is not installed.
     """
     ir_measures = require("ir_measures", "eval")
     parsed = parse_measures(measures)
     if not qrels:
         raise ValueError("qrels must judge at least one query, got none")
-    # The queries are numbered, because one of the tools (gdeval, for ERR) takes only numbers.
+    # The queries are numbered because one of the tools (gdeval, for ERR) accepts only numbers.
     query_ids = {str(number): query_id for number, query_id in enumerate(qrels, start=1)}
     judged = {number: dict(qrels[query_id]) for number, query_id in query_ids.items()}
     ranked = {
@@ -72,12 +72,12 @@ def evaluate_queries(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEF
 
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
     """
-    Ranks documents by falling score, as trec_eval does: of equal scores, the greater doc_id comes first.
+    Ranks documents by falling score, and equal scores by falling doc_id, as trec_eval does.
 
-    trec_eval compares scores in float32; here they are compared as they are.
+    Unlike trec_eval, it does not round the scores to float32 first.
 
     Raises:
-        ValueError: a score is NaN and has no rank.
+        ValueError: a score is NaN.
     """
     for doc_id, score in scores.items():
         if score != score:
@@ -87,13 +87,16 @@ def rank_documents(scores: Mapping[str, float]) -> list[str]:
 
 def parse_measures(measures: str | Iterable[str]) -> list[Any]:
     """
-    Reads measures as ir_measures names them, such as `nDCG@10`, `AP(rel=2)@100` or `Judged@10`.
+    Parses names of ir_measures, such as `nDCG@10`, `AP(rel=2)@100` or `Judged@10`.
 
     Args:
-        measures: names, or one string of them between spaces or commas. One that comes twice is taken once.
+        measures: names, or one string of names separated by spaces or commas. Duplicates are dropped.
+
+    Returns:
+        measures of ir_measures.
 
     Raises:
-        ValueError: there is no such measure (the nearest is named), a parameter breaks its rule, or there is no name.
+        ValueError: a measure is unknown (the message names the nearest), a parameter is invalid, or no name is given.
         ImportError: a measure needs a package that is not installed.
     """
     if isinstance(measures, str):
@@ -111,7 +114,7 @@ def _parse_measure(name: str) -> Any:
     try:
         measure = ir_measures.parse_measure(name)
     except NameError:
-        # A measure's own name comes before its aliases.
+        # Reversed, because the name of a measure should win over its aliases.
         known = nearest(kind, reversed(registry))
         raise ValueError(f"unknown measure {name!r}; the nearest is {name.replace(kind, known, 1)!r}") from None
     except (ValueError, RecursionError):
@@ -127,7 +130,7 @@ def _parse_measure(name: str) -> Any:
         known = ", ".join(rules)
         raise ValueError(f"measure {name!r}: {error}; the parameters of {kind} are {known}") from None
     cutoff = measure.params.get("cutoff", 1)
-    if isinstance(cutoff, bool) or not 1 <= cutoff <= MAX_CUTOFF:  # trec_eval ends the process at 0
+    if isinstance(cutoff, bool) or not 1 <= cutoff <= MAX_CUTOFF:  # at 0, trec_eval ends the process
         raise ValueError(f"measure {name!r}: the cutoff must be an int from 1 to {MAX_CUTOFF}")
     if not ir_measures.DefaultPipeline.supports(measure):
         providers = [tool for tool in ir_measures.DefaultPipeline.providers if tool.supports(measure)]

@@ -1,4 +1,4 @@
-"""A reranker in mteb: `mteb.evaluate(MTEBCrossEncoder(cross_encoder), tasks)`."""
+"""An adapter for mteb: `mteb.evaluate(MTEBCrossEncoder(cross_encoder), tasks)`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -16,12 +16,15 @@ Batches = Iterable[Mapping[str, Sequence[Any]]]
 
 class MTEBCrossEncoder:
     """
-    Follows mteb's `CrossEncoderProtocol` (mteb 2), so that `mteb.evaluate` accepts a reranker.
+    A reranker for `mteb.evaluate`, which implements the `CrossEncoderProtocol` of mteb 2.
 
     Args:
-        cross_encoder: the reranker. Its prompt template and maximum length apply; mteb's prompts do not.
-        name: `"organization/name"` of the model in mteb's results; that of the checkpoint when not given.
-        revision: of the model in mteb's results.
+        cross_encoder: the reranker. Its prompt template and maximum length apply, and mteb's prompts are ignored.
+        name: `"organization/name"` of the model in mteb's results. By default, the name of the checkpoint.
+        revision: revision of the model in mteb's results.
+
+    Raises:
+        ValueError: `name` is not `"organization/name"`.
     """
 
     def __init__(self, cross_encoder: "CrossEncoder", *, name: str | None = None, revision: str | None = None):
@@ -35,7 +38,7 @@ class MTEBCrossEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """mteb's `ModelMeta` of the reranker; raises ModuleNotFoundError where mteb is not installed."""
+        """mteb's `ModelMeta` of the reranker. Raises ModuleNotFoundError if mteb is not installed."""
         fields = {
             "name": self.name,
             "revision": self.revision,
@@ -59,18 +62,19 @@ class MTEBCrossEncoder:
         **kwargs: Any,
     ) -> NDArray[np.float32]:
         """
-        Scores pairs.
+        Scores pairs of queries and passages.
 
         Args:
-            inputs1, inputs2: batches whose `text` holds the queries and the passages.
-            task_metadata, hf_split, hf_subset, prompt_type: not needed.
-            kwargs: mteb's `encode_kwargs`. `show_progress_bar` is followed; `batch_size` is not: batches go by tokens.
+            inputs1, inputs2: batches with the queries and with the passages, each under the key `text`.
+            task_metadata, hf_split, hf_subset, prompt_type: part of the protocol, ignored.
+            kwargs: mteb's `encode_kwargs`. Only `show_progress_bar` applies: batches are formed by tokens, so
+                `batch_size` is ignored.
 
         Returns:
             float32 scores of shape `(num_pairs,)`, in the order of the input.
 
         Raises:
-            ValueError: the two inputs differ in length, or a batch has no text.
+            ValueError: the inputs have different lengths, or a batch has no `text`.
         """
         pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
         scores: NDArray[np.float32] = self.cross_encoder.predict(

@@ -1,4 +1,4 @@
-"""A reranker on a retrieval collection: the first-stage run against what the reranker makes of it."""
+"""A reranker on a retrieval collection: the measures of a run before and after reranking."""
 
 import os
 import time
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.beir_folder import find_files, find_run
+from ..data.trec import no_common_query, read_judged_queries, read_qrels, read_run, read_run_documents
 from ..utils.validation import check_positive_int, describe
 from .comparison import Comparison, compare
-from .files import read_documents, read_qrels, read_queries, read_run
 from .measures import DEFAULT_MEASURES, Evaluation, Qrels, Run, evaluate_queries, parse_measures, rank_documents
 from .ranking import rank_candidates
 
@@ -38,14 +38,14 @@ class Dataset(NamedTuple):
 
 class RerankerEvaluation(NamedTuple):
     """
-    What reranking did to a run.
+    The measures of a run before and after reranking.
 
     Attributes:
         before, after: measures of the first-stage run and of the reranked one.
-        comparisons: after against before, one a measure.
-        run_before, run: the two runs, of the judged queries.
-        num_pairs: pairs scored.
-        seconds: that scoring them took.
+        comparisons: after against before, one per measure.
+        run_before, run: the judged queries of the two runs.
+        num_pairs: how many pairs were scored.
+        seconds: how long the scoring took.
     """
 
     before: Evaluation
@@ -73,15 +73,15 @@ def evaluate_reranker(
     Args:
         cross_encoder: the reranker.
         dataset: a BEIR folder (see [`load_dataset`]), a [`Dataset`], or a mapping with its fields.
-        depth: documents of the run to rerank for each query; None reranks all. Those below keep their order below.
+        depth: how many documents of the run to rerank per query; None reranks all. The others keep their order, below.
         measures: see [`~measures.parse_measures`].
         qrels, run: which files of the folder.
         scoring: for [`~cross_encoder.CrossEncoder.rank_batch`], such as `show_progress_bar` or `long_document`.
 
     Raises:
-        FileNotFoundError: a file of the folder is not there.
+        FileNotFoundError: a file of the folder is missing.
         ValueError: a line of a file breaks its rule, a document or a query has no text, or the run has no judged query.
-        TypeError: `dataset` is none of the three.
+        TypeError: `dataset` is not one of the three.
     """
     check_positive_int("depth", depth)
     if "top_k" in scoring:
@@ -100,7 +100,7 @@ def evaluate_reranker(
         )
     run_before = {query_id: dict(dataset.run.get(query_id, {})) for query_id in dataset.qrels}
     if not any(run_before.values()):
-        raise ValueError("the run has no entry for a query of the qrels; they must be about the same queries")
+        raise no_common_query("the run", "the qrels")
     started = time.perf_counter()
     reranked, num_pairs = _rerank(cross_encoder, dataset, run_before, depth, scoring)
     seconds = time.perf_counter() - started
@@ -112,29 +112,29 @@ def load_dataset(
     folder: str | os.PathLike[str], *, qrels: str | None = None, run: str | None = None, depth: int | None = None
 ) -> Dataset:
     """
-    Reads a BEIR folder, with the texts of only those documents that are to be reranked.
+    Reads a BEIR folder. Of the documents, it keeps only those to rerank.
 
     Args:
-        folder: holds `corpus.jsonl` and `queries.jsonl`, each maybe with `.gz`.
-        qrels, run: paths in the folder; by default `qrels/test.tsv` or the one other file of qrels, and the one of
-            `run*.trec`, `run*.trec.gz`.
-        depth: documents to rerank for each judged query; None is all.
+        folder: see [`~data.beir_folder.find_files`].
+        qrels, run: paths in the folder; by default `qrels/test.tsv` or the only other file of qrels, and the only one
+            of `run*.trec`, `run*.trec.gz`.
+        depth: how many documents to rerank per judged query; None is all.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: several files could be meant, or a line of a file breaks its rule, with file and line.
+        FileNotFoundError: a file is missing.
+        ValueError: there are several candidates for a file, or a line breaks its rule, with file and line.
     """
     folder = Path(folder)
     if qrels is None:
         qrels = next((name for name in TEST_QRELS if (folder / name).is_file()), None)
     files, run_path = find_files(folder, qrels=qrels), find_run(folder, run)
     judgements = read_qrels(files.qrels)
-    queries = read_queries(files.queries, judgements, files.qrels)
+    queries = read_judged_queries(files.queries, judgements, files.qrels)
     first_stage = read_run(run_path)
     judged = {query_id: first_stage[query_id] for query_id in judgements if query_id in first_stage}
     top = {query_id: dict.fromkeys(rank_documents(docs)[:depth], 0.0) for query_id, docs in judged.items()}
     keep = {doc_id for docs in top.values() for doc_id in docs}
-    return Dataset(read_documents(files.corpus, keep, {run_path: top}), queries, judgements, judged)
+    return Dataset(read_run_documents(files.corpus, keep, {run_path: top}), queries, judgements, judged)
 
 
 def _rerank(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..data import Grouping
 from ..losses import get_loss
 from ..utils.extras import require
 
@@ -69,6 +70,20 @@ class DataArguments:
     prompt_template: str | None = None
     rerank_max_length: int | None = None
 
+    def grouping(self, seed: int) -> Grouping:
+        """How rows become training groups; `seed` decides what is drawn."""
+        return Grouping(
+            group_size=self.group_size,
+            positives=self.positives,
+            negatives=self.negatives,
+            short_groups=self.short_groups,
+            seed=seed,
+        )
+
+    def eval_grouping(self) -> Grouping:
+        """How rows become groups in evaluation."""
+        return Grouping(group_size=self.eval_group_size, negatives="first")
+
 
 @dataclass
 class CrossEncoderTrainingArguments(TrainingArguments):
@@ -130,6 +145,18 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     def draw_seed(self) -> int:
         """Seed of the order of the groups and of what is drawn for them."""
         return self.seed if self.data_seed is None else self.data_seed
+
+
+def config_fields(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """Returns the arguments that a configuration's `from_pretrained` takes, without those that are None."""
+    fields = {
+        "revision": model_args.revision,
+        "pooling": model_args.pooling,
+        "temperature": model_args.temperature,
+        "prompt_template": data_args.prompt_template,
+        "rerank_max_length": data_args.rerank_max_length,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def lora_config(fields: Mapping[str, Any]) -> Any:

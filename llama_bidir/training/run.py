@@ -1,9 +1,7 @@
 """One training run, from arguments to a saved reranker."""
 
-import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,16 +12,15 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..checkpoints.chat_template import find_prompt_template
-from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config
+from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
 from .checkpoints import (
     SAVING_NAME,
     check_removable,
     check_same_run,
+    describe_groups,
     is_finished,
     last_whole_checkpoint,
     remove_run,
@@ -35,9 +32,6 @@ from .lora import HEAD
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
-
-# Of each source, for the checksum that tells whether a run goes on with the same rows.
-CHECKED_ROWS = 1000
 
 
 def train(
@@ -69,11 +63,6 @@ def train(
     check_recipe(model_args, data_args, training_args, lora)
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
-    if data_args.prompt_template is None:
-        config = LlamaBidirectionalConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.revision or "main"
-        )
-        data_args = replace(data_args, prompt_template=find_prompt_template(tokenizer, config))
     if overwrite:
         check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
     elif is_finished(output):
@@ -81,11 +70,11 @@ def train(
             f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
             "choose another training.output_dir"
         )
-    train_dataset = _load_groups(data_args.train, data_args, training_grouping(data_args, training_args), training_args)
+    grouping = data_args.grouping(training_args.draw_seed)
+    train_dataset = _load_groups(data_args.train, data_args, grouping, training_args.loss)
     eval_dataset = None
     if data_args.eval:
-        grouping = Grouping(group_size=data_args.eval_group_size, negatives="first")
-        eval_dataset = _load_groups(data_args.eval, data_args, grouping, training_args)
+        eval_dataset = _load_groups(data_args.eval, data_args, data_args.eval_grouping(), training_args.loss)
     set_seed(training_args.seed)  # a new head is drawn at random
     model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
@@ -95,8 +84,10 @@ def train(
         eval_dataset,
         tokenizer,
         group_size=data_args.group_size,
+        prompt_template=data_args.prompt_template,
         peft_config=None if lora is None else lora_config(lora),
     )
+    data_args = replace(data_args, prompt_template=model.config.prompt_template)
     arguments = run_arguments(model_args, data_args, training_args, lora, describe_groups(train_dataset))
     trainer.accelerator.wait_for_everyone()
     if overwrite:  # only now, when nothing more can be found wrong with what replaces it
@@ -160,13 +151,9 @@ def _path(entry: Any) -> str:
     return parse_source(entry).path
 
 
-def _load_groups(
-    entries: list[Any], data_args: DataArguments, grouping: Grouping, training_args: CrossEncoderTrainingArguments
-) -> GroupDataset:
+def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: str) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
-    weighted = [
-        (load_usable_rows(source, data_args, grouping, training_args.loss), source.weight) for source in sources
-    ]
+    weighted = [(load_usable_rows(source, data_args, grouping, loss), source.weight) for source in sources]
     return GroupDataset(weighted, grouping, names=[source.path for source in sources])
 
 
@@ -180,26 +167,6 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
     return rows
 
 
-def describe_groups(groups: GroupDataset) -> dict[str, Any]:
-    """What tells when rows have changed: how many groups an epoch has, and a checksum of rows spread over them."""
-    checksum = 0
-    for rows, _ in groups.sources:
-        for index in range(0, len(rows), max(1, len(rows) // CHECKED_ROWS)):
-            checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True).encode(), checksum)
-    return {"groups_an_epoch": len(groups), "checksum": f"{checksum:08x}"}
-
-
-def training_grouping(data_args: DataArguments, training_args: CrossEncoderTrainingArguments) -> Grouping:
-    """How rows become training groups."""
-    return Grouping(
-        group_size=data_args.group_size,
-        positives=data_args.positives,
-        negatives=data_args.negatives,
-        short_groups=data_args.short_groups,
-        seed=training_args.draw_seed,
-    )
-
-
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adapter: bool) -> PreTrainedModel:
     """
     Loads the checkpoint to train: in float32, or in `model_args.dtype` where it stays frozen under an adapter.
@@ -207,20 +174,15 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adap
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    fields: dict[str, Any] = {
-        "pooling": model_args.pooling,
-        "temperature": model_args.temperature,
-        "prompt_template": data_args.prompt_template,
-        "rerank_max_length": data_args.rerank_max_length,
-        "attn_implementation": model_args.attn_implementation,
-        "revision": model_args.revision,
-    }
+    fields = config_fields(model_args, data_args)
+    if model_args.attn_implementation is not None:
+        fields["attn_implementation"] = model_args.attn_implementation
     if model_args.load_in_4bit:
         fields["quantization_config"] = _four_bits(model_args.dtype)
     return LlamaBidirectionalForSequenceClassification.from_pretrained(
         model_args.model_name_or_path,
         dtype=model_args.dtype if has_adapter else "float32",
-        **{name: value for name, value in fields.items() if value is not None},
+        **fields,
     )
 
 

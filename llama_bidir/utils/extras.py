@@ -1,11 +1,11 @@
-"""Optional dependencies: one clear ImportError that says what to install."""
+"""Optional dependencies: an ImportError that says what to install."""
 
 from importlib import import_module
 from typing import Any
 
 
 def require(module: str, extra: str) -> Any:
-    """Imports and returns `module`; where it is missing, the ImportError names the extra that brings it."""
+    """Imports and returns `module`. When it is missing, the ImportError names the extra of this package to install."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

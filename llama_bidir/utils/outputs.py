@@ -10,12 +10,15 @@ from pathlib import Path
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool, is_file: bool = False) -> None:
     """
-    Raises FileExistsError where there is something at `path` already.
+    Checks that an output may be written.
 
     Args:
-        path: of an output.
-        overwrite: what is there may be replaced.
-        is_file: the output is a file, which never replaces a folder.
+        path: of the output.
+        overwrite: whether an existing output may be replaced.
+        is_file: the output is a file; a file never replaces a folder.
+
+    Raises:
+        FileExistsError: `path` exists, and `overwrite` is not set or `path` is a folder where a file is to be written.
     """
     if is_file and os.path.isdir(path):
         raise FileExistsError(f"{os.fspath(path)!r} is a folder: name a file")
@@ -29,10 +32,13 @@ def check_apart(
     inputs: Mapping[str, str | os.PathLike[str] | None], outputs: Mapping[str, str | os.PathLike[str] | None]
 ) -> None:
     """
-    Raises ValueError where two of the files are one, of which an output is one or both.
+    Checks that no output is the same file as an input or another output.
 
     Args:
-        inputs, outputs: paths by what errors call them; None where there is none.
+        inputs, outputs: each path (None when it is not used) under the name that errors call it.
+
+    Raises:
+        ValueError: two names stand for the same file.
     """
     names = {os.path.realpath(path): name for name, path in inputs.items() if path is not None}
     for name, path in outputs.items():
@@ -45,21 +51,21 @@ def whole_folder(
     path: str | os.PathLike[str], *, overwrite: bool = False, keep: str | None = None, marker: str | None = None
 ) -> Iterator[Path]:
     """
-    Gives a new folder beside `path` that becomes `path` when the block ends, and is removed when the block fails.
+    Yields a new folder that becomes `path` when the block ends and is removed when the block fails.
 
     Args:
         path: the folder to make; its parents are made when missing.
-        overwrite: replace what is at `path`.
-        keep: what the block reads, maybe a path, which must not lie in the folder that is replaced.
-        marker: a file that the folder must hold to be replaced, if it holds anything.
+        overwrite: replace `path` when it exists.
+        keep: a path or a Hub id that the block reads. A path must not lie inside the folder that is replaced.
+        marker: a file that an existing folder must contain to be replaced, unless the folder is empty.
 
     Raises:
-        FileExistsError: there is something at `path`, and `overwrite` is not set or it is something else.
-        ValueError: what is to be kept lies there.
+        FileExistsError: `path` exists, and `overwrite` is not set or the folder has no `marker`.
+        ValueError: `keep` lies inside `path`.
     """
     target = Path(path)
     if keep is not None and os.path.exists(keep) and Path(keep).resolve().is_relative_to(target.resolve()):
-        raise ValueError(f"{keep!r} lies in the output {os.fspath(path)!r}, which would replace it: choose another one")
+        raise ValueError(f"{keep!r} lies in the output {os.fspath(path)!r}, which replaces it: choose another output")
     if overwrite and marker and target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise FileExistsError(
             f"{os.fspath(path)!r} holds something else (it has no {marker}), which overwrite does not remove: choose "
@@ -67,29 +73,23 @@ def whole_folder(
         )
     check_free(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new, old = workspace / "new", workspace / "old"
     try:
-        yield working
-        # mkdtemp lets nobody else read; a folder that was made by mkdir would follow the umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        working.chmod(0o777 & ~umask)
-        check_free(target, overwrite=overwrite)  # something may have appeared there meanwhile
-        if not target.exists():
-            working.rename(target)
-            return
-        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        target.rename(replaced / target.name)
+        # mkdtemp makes a private folder; one made by mkdir follows the umask.
+        new.mkdir()
+        yield new
+        check_free(target, overwrite=overwrite)  # `path` may have appeared during the block
+        if target.exists():
+            target.rename(old)
         try:
-            working.rename(target)
+            new.rename(target)
         except BaseException:
-            (replaced / target.name).rename(target)
+            if old.exists():
+                old.rename(target)
             raise
-        finally:
-            shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

@@ -1,4 +1,4 @@
-"""What runs that go on after a kill have in common: they go on with the same arguments only."""
+"""What resumable work has in common: it resumes with the same arguments only, and one process at a time does it."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def as_recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as a journal in JSON gives them back."""
+    """Returns arguments as they come back from a record in JSON: tuples as lists, for example."""
     return dict(json.loads(json.dumps(arguments)))
 
 
 def describe_changes(former: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """Says which arguments of a stopped run are others now; empty when none is."""
+    """Names the arguments of a stopped run that have changed, with both values. Empty if none has."""
     return "; ".join(
         f"{name} was {former.get(name)!r} and is {arguments.get(name)!r}"
         for name in [*arguments, *sorted(former.keys() - arguments.keys())]
@@ -29,48 +29,49 @@ def describe_changes(former: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     )
 
 
-def can_go_on(
+def can_resume(
     journal: str | os.PathLike[str], former: Mapping[str, Any], arguments: Mapping[str, Any], *, overwrite: bool
 ) -> bool:
     """
-    Says whether a stopped job is gone on with, or begun anew, which is logged with what has changed.
+    Returns whether a stopped job resumes. If it starts over instead, the log says what changed.
 
     Args:
-        journal: the stopped job's, for messages.
+        journal: path of the stopped job's journal, for messages.
         former, arguments: of the stopped job and of this start, by name, as they are recorded.
-        overwrite: a job of other arguments may be dropped.
+        overwrite: whether a job with different arguments may be dropped.
 
     Raises:
-        ValueError: the arguments are others, with what has changed, and `overwrite` is not set.
+        ValueError: the arguments differ, with what changed, and `overwrite` is not set.
     """
     changes = describe_changes(former, arguments)
     if not changes:
         return True
     if not overwrite:
         raise ValueError(
-            f"{os.fspath(journal)}: holds a stopped run with other arguments: {changes}. Start with the same ones to "
-            "go on, with overwrite (--overwrite) to begin anew, or with another output"
+            f"{os.fspath(journal)}: holds a stopped run with different arguments: {changes}. Use the same arguments to "
+            "resume, overwrite (--overwrite) to start over, or another output"
         )
-    logger.warning(f"{os.fspath(journal)}: began anew, as other arguments were given: {changes}")
+    logger.warning(f"{os.fspath(journal)}: started over because the arguments differ: {changes}")
     return False
 
 
-def lock(journal: str | os.PathLike[str]) -> IO[bytes]:
+def lock(path: str | os.PathLike[str]) -> IO[bytes]:
     """
-    Keeps other processes of this machine away from a journal until what it returns is closed, or this process ends.
+    Locks a file, which is created if it is missing, against other processes on this machine. The lock lasts until the
+    returned file is closed or this process ends.
 
     Raises:
-        RuntimeError: another process is at work on the same output.
+        RuntimeError: another process holds the lock.
     """
-    file = Path(journal).open("rb")  # noqa: SIM115  # held by the caller
+    file = Path(path).open("ab")  # noqa: SIM115  # the caller closes it
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             raise RuntimeError(
-                f"{os.fspath(journal)}: another process is at work on this output: wait for it, or end it first"
+                f"{os.fspath(path)}: another process is at work on this output: wait for it to end, or stop it"
             ) from None
-        except OSError as error:  # not on every shared file system
-            logger.info(f"{os.fspath(journal)}: no lock: {error}")
+        except OSError as error:  # some shared file systems have no locks
+            logger.info(f"{os.fspath(path)}: not locked: {error}")
     return file

@@ -1,18 +1,20 @@
-"""Sharing: push to and load from a Hub on loopback, the model card, and code beside the checkpoint."""
+"""The Hub on loopback: push and load, and code beside the checkpoint."""
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
-import huggingface_hub
+import numpy as np
 import pytest
-from helpers import lines, run_python, write
+from helpers import PAIRS, lines, run_python, write
 from hub_server import run_hub
-from huggingface_hub import ModelCard
 
-from llama_bidir import LlamaBidirectionalConfig
-from llama_bidir.checkpoints.model_card import find_origin, write_model_card
+from llama_bidir import CrossEncoder
+from llama_bidir.checkpoints.export import export_reranker
 
-PAIRS = [("where do bees go?", "Honey bees navigate by the sun."), ("q", "Paris.")]
+TWO_PAIRS = [("where do bees go?", "Honey bees navigate by the sun."), ("q", "Paris.")]
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ import json
 from llama_bidir import CrossEncoder
 reranker = CrossEncoder({str(reranker_checkpoint)!r})
 url = reranker.push_to_hub("tester/tiny", commit_message="first", private=True)
-print(json.dumps([url, reranker.predict({PAIRS!r}).tolist()]))
+print(json.dumps([url, reranker.predict({TWO_PAIRS!r}).tolist()]))
 """,
         tmp_path,
         HF_ENDPOINT=hub.endpoint,
@@ -50,7 +52,7 @@ from llama_bidir import CrossEncoder
 by_name = CrossEncoder.from_pretrained("tester/tiny")
 model = AutoModelForSequenceClassification.from_pretrained("tester/tiny")
 by_auto = CrossEncoder(model, AutoTokenizer.from_pretrained("tester/tiny"))
-print(json.dumps([reranker.predict({PAIRS!r}).tolist() for reranker in (by_name, by_auto)]))
+print(json.dumps([reranker.predict({TWO_PAIRS!r}).tolist() for reranker in (by_name, by_auto)]))
 """,
         tmp_path,
         HF_ENDPOINT=hub.endpoint,
@@ -61,6 +63,26 @@ print(json.dumps([reranker.predict({PAIRS!r}).tolist() for reranker in (by_name,
     for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
         assert "tester/tiny" in block
         assert run_python(block, tmp_path, HF_ENDPOINT=hub.endpoint).strip()
+
+
+@pytest.mark.xfail(strict=True, reason="mended on another branch")
+def test_a_refused_push_creates_no_repository(hub, graph_folder, tmp_path):
+    (tmp_path / "bad.json").write_text("{}")
+    refusals = run_python(
+        f"""
+from llama_bidir import CrossEncoder
+for arguments, options in (({{"backend": "onnx"}}, {{}}), ({{}}, {{"evaluation": "bad.json"}})):
+    try:
+        CrossEncoder({str(graph_folder)!r}, **arguments).push_to_hub("tester/refused", **options)
+    except (TypeError, ValueError) as error:
+        print(f"{{type(error).__name__}}: {{error}}")
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.endpoint,
+    ).splitlines()
+    assert refusals[0].startswith("TypeError: an exported reranker (backend='onnx')")
+    assert refusals[1].startswith("ValueError: bad.json: evaluation must be a file")
+    assert hub.repos == {}
 
 
 def test_trainer_pushes_model_tokenizer_and_card(hub, reranker_checkpoint, tmp_path):
@@ -125,10 +147,10 @@ LlamaBidirectionalModel.register_for_auto_class("AutoModel")
 LlamaBidirectionalForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 reranker = CrossEncoder({str(reranker_checkpoint)!r})
 reranker.save_pretrained({str(saved)!r})
-texts = [reranker.config.prompt_template.format(query=query, passage=passage) for query, passage in {PAIRS!r}]
+texts = [reranker.config.prompt_template.format(query=query, passage=passage) for query, passage in {TWO_PAIRS!r}]
 # With gradients, and so by the same kernels as without the package.
 logits = [reranker.model(**reranker.tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
-print(json.dumps([reranker.predict({PAIRS!r}, batch_size=1).tolist(), logits]))
+print(json.dumps([reranker.predict({TWO_PAIRS!r}, batch_size=1).tolist(), logits]))
 """,
             tmp_path,
         )
@@ -148,7 +170,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 path = {str(saved)!r}
 model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-texts = [model.config.prompt_template.format(query=query, passage=passage) for query, passage in {PAIRS!r}]
+texts = [model.config.prompt_template.format(query=query, passage=passage) for query, passage in {TWO_PAIRS!r}]
 scores = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
 model.save_pretrained("again")
 print(json.dumps([scores, type(model).__module__]))
@@ -167,7 +189,7 @@ import json
 from llama_bidir import CrossEncoder
 reranker = CrossEncoder({str(saved)!r})
 reranker.save_pretrained("local")
-print(json.dumps([reranker.predict({PAIRS!r}, batch_size=1).tolist(), type(reranker.model).__module__]))
+print(json.dumps([reranker.predict({TWO_PAIRS!r}, batch_size=1).tolist(), type(reranker.model).__module__]))
 """,
             tmp_path,
         )
@@ -176,72 +198,40 @@ print(json.dumps([reranker.predict({PAIRS!r}, batch_size=1).tolist(), type(reran
     assert "auto_map" not in json.loads((tmp_path / "local" / "config.json").read_text())
 
 
-# Model card
+def test_saved_with_code(tmp_path, tokenizer, model):
+    CrossEncoder(model, tokenizer).save_pretrained(tmp_path, with_code=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_llama_bidir.LlamaBidirectionalModel"
 
 
-def test_card_of_a_known_base_model(tmp_path):
-    config = LlamaBidirectionalConfig(temperature=0.5, pooling="last", name_or_path="meta-llama/Llama-3.2-1B")
-    write_model_card(tmp_path, config, "me/reranker")
-    data = ModelCard.load(tmp_path / "README.md").data
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-ranking")
-    assert {"reranker", "cross-encoder"} <= set(data.tags)
-    assert (data.base_model, data.license) == ("meta-llama/Llama-3.2-1B", "llama3.2")
-    text = (tmp_path / "README.md").read_text()
-    assert "| Temperature | 0.5 (logits are divided by it) |" in text
-    assert r"`question:{query} \n \n passage:{passage}`" in text
+def test_the_folder_for_the_hub_needs_no_package(save, tmp_path):
+    folder, scores = save(temperature=0.5)
+    export_reranker(folder, tmp_path / "hub", format="hub")
+    code = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained("hub", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("hub", trust_remote_code=True)
+text = model.config.prompt_template.format(query="where do bees find their way?",
+    passage="Honey bees navigate by the position of the sun.")
+with torch.no_grad():
+    print(model(**tokenizer(text, return_tensors="pt")).logits.item())
+assert "llama_bidir" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(float(result.stdout), scores[0], rtol=1e-5)
+    np.testing.assert_allclose(CrossEncoder(tmp_path / "hub").predict(PAIRS), scores, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("meta-llama/Llama-2-7b-hf", "llama2"),
-        ("meta-llama/Meta-Llama-3-8B", "llama3"),
-        ("meta-llama/Meta-Llama-3.1-8B", "llama3.1"),
-        ("meta-llama/Llama-3.1-8B", "llama3.1"),
-        ("meta-llama/Llama-3.3-70B-Instruct", "llama3.3"),
-        ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
-        ("someone/else", None),
-    ],
-)
-def test_licence_of_the_base_model(name, expected):
-    assert find_origin(name) == {"base_model": name, **({"license": expected} if expected else {})}
-
-
-@pytest.mark.parametrize(
-    ("base", "notice", "said"),
-    [
-        ("Llama-2-7b-hf", "Llama 2 is licensed under the LLAMA 2 Community", ()),
-        ("Meta-Llama-3-8B", "Meta Llama 3 is licensed", ("Built with Meta Llama 3.", 'to begin with "Llama 3"')),
-        ("Llama-3.2-1B", "Llama 3.2 is licensed under the Llama 3.2", ("Built with Llama.", 'to begin with "Llama"')),
-    ],
-)
-def test_each_llama_licence_asks_for_something_else(tmp_path, base, notice, said):
-    write_model_card(tmp_path, LlamaBidirectionalConfig(name_or_path=f"meta-llama/{base}"), "me/Llama-r")
-    assert (tmp_path / "NOTICE").read_text().startswith(notice)
-    text = (tmp_path / "README.md").read_text()
-    assert all(words in text for words in said)
-    assert ("Built with" in text) == bool(said)
-
-
-def test_base_model_is_carried_from_card_to_card(tmp_path):
-    config = LlamaBidirectionalConfig(name_or_path="meta-llama/Llama-3.1-8B")
-    write_model_card(tmp_path, config, "me/first")
-    assert find_origin(str(tmp_path)) == {"base_model": "meta-llama/Llama-3.1-8B", "license": "llama3.1"}
-    (tmp_path / "README.md").unlink()
-    assert find_origin(str(tmp_path)) == find_origin("") == find_origin(None) == find_origin("/gone/away") == {}
-
-
-def test_a_base_model_that_cannot_be_asked_does_not_stop_a_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "README.md").write_text("---\nlicense: [\n---\n")
-    for name in ("gone/away", "no/such/id", str(tmp_path / "folder")):
-        write_model_card(tmp_path, LlamaBidirectionalConfig(name_or_path=name), "me/reranker")
-        assert "license" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
-
-
-def test_card_of_an_unknown_base_model_says_so(tmp_path):
-    write_model_card(tmp_path, LlamaBidirectionalConfig(), "me/reranker")
-    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
-    assert "base_model" not in data
-    assert "license" not in data
+def test_a_cached_checkpoint_loads_without_a_network(reranker_checkpoint, tmp_path):
+    # As after `snapshot_download`, nobody has asked for modules.json, so that the cache cannot say that there is none.
+    commit = "0" * 40
+    repo = tmp_path / "models--you--cached"
+    shutil.copytree(reranker_checkpoint, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    cached = CrossEncoder("you/cached", cache_folder=str(tmp_path))
+    assert cached.predict(PAIRS).tolist() == CrossEncoder(reranker_checkpoint).predict(PAIRS).tolist()

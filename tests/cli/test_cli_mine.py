@@ -11,6 +11,7 @@ pytest.importorskip("datasets")
 
 from llama_bidir.cli import main
 from llama_bidir.data import load_rows
+from llama_bidir.jobs import scoring
 from llama_bidir.training import read_history
 
 WORDS = ["bees", "hive", "clover", "sun", "Paris", "France", "Seine", "garden", "flowers", "white"]
@@ -115,9 +116,7 @@ def test_a_corpus_that_is_not_searched_is_said(command, tmp_path, caplog):
 
 
 def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
-    from llama_bidir.jobs.mining import job
-
-    monkeypatch.setattr(job.mine_file, "__kwdefaults__", {**job.mine_file.__kwdefaults__, "window_pairs": 16})
+    monkeypatch.setattr(scoring, "CPU_WINDOW_PAIRS", 16)
     assert main(command("--keep-empty", "--max-length=16")) == 0
     assert sum("were cut to fit" in record.getMessage() for record in caplog.records) == 1
 
@@ -132,7 +131,7 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
         ),
         ("rows.jsonl", '{"query": "q"\n', ":1: a line must be one JSON object: Expecting ',' delimiter at column 14"),
         ("rows.jsonl", b'{"query": "\xff"}\n', ":1: the file must be UTF-8 text: invalid start byte at byte 12 of the"),
-        ("rows.jsonl", "", ":1: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        ("rows.jsonl", "", ":1: the file has no rows; it needs one JSON object per line, with query and pos_doc"),
         (
             "rows.jsonl",
             '{"query": "q", "pos_doc": "a"}\n',
@@ -143,7 +142,11 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
         ("run.trec", "0 Q0 d0 1 nan x\n", ":1: score must be a finite number, got 'nan'"),
         ("run.trec", "0 Q0 d0 1 0.5\n", ":1: a line of a run must have 6 columns (query-id, Q0, doc-id, rank, score, "),
         ("run.trec", "5 Q0 d0 1 0 x\n0 Q0 d99 1 0 x\n", ":2: doc-id: there is no document 'd99' in "),
-        ("run.trec", "0 Q0 d0 1 0 x\n0 Q0 d0 2 0 x\n", ":2: doc-id: the query has the document already, in line 1"),
+        (
+            "run.trec",
+            "0 Q0 d0 1 0 x\n0 Q0 d0 2 0 x\n",
+            ":2: doc-id: the query '0' has the document 'd0' already, in line 1",
+        ),
         ("run.trec", "q99 Q0 d0 1 0 x\n", ": the run has no entry for a query of the rows; they must be about the "),
     ],
 )
@@ -170,14 +173,14 @@ def test_input_errors_name_file_and_line(name, content, message, command, tmp_pa
         ("--run=rows.jsonl", "candidates of run are documents of a corpus: name it with corpus (--corpus)"),
         ("--candidates=run", "candidates of a run need the run: name it with run (--run)"),
         ("--candidates=bm25 --run=x", "a run is given, so candidates must be 'run' (or 'auto'), got 'bm25'"),
-        ("--qrels=x", "rows.jsonl: qrels can be given for a BEIR folder only, and this is none"),
+        ("--qrels=x", "rows.jsonl: qrels can be given for a BEIR folder only, and this is not one"),
         (
             "--output=mined.json",
             "output must end in .jsonl or .jsonl.gz, by which train knows its kind, got 'mined.json'",
         ),
         ("--source=gone.jsonl", "there is no file 'gone.jsonl'"),
         ("--corpus=gone.jsonl", "there is no file 'gone.jsonl'"),
-        ("--model=./gone", "'./gone' is no checkpoint: there is no such folder"),
+        ("--model=./gone", "'./gone' is not a checkpoint: there is no such folder"),
         (
             "--max-length=4",
             "rerank_max_length counts the tokens of a rendered pair and must be an int from 8",
@@ -200,4 +203,4 @@ def test_rows_without_candidates_need_a_corpus(command, tmp_path, capsys):
     )
     write(source, lines({"query": "q", "pos_doc": "a"}))
     assert main(command(candidates="neg_doc", corpus=tmp_path / "corpus.jsonl")) == 2
-    assert "so that no corpus is searched: leave corpus out" in capsys.readouterr().err
+    assert "so no corpus is searched: leave corpus out" in capsys.readouterr().err

@@ -64,16 +64,17 @@ def test_dry_run(train_command, tmp_path, capsys):
     assert printed[0] == "data"
     assert printed[2].split() == ["train", str(tmp_path / "rows.json"), "12", "0", "1", "12"]
     assert printed[3:6] == [
-        "  12 groups an epoch with 2 to 5 passages, 3.50 on average",
-        "  9 groups have fewer than 5 passages and show negatives again",
-        "tokens of a pair (a sample: 12 of 12 groups, 42 pairs)",
+        "  12 groups per epoch with 2 to 5 passages, 3.50 on average",
+        "  9 groups have fewer than 5 passages and repeat negatives",
+        "tokens per pair (a sample: 12 of 12 groups, 42 pairs)",
     ]
-    assert printed[16:21] == [
+    assert printed[8:14] == [
         "first prompt",
         "  'question:where is hive 0? \\n \\n passage:Hive 0 is here. '",
         "steps",
-        "  4 groups a step = 1 (processes) x 4 (groups at once) x 1 (accumulated); at most 20 pairs",
-        "  3 an epoch, 4 in all",
+        "  4 groups per step = 1 (processes) x 4 (groups at once) x 1 (accumulated); at most 20 pairs",
+        "  3 per epoch, 4 in total",
+        "memory per process (an estimate)",
     ]
     assert printed[-1] == f"  {tmp_path / 'out'}"
     assert sorted(tmp_path.iterdir()) == before
@@ -183,7 +184,7 @@ def test_two_processes_print_once(train_command, tmp_path):
     command = [*launcher, "-m", "llama_bidir", *train_command("llama3_2_1b", "--training.global_batch_size=8")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "is left out: this is one process" not in result.stderr
+    assert "training.fsdp is left out" not in result.stderr
     assert result.stdout.splitlines()[-1] == f"reranker: {tmp_path / 'out'}"
     assert result.stdout.count("reranker: ") == 1
     assert np.isfinite(CrossEncoder(tmp_path / "out").predict(PAIRS)).all()

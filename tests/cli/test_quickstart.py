@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+from helpers import lines
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -16,7 +17,7 @@ from llama_bidir.data import parse_row
 FILES = {"corpus.jsonl", "queries.jsonl", "qrels.tsv", "run.bm25.trec", "run.before.trec", "run.after.trec"}
 
 
-def test_collection_is_seeded_and_holds_its_people_out():
+def test_the_collection_is_seeded_and_no_test_person_is_in_the_training_rows():
     train, test = make_collection(num_train_people=12, num_test_people=6, seed=1)
     assert make_collection(num_train_people=12, num_test_people=6, seed=1) == (train, test)
     assert make_collection(num_train_people=12, num_test_people=6, seed=2) != (train, test)
@@ -54,10 +55,10 @@ def test_quickstart_learns_to_rank_held_out_questions(quickstart_output):
     assert scores.tolist() == pytest.approx([float(line[4]) for line in first], rel=1e-4, abs=1e-4)
 
 
-def test_quickstart_on_a_model_and_a_file_of_ones_own(base_checkpoint, tmp_path):
+def test_quickstart_with_a_given_model_and_file(base_checkpoint, tmp_path):
     train, _ = make_collection(num_train_people=6, num_test_people=5)
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in train))
+    path.write_text(lines(*train))
     said = []
     result = run_quickstart(
         tmp_path / "out",
@@ -70,3 +71,18 @@ def test_quickstart_on_a_model_and_a_file_of_ones_own(base_checkpoint, tmp_path)
     assert list(result.scores) == ["random order", "BM25", "before fine-tuning", "after fine-tuning"]
     assert not (tmp_path / "out" / "base").exists()
     assert CrossEncoder(tmp_path / "out" / "model").config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "negatives", "message"),
+    [
+        (9, ["b"], "there must be at least 10 rows, because a tenth is held out; got 9"),
+        (10, [], "the row of query 'q' must have a neg_doc"),
+    ],
+)
+def test_a_file_that_cannot_be_split_is_refused(num_rows, negatives, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines(*[{"query": "q", "pos_doc": ["a"], "neg_doc": negatives}] * num_rows))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}$"):
+        run_quickstart(tmp_path / "out", train_file=path)
+    assert not (tmp_path / "out").exists()

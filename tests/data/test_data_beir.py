@@ -9,15 +9,18 @@ import re
 import pytest
 from helpers import NO_SCORES, SHARED, arrow_bytes, lines, write
 
+from llama_bidir.data.arrow import are_valid
+from llama_bidir.data.corpus import open_corpus
 from llama_bidir.data.sources import parse_source
 
 pytest.importorskip("datasets")
 
-# What messages end with.
+# The ends of messages.
 CORRECT = "; correct or remove the line"
 REMOVE = "; correct or remove it"
 KEEP = "; keep one of the lines"
 CONVERT = "; convert the file"
+SAME = "; both files must be of the same dataset"
 
 CORPUS = [
     {"_id": "d1", "title": "One", "text": "first"},
@@ -51,6 +54,7 @@ BEIR_ROWS = [
 def test_rows_are_made_of_a_beir_folder(beir, load, capfd):
     dataset = load(beir)
     assert list(dataset) == BEIR_ROWS
+    assert are_valid(dataset)
     assert b"second" not in arrow_bytes(dataset)
     assert pickle.loads(pickle.dumps(dataset))[1] == BEIR_ROWS[1]
     assert capfd.readouterr().err == ""
@@ -104,7 +108,7 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
+        ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object per line, one for each document"),
         ("corpus.jsonl", lines(CORPUS[0], 5), ":2: a line must be one JSON object, got int 5"),
         ("corpus.jsonl", "{}x", ":1: a line must be one JSON object: Extra data at column 3"),
         ("corpus.jsonl", lines({"text": "t"}), ":1: _id must be a string or an int, got NoneType None"),
@@ -120,15 +124,15 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
             b"\xff\xfe",
             ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line" + CONVERT,
         ),
-        ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each query"),
+        ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object per line, one for each query"),
         ("queries.jsonl", lines({"_id": "q"}), ":1: text must be a string, got NoneType None" + CORRECT),
         (
             "queries.jsonl",
             lines(*[{"_id": "q", "text": ""}] * 2),
             ":2: _id: the query 'q' is there already, in line 1" + KEEP,
         ),
-        ("qrels.tsv", "", ":1: the file has no judgements; it needs one a line"),
-        ("qrels.tsv", QRELS[:25], ":1: the file has no judgements; it needs one a line"),
+        ("qrels.tsv", "", ":1: the file has no judgements; it needs one per line"),
+        ("qrels.tsv", QRELS[:25], ":1: the file has no judgements; it needs one per line"),
         (
             "qrels.tsv",
             "q1\td1\t1\n",
@@ -149,7 +153,7 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
             QRELS + "q1\td1\t1\n",
             ":9: score: the document 'd1' of query 'q1' is judged 1 here and 0 in line 3" + KEEP,
         ),
-        ("run.bm25.trec", "", ":1: the run has no entries; it needs one a line"),
+        ("run.bm25.trec", "", ":1: the run has no entries; it needs one per line"),
         (
             "run.bm25.trec",
             RUN + "q1 d1 1\n",
@@ -174,23 +178,27 @@ def test_malformed_lines_of_a_beir_folder_are_named(name, content, message, beir
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("qrels.tsv", QRELS + "q9\td1\t1\n", "qrels.tsv:9: query-id: there is no query 'q9' in beir/queries.jsonl"),
-        ("qrels.tsv", QRELS + "q3\td9\t1\n", "qrels.tsv:9: corpus-id: there is no document 'd9' in the corpus"),
-        ("run.bm25.trec", RUN + "q1 Q0 d9 4 1 t\n", "run.bm25.trec:6: doc-id: there is no such document in the corpus"),
+        ("qrels.tsv", QRELS + "q9\td1\t1\n", ":9: query-id: there is no query 'q9' in beir/queries.jsonl" + SAME),
+        ("qrels.tsv", QRELS + "q3\td9\t1\n", ":9: corpus-id: there is no document 'd9' in beir/corpus.jsonl" + SAME),
+        (
+            "run.bm25.trec",
+            RUN + "q1 Q0 d9 4 1 t\n",
+            ":6: doc-id: there is no document 'd9' in beir/corpus.jsonl" + SAME,
+        ),
         (
             "run.bm25.trec",
             RUN + "q1 Q0 d1 4 1 t\n",
-            "run.bm25.trec:6: doc-id: the query has the document already, in line 3",
+            ":6: doc-id: the query 'q1' has the document 'd1' already, in line 3" + KEEP,
         ),
     ],
 )
 def test_queries_with_unknown_documents_can_be_left_out(name, content, message, beir, load, caplog):
     write(beir / name, content)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'beir/{message}')}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'beir/{name}{message}')}$"):
         load("beir")
     kept = [row for row in BEIR_ROWS if name == "qrels.tsv" or row["query"] != "query 1"]
     assert list(load("beir", skip_bad_rows=True)) == kept
-    assert caplog.records[0].message == f"beir: left out 1 bad rows:\n  beir/{message}"
+    assert caplog.records[0].message == f"beir: left out 1 bad rows:\n  beir/{name}{message}"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
@@ -210,3 +218,17 @@ def test_a_real_beir_folder(load):
         ValueError, match=r"several files of run: run\.bm25-en\.trec, run\.bm25\.trec; name one with run:"
     ):
         load(folder.parent / "xquad")
+
+
+def test_the_rows_follow_the_run_and_the_corpus_is_cached_once(beir, load, tmp_path):
+    load(beir)
+    write(beir / "run.bm25.trec", RUN.replace("q1 Q0 d2 2", "q1 Q0 3 2"))
+    assert load(beir)[1]["neg_doc"] == ["One first"]
+    opened = open_corpus(beir / "corpus.jsonl", tmp_path / "cache")
+    assert opened.ids([2, 0]) == ["3", "d1"]
+    assert opened.texts([2, 0]) == ["third", "One first"]
+    texts = [path for path in (tmp_path / "cache").rglob("*.arrow") if b"second" in path.read_bytes()]
+    assert [str(path) for path in texts] == [file["filename"] for file in opened.dataset.cache_files]
+    again = pickle.loads(pickle.dumps(opened))
+    assert list(again.all_ids()) == ["d1", "d2", "3", "d4"]
+    assert again.index(first=5) == {"d1": 5, "d2": 6, "3": 7, "d4": 8}

@@ -21,7 +21,7 @@ def make_corpus(
 
 @pytest.fixture
 def corpus_id_file(folder):
-    """Two corpora, one of them with ints for identifiers and one in JSON Lines, and rows in all forms."""
+    """Two corpora, one with ints as identifiers and one in JSON Lines, and rows in every form."""
     make_corpus(folder / "wiki", "wiki", {"id": [7, 8, 9], "text": ["seven", "eight", "nine"], "title": ["", "", ""]})
     write(folder / "news" / "merlin_metadata.json", json.dumps({"class": "WikiSSNQDataset", "corpus_id": 1}))
     write(folder / "news" / "part-1.jsonl", lines({"docid": "a", "text": "first"}))
@@ -143,7 +143,7 @@ def test_malformed_files_of_the_corpus_id_layout_are_named(corpus_id_file, load)
     check(
         {"data": []},
         "train.json: corpus must be an object with the path of a folder, or a list of them, got NoneType None; rows "
-        "that hold their texts themselves belong into a .jsonl file, one a line",
+        "that hold their texts themselves belong in a .jsonl file, one per line",
     )
     check(
         {**content, "corpus": [{"path": "wiki"}, {}]},
@@ -170,7 +170,10 @@ def test_malformed_files_of_the_corpus_id_layout_are_named(corpus_id_file, load)
     make_corpus(new, None, {"id": ["1"], "text": ["t"]})
     check_corpus(f"{new}/merlin_metadata.json: corpus_id must be a string or an int, got NoneType None")
     make_corpus(new, "wiki", {"id": ["1"], "text": ["t"]})
-    check_corpus(f"train.json: corpus[1]: {new} has the corpus_id 'wiki' of {folder}/wiki; it must be one folder's")
+    check_corpus(
+        f"train.json: corpus[1]: {new} has the corpus_id 'wiki' of {folder}/wiki; give each folder a corpus_id of its "
+        "own"
+    )
     make_corpus(new, "new", {"key": ["1"], "text": ["t"]})
     check_corpus(f"{new}: the documents must have the columns id and text, got key, text")
     make_corpus(new, "new", {"id": ["1"], "text": [5]})
@@ -178,11 +181,13 @@ def test_malformed_files_of_the_corpus_id_layout_are_named(corpus_id_file, load)
     make_corpus(new, "new", {"id": ["1", "2"], "text": ["t", None]})
     check_corpus(f"{new}: row 1: the document has no text")
     make_corpus(new, "new", {"id": [1, 2, 1], "text": ["t", "u", "v"]})
-    check_corpus(f"{new}: row 2: the document '1' is there already, in row 0; an identifier must be one document's")
+    check_corpus(
+        f"{new}: row 2: the document '1' is there already, in row 0; give each document an identifier of its own"
+    )
     (new / "documents.parquet").write_bytes(b"PAR1")
     with pytest.raises(
         ValueError, match=f"^{new}: the documents cannot be read: .*; the folder must hold parquet, arrow"
     ):
         load("train.json")
     write(new / "documents.jsonl", lines({"id": "1", "text": "t"}, {"id": "2"}))
-    check_corpus(f"{new}/documents.jsonl:2: text must be a string, got NoneType None")
+    check_corpus(f"{new}/documents.jsonl:2: text must be a string, got NoneType None; correct or remove the line")

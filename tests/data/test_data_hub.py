@@ -1,4 +1,4 @@
-"""Training rows of datasets on a Hub on loopback, read by the real clients."""
+"""Training rows of datasets, which the real clients read from a local Hub."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ OFFLINE = (
 
 
 class DatasetHandler(Handler):
-    """Answers for datasets as the Hub of the other tests answers for models, and lists folders."""
+    """Serves datasets as the Hub of the other tests serves models, and lists folders."""
 
     def do_GET(self) -> None:  # noqa: N802
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/?]+/?([^?]*)\??(.*)", self.path):
@@ -78,7 +78,7 @@ for source in sys.argv[1:]:
 
 
 def read(path: Path, *sources: str, **environment: str) -> list[str]:
-    """What a process of its own, which reads the Hub's address when it starts, prints of each source."""
+    """Returns what a separate process prints for each source. It reads the address of the Hub when it starts."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     variables |= {"HF_HOME": str(path / "hf"), "HF_HUB_DISABLE_XET": "1", **environment}
     command = [sys.executable, "-W", "ignore", "-c", READ, *sources]
@@ -135,7 +135,7 @@ def test_rows_of_the_hub_are_read_once(tmp_path):
     assert messages == [
         "ValueError: hf://tester/faulty/ids: dataset_metadata.json says ids_only: the dataset holds identifiers "
         "without texts. Add the texts as NeMo AutoModel's data preparation does, and train on the .json file that "
-        "comes out",
+        "it writes",
         "ValueError: hf://tester/faulty/anonymous: dataset_metadata.json: corpus_id must be a string or an int, got "
         "NoneType None",
         "ValueError: hf://tester/faulty/columns: the rows must have the columns question and pos_doc, got query, "

@@ -16,7 +16,7 @@ from llama_bidir.data.sources import Source, parse_source, read_rows
 
 pytest.importorskip("datasets")
 
-# What messages end with.
+# The ends of messages.
 CONVERT = "; convert the file"
 FETCH = "; fetch or write it again"
 
@@ -51,11 +51,11 @@ TORN = gzip.compress(os.urandom(20000).hex().encode())[:9000]
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl:1: the file has no rows; it needs one JSON object a line, with query and pos_doc"),
+        ("a.jsonl", b"", "a.jsonl:1: the file has no rows; it needs one JSON object per line, with query and pos_doc"),
         (
             "a.jsonl",
             b"\n\n",
-            "a.jsonl:1: the file has no rows; it needs one JSON object a line, with query and pos_doc",
+            "a.jsonl:1: the file has no rows; it needs one JSON object per line, with query and pos_doc",
         ),
         (
             "a.jsonl",
@@ -82,7 +82,7 @@ def test_bad_rows_raise_or_are_left_out(folder, load, caplog, tmp_path):
     bad = ['{"query": \n', lines([]), lines({"query": "q"}), lines({**ROW, "neg_doc": "\ud800"}), "[" * 100000 + "\n"]
     messages = [
         "rows.jsonl:2: a line must be one JSON object: Expecting value at column 11",
-        "rows.jsonl:3: a row must be an object with query, pos_doc and neg_doc, got list []",
+        "rows.jsonl:3: a line must be one JSON object, got list []",
         "rows.jsonl:4: pos_doc is missing; it must be a passage or a list of passages",
         "rows.jsonl:5: neg_doc must be Unicode text without lone surrogates: 'utf-8' codec can't encode character "
         "'\\ud800' in position 0: surrogates not allowed",
@@ -143,7 +143,7 @@ print(growth * 1024, len(dataset), dataset[15999]["query"], dataset.cache_files[
 
 
 @pytest.mark.slow
-def test_processes_read_a_large_new_file_at_once_in_little_memory(folder):
+def test_two_processes_read_a_large_new_file_in_little_memory(folder):
     write(folder / "small.jsonl", lines(ROW))
     size = 0
     with (folder / "rows.jsonl").open("w") as file:
@@ -193,7 +193,7 @@ def test_malformed_sources_are_named(entry, message):
         parse_source(entry, "e")
 
 
-def test_sources_of_no_known_kind_are_refused(folder, load):
+def test_sources_of_an_unknown_kind_are_refused(folder, load):
     write(folder / "rows.csv", "q,p\n")
     for name in ("rows.csv", "gone.tsv"):
         with pytest.raises(ValueError, match=f"^{re.escape(f'{READABLE}; got {name!r}')}$"):
@@ -205,7 +205,7 @@ def test_sources_of_no_known_kind_are_refused(folder, load):
         load("gone")
     write(folder / "rows.jsonl", lines(ROW))
     with pytest.raises(
-        ValueError, match=r"^rows.jsonl: run, depth can be given for a BEIR folder only, and this is none$"
+        ValueError, match=r"^rows.jsonl: run, depth can be given for a BEIR folder only, and this is not one$"
     ):
         load({"path": "rows.jsonl", "run": "r", "depth": 2})
 

@@ -3,9 +3,11 @@ import pickle
 
 import pytest
 import torch
+from helpers import lines, write
 from torch.utils.data import DataLoader
 
 from llama_bidir.data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream, TrainingRow
+from llama_bidir.data.arrow import are_valid, row_features
 from llama_bidir.prompts import PromptEncoder
 
 ROW = TrainingRow("q", ["p0", "p1"], ["n0", "p1", "n1", "n2", "n3"])
@@ -15,7 +17,7 @@ def group(row=ROW, *, epoch=0, key="", positive=None, **kwargs):
     return Grouping(**kwargs).group(row, "here", epoch=epoch, key=key, positive=positive)
 
 
-def test_a_group_is_one_positive_and_negatives_that_are_no_positives():
+def test_a_group_is_one_positive_and_negatives_that_are_not_positives():
     for epoch in range(20):
         passages = group(group_size=3, epoch=epoch)["passages"]
         assert passages[0] == ("p0", "p1")[epoch % 2]
@@ -23,7 +25,7 @@ def test_a_group_is_one_positive_and_negatives_that_are_no_positives():
         assert set(passages[1:]) < {"n0", "n1", "n2", "n3"}
 
 
-def test_negatives_are_drawn_anew_each_epoch_and_the_same_again():
+def test_each_epoch_has_its_own_draw_of_negatives():
     draws = [tuple(group(group_size=3, epoch=epoch)["passages"][1:]) for epoch in range(20)]
     assert draws == [tuple(group(group_size=3, epoch=epoch)["passages"][1:]) for epoch in range(20)]
     assert len(set(draws)) > 3
@@ -73,7 +75,7 @@ def test_a_row_without_a_negative_is_named():
         ({"group_size": 2, "short_groups": "x"}, "short_groups must be one of mask, repeat"),
     ],
 )
-def test_wrong_groupings(kwargs, message):
+def test_invalid_groupings_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Grouping(**kwargs)
 
@@ -101,7 +103,7 @@ def test_weights_mix_sources():
         assert len(set(shown[12:14])) == 2
         assert len(set(shown[14:])) == 3
         seen.append(tuple(shown[14:]))
-    for first, second in zip(seen[::2], seen[1::2], strict=True):  # another half each epoch
+    for first, second in zip(seen[::2], seen[1::2], strict=True):  # each epoch shows the other half
         assert {*first, *second} == {f"c{i}" for i in range(6)}
     assert len(set(seen)) > 2
 
@@ -113,7 +115,7 @@ def test_expand_makes_a_group_of_each_positive():
     assert shown == [("a0", "p0"), ("a0", "p1"), ("a0", "p2"), ("b0", "p0"), ("c0", "p0"), ("c0", "p1")]
 
 
-def test_datasets_know_their_ends_and_their_weights():
+def test_indices_weights_and_rows_are_checked():
     dataset = GroupDataset([(rows("a", 2), 1.0)], Grouping(group_size=2))
     with pytest.raises(IndexError, match="there is no group 2: the dataset has 2"):
         dataset[2]
@@ -125,6 +127,59 @@ def test_datasets_know_their_ends_and_their_weights():
             GroupDataset(sources, Grouping(group_size=2))
     with pytest.raises(ValueError, match="row 1 of source 0: query"):
         GroupDataset([([rows("a", 1)[0], {"pos_doc": "p"}], 1.0)], Grouping(group_size=2))[1]
+
+
+SCORED = {"query": "q", "pos_doc": ["p0", "p1"], "neg_doc": ["n"], "pos_score": [2.0, 1.0], "neg_score": [0.5]}
+PLAIN = {**SCORED, "pos_score": None, "neg_score": None}
+
+
+def as_loaded(*rows):
+    """Rows in the columns of `load_rows`, unchecked."""
+    datasets = pytest.importorskip("datasets")
+    features = row_features("string")
+    features.pop("error")
+    return datasets.Dataset.from_list(list(rows), features=features)
+
+
+def test_rows_that_load_rows_has_checked_give_the_groups_of_parsed_rows(load, folder):
+    write(folder / "rows.jsonl", lines(SCORED, PLAIN, {}, {**SCORED, "pos_doc": ["p2"], "pos_score": [3]}, PLAIN))
+    loaded = load("rows.jsonl", skip_bad_rows=True)
+    for rows in (loaded, loaded.select([2, 0]), as_loaded(SCORED, PLAIN)):
+        assert are_valid(rows)
+        for positives in ("cycle", "expand"):
+            grouping = Grouping(group_size=2, positives=positives)
+            trusted, parsed = (GroupDataset([(each, 1.5)], grouping) for each in (rows, list(rows)))
+            assert list(map(trusted.__getitem__, range(len(trusted)))) == [
+                parsed[index] for index in range(len(parsed))
+            ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"query": None}, r"query \(or question\) must be a string"),
+        ({"pos_doc": [], "pos_score": []}, "pos_doc must hold at least one passage"),
+        ({"pos_doc": None}, "pos_doc is missing"),
+        ({"neg_doc": [None]}, r"neg_doc\[0\] must be a string"),
+        ({"pos_score": [1.0]}, "pos_score must hold one number for each of the 2 passages"),
+        ({"neg_score": [math.nan]}, r"neg_score\[0\] must be a finite number"),
+        ({"pos_score": None}, "pos_score is missing although neg_score is given"),
+    ],
+)
+def test_rows_in_the_same_columns_are_parsed_when_one_is_invalid(fields, message):
+    rows = as_loaded(SCORED, {**SCORED, **fields})
+    assert not are_valid(rows)
+    dataset = GroupDataset([(rows, 1.0)], Grouping(group_size=2))
+    assert dataset[0]["teacher_scores"] == [2.0, 0.5]
+    with pytest.raises(ValueError, match=f"^row 1 of source 0: {message}"):
+        dataset[1]
+
+
+def test_rows_of_other_types_are_parsed():
+    rows = as_loaded(SCORED)
+    for other in ([SCORED], rows.with_format("numpy"), rows.remove_columns("neg_score"), rows.select_columns("query")):
+        assert not are_valid(other)
+    assert GroupDataset([(rows.with_format("numpy"), 1.0)], Grouping(group_size=2))[0]["passages"] == ["p0", "n"]
 
 
 def test_worker_processes_follow_the_epoch():
@@ -151,7 +206,7 @@ def test_workers_share_a_stream():
     assert sorted(group["query"] for batch in loader for group in batch) == [f"q{i}" for i in range(7)]
 
 
-def test_fixed_groups_know_no_epoch():
+def test_fixed_groups_do_not_follow_the_epoch():
     data = [{"query": "q", "pos_doc": ["p0", "p1"], "neg_doc": ["n"]}]
     dataset = GroupDataset([(data, 1.0)], Grouping(group_size=2))
     fixed = FixedGroups(dataset)

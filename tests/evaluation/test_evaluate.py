@@ -13,7 +13,7 @@ from llama_bidir.evaluation import evaluate_run, read_qrels, read_run
 
 pytest.importorskip("ir_measures")
 
-# What messages end with.
+# The ends of some messages.
 CORRECT = "; correct or remove the line"
 KEEP = "; keep one of the lines"
 CONVERT = "; convert the file"
@@ -30,7 +30,7 @@ REPORT = ["--report", "out.html", "--queries", "queries.jsonl", "--corpus", "cor
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder, with files that are good."""
+    """The working folder, which holds valid files."""
     write(tmp_path / "qrels.tsv", QRELS)
     write(tmp_path / "run.trec", RUN)
     write(tmp_path / "baseline.trec", BASELINE)
@@ -45,14 +45,14 @@ def evaluate(*options: str) -> int:
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error."""
+    """Returns the only line of standard error."""
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error.removeprefix("llama-bidir: error: ").rstrip("\n")
 
 
 def baseline_figures():
-    """Each run of the shared sets with its figures."""
+    """Returns each run of the shared sets with its published figures."""
     path = SHARED / "data" / "baselines.json"
     sets = json.loads(path.read_text())["sets"] if path.is_file() else {}
     return [
@@ -93,7 +93,7 @@ def test_the_figures_of_the_shared_sets(name, run, figures, tmp_path):
 def test_a_run_is_measured_by_hand(folder, capsys):
     assert evaluate("--measures", "RR@10 P@1", "R@100") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "run.trec: 3 judged queries; 1 of them not in the run, counted as 0; 1 queries of the run not judged, left out",
+        "run.trec: 3 judged queries; not in the run (counted as 0): 1; in the run but not judged (ignored): 1",
         "",
         "RR@10               0.5000",
         "P@1                 0.3333",
@@ -112,9 +112,7 @@ def test_a_baseline_and_the_json(folder, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[3:5] == [
         "measure     run  baseline  difference  wins/losses/ties  p (t-test)  p (randomization)",
-        "  RR@10  0.5000    0.5000     +0.0000             2/1/0      1.0000             1.0000".replace(
-            "  RR@10", "RR@10  "
-        ),
+        "RR@10    0.5000    0.5000     +0.0000             2/1/0      1.0000             1.0000",
     ]
     assert printed[-2:] == ["written: new/out.json", "written: out.html"]
     text = (folder / "new" / "out.json").read_text(encoding="utf-8")
@@ -199,7 +197,7 @@ def test_nothing_is_written_when_an_input_is_bad(folder):
         (["--measures", "nDCG10"], "unknown measure 'nDCG10'; the nearest is 'nDCG'"),
         (["--json", "run.trec"], "--json and --run must be two files, got 'run.trec' for both"),
         (["--json", "x", "--report", "./x"], "--report and --json must be two files, got './x' for both"),
-        (["--baseline", "./run.trec"], "--run and --baseline must be two files, got the same one twice"),
+        (["--baseline", "./run.trec"], "--run and --baseline must be different files, got the same one twice"),
         (["--json", "."], "'.' is a folder: name a file"),
         (["--corpus", "corpus.jsonl"], "--corpus is for the report: add --report OUT.html, or leave it out"),
         (["--baseline", "gone.trec"], "there is no file 'gone.trec'"),
@@ -227,18 +225,18 @@ MALFORMED = [
     (
         "run.trec",
         RUN + "q1 Q0 d9 3 7 a\n",
-        ":6: doc-id: there is no document 'd9' in corpus.jsonl; the corpus must hold every document of the run",
+        ":6: doc-id: there is no document 'd9' in corpus.jsonl; both files must be of the same dataset",
     ),
     (
         "run.trec",
         RUN.encode() + b"q1 Q0 d\xff",
         ":6: the file must be UTF-8 text: invalid start byte at byte 8 of the line" + CONVERT,
     ),
-    ("run.trec", "", ":1: the run has no entries; it needs one a line"),
+    ("run.trec", "", ":1: the run has no entries; it needs one per line"),
     (
         "run.trec",
         "other Q0 d1 1 1 t\n",
-        ": the run has no entry for a query of qrels.tsv; they must be about the same queries",
+        ": the run has no entry for any query of qrels.tsv; both must be about the same queries",
     ),
     # qrels
     ("qrels.tsv", QRELS + "q1\td1\n", f":6: {QRELS_COLUMNS}'q1\\td1'"),
@@ -253,14 +251,14 @@ MALFORMED = [
     (
         "qrels.tsv",
         QRELS + "q9\td1\t2\n",
-        ":6: query-id: there is no query 'q9' in queries.jsonl; the queries must hold every judged one",
+        ":6: query-id: there is no query 'q9' in queries.jsonl; both files must be of the same dataset",
     ),
     (
         "qrels.tsv",
         b"q1\t\xe9",
         ":1: the file must be UTF-8 text: unexpected end of data at byte 4 of the line" + CONVERT,
     ),
-    ("qrels.tsv", "", ":1: the file has no judgements; it needs one a line"),
+    ("qrels.tsv", "", ":1: the file has no judgements; it needs one per line"),
     # corpus
     ("corpus.jsonl", lines(*CORPUS, {"_id": "d4"}), ":4: text must be a string, got NoneType None" + CORRECT),
     ("corpus.jsonl", lines({"text": "t"}), ":1: _id must be a string or an int, got NoneType None"),
@@ -271,7 +269,7 @@ MALFORMED = [
         b"\xff\xfe",
         ":1: the file must be UTF-8 text: invalid start byte at byte 1 of the line" + CONVERT,
     ),
-    ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
+    ("corpus.jsonl", "", ":1: the file has no lines; it needs one JSON object per line, one for each document"),
     # queries
     ("queries.jsonl", lines(*QUERIES, {"_id": "q4"}), ":4: text must be a string, got NoneType None" + CORRECT),
     ("queries.jsonl", lines(*QUERIES, QUERIES[0]), ":4: _id: the query 'q1' is there already, in line 1" + KEEP),
@@ -281,11 +279,11 @@ MALFORMED = [
         b'{"_id": "\xff"}',
         ":1: the file must be UTF-8 text: invalid start byte at byte 10 of the line" + CONVERT,
     ),
-    ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object a line, one for each query"),
+    ("queries.jsonl", "", ":1: the file has no lines; it needs one JSON object per line, one for each query"),
     # latency
-    ("latency.json", '{"q1": "fast"}', ": 'q1' must have its seconds, a number from 0, got str 'fast'"),
-    ("latency.json", '{"q1": NaN}', ": 'q1' must have its seconds, a number from 0, got float nan"),
-    ("latency.json", "{}", ': there is no query; it needs the seconds of each, as in {"q1": 0.25}'),
+    ("latency.json", '{"q1": "fast"}', ": the seconds of 'q1' must be a number from 0, got str 'fast'"),
+    ("latency.json", '{"q1": NaN}', ": the seconds of 'q1' must be a number from 0, got float nan"),
+    ("latency.json", "{}", ': the file has no queries; it must map each query to seconds, as in {"q1": 0.25}'),
 ]
 
 

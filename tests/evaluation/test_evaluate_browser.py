@@ -1,4 +1,4 @@
-"""The report, looked at in a real browser: Debian's chromium or chromium-headless-shell, driven over a pipe."""
+"""The report in a real browser: Debian's chromium or chromium-headless-shell, driven over a pipe."""
 
 import base64
 import fcntl
@@ -19,7 +19,7 @@ from helpers import write_report
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 PHONE, DESKTOP = (390, 844), (1280, 900)
 VIEWS = [(size, scheme) for size in (PHONE, DESKTOP) for scheme in ("light", "dark")]
-# Of each text on the page: its colour, the colour behind it, and its size on the screen in pixels.
+# For each text on the page: its colour, the colour behind it, its size on the screen in pixels, and the text.
 TEXTS = """
 [...document.querySelectorAll('h1, h2, h3, p, td, th, small, figcaption, text, .gain, .loss')]
   .filter(element => element.textContent.trim() && element.getClientRects().length)
@@ -116,7 +116,7 @@ class Browser:
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self.buffer:
             received = os.read(self.read, 1 << 20)
-            assert received, "the browser ended"
+            assert received, "the browser exited"
             self.buffer += received
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
@@ -171,6 +171,16 @@ def test_the_charts_are_drawn(size, scheme, browser, page):
         assert right - left >= 330
         chart = pixels[top:bottom, left:right]
         assert len(np.unique(chart.reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_charts_have_the_colours_and_the_font_of_the_page(scheme, browser, page):
+    browser.open(page, DESKTOP, scheme)
+    style = "getComputedStyle(document.querySelector('{}')).{}"
+    for kind in ("gain", "loss"):
+        bars = browser.evaluate(style.format(f'svg [style*="{kind}"]', "fill"))
+        assert bars == browser.evaluate(style.format(f"figure span.{kind}", "color"))
+    assert browser.evaluate(style.format("svg text", "fontFamily")) == browser.evaluate(style.format("p", "fontFamily"))
 
 
 def test_nothing_is_fetched_and_nothing_runs(browser, page):

@@ -84,7 +84,7 @@ def test_a_folder_gives_the_same_as_a_dataset(cross_encoder, tmp_path):
     assert set(load_dataset(tmp_path, depth=2).corpus) == {"d2", "d4", "d5"}
     assert evaluate_reranker(cross_encoder, tmp_path, qrels="qrels/train.tsv").after.per_query["RR@10"].keys() == {"q1"}
     write(tmp_path / "run.trec", "q1 Q0 d1 1 2 t\nq1 Q0 gone 2 1 t\n")
-    message = f"{tmp_path}/run.trec:2: doc-id: there is no document 'gone' in {tmp_path}/corpus.jsonl.gz; the corpus "
+    message = f"{tmp_path}/run.trec:2: doc-id: there is no document 'gone' in {tmp_path}/corpus.jsonl.gz; both files "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         evaluate_reranker(cross_encoder, tmp_path)
     assert evaluate_reranker(cross_encoder, tmp_path, depth=1).num_pairs == 1

@@ -18,6 +18,7 @@ from llama_bidir.evaluation import (
     write_queries,
     write_run,
 )
+from llama_bidir.evaluation.bm25 import BM25
 
 ir_measures = pytest.importorskip("ir_measures")
 pytest.importorskip("bm25s")
@@ -114,6 +115,15 @@ def test_bm25_by_hand():
     assert (run["q"]["c"], run["empty"]["b"]) == (0.0, 0.0)
 
 
+def test_bm25_ranks_by_score_and_then_in_the_order_of_the_texts():
+    bm25 = BM25(["bees fly", "cats", "bees fly", "bees"])
+    scores = bm25.score("bees").tolist()
+    assert scores[3] > scores[0] == scores[2] > scores[1] == 0
+    assert bm25.search("bees", 2) == ([3, 0], [scores[3], scores[0]])
+    assert bm25.search("bees", 9) == ([3, 0, 2], [scores[3], scores[0], scores[2]])
+    assert bm25.search("dogs", 2) == BM25(["", "the"]).search("the bees", 2) == ([], [])
+
+
 def test_files_are_what_trec_and_beir_tools_read(tmp_path):
     write_run(tmp_path / "run.trec", RUN, "tag")
     assert (tmp_path / "run.trec").read_text().splitlines() == [
@@ -122,6 +132,8 @@ def test_files_are_what_trec_and_beir_tools_read(tmp_path):
         "q2 Q0 d9 1 2.0 tag",
         "q2 Q0 d2 2 -1.0 tag",
     ]
+    write_run(tmp_path / "ties.trec", {"q": {"a": 1, "c": 2.5, "b": 1}}, "tag")
+    assert (tmp_path / "ties.trec").read_text() == "q Q0 c 1 2.5 tag\nq Q0 a 2 1.0 tag\nq Q0 b 3 1.0 tag\n"
     write_qrels(tmp_path / "qrels.tsv", QRELS)
     assert (tmp_path / "qrels.tsv").read_text().splitlines()[:2] == ["query-id\tcorpus-id\tscore", "q1\td1\t1"]
     write_corpus(tmp_path / "corpus.jsonl", {"d1": "Zürich\n"})

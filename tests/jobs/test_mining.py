@@ -1,13 +1,7 @@
 import gzip
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +9,11 @@ import torch
 from helpers import lines, make_model, make_tokenizer, write
 
 from llama_bidir import CrossEncoder
-from llama_bidir.jobs.mining import Selection, job, mine_file, mine_negatives, select_negatives
+from llama_bidir.jobs.mining import Selection, mine_file, mine_negatives, select_negatives
 from llama_bidir.jobs.mining.duplicates import are_near_duplicates, make_shingles, split_words
-from llama_bidir.jobs.mining.journal import Journal, open_journal
 
 WORDS = ["bees", "hive", "clover", "sun", "Paris", "France", "Seine", "garden", "flowers", "white"]
 EVERYTHING = Selection(num_negatives=100, relative_margin=1)
-SCRIPT = Path(__file__).parents[1] / "mine_tiny.py"
 
 
 def texts(count):
@@ -156,7 +148,7 @@ def test_no_negative_is_a_positive_or_above_the_threshold(sampling):
 
 @pytest.mark.parametrize("score", [math.nan, -math.inf, math.inf])
 def test_a_score_that_is_not_finite_is_an_error(score):
-    with pytest.raises(ValueError, match=rf"the score of candidates\[1\] is {score}, and has no rank"):
+    with pytest.raises(ValueError, match=rf"the score of candidates\[1\] is {score} and has no rank"):
         select([1.0], [0.0, score])
     with pytest.raises(ValueError, match=r"the score of positives\[0\]"):
         select([score], [0.0])
@@ -256,7 +248,7 @@ def test_candidates_that_are_objects_stay_objects():
 def test_a_bad_row_or_teacher_is_named():
     with pytest.raises(ValueError, match="row 1: pos_doc is missing"):
         list(mine_negatives(teacher(), [ROWS[0], {"query": "q"}]))
-    with pytest.raises(ValueError, match="a teacher gives one score a pair, but the model has 3 labels"):
+    with pytest.raises(ValueError, match="mining needs one score per pair, but the model has 3 labels"):
         list(mine_negatives(teacher(num_labels=3), ROWS))
     broken = teacher()
     broken.model.score.weight.data.fill_(math.nan)
@@ -413,111 +405,11 @@ def test_a_corpus_id_file_keeps_its_fields(tmp_path, reranker_checkpoint):
     assert {*mined["neg_doc"]} <= {"The hive is here.", "The clover is here."}
 
 
-@pytest.mark.slow
-def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path, reranker_checkpoint):
-    rows = [{**row, "id": f"{number} {row['id']}"} for number in range(12) for row in ROWS]
-    source = write(tmp_path / "rows.jsonl", lines(*rows))
-    command = [sys.executable, str(SCRIPT), str(reranker_checkpoint), str(source)]
-    whole, output = tmp_path / "whole.jsonl.gz", tmp_path / "killed.jsonl.gz"
-    subprocess.run([*command, str(whole)], check=True, capture_output=True)
-    assert len(read(whole)) > 60
-
-    generator = random.Random(os.getpid())
-    journal = tmp_path / "killed.jsonl.gz.partial"
-    for last_line in sorted(generator.sample(range(2, 55), 3)):
-        environment = {**os.environ, "WINDOW_SECONDS": "0.02"}
-        process = subprocess.Popen([*command, str(output)], env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < last_line):
-            time.sleep(generator.random() / 100)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-        assert not output.exists()
-    with journal.open("ab") as torn, journal.with_name(f"{journal.name}-rows").open("ab") as torn_rows:
-        torn.write(b'[99, 1000, {"writ')
-        torn_rows.write(b"half a row")
-    result = subprocess.run([*command, str(output)], check=True, capture_output=True, text=True)
-    assert "rows of a stopped run" in result.stderr
-    assert output.read_bytes() == whole.read_bytes()
-    assert Path(f"{output}.summary").read_text() == Path(f"{whole}.summary").read_text()
-    assert not list(tmp_path.glob("*.partial*"))
-
-
-@pytest.fixture
-def stopped(tmp_path, reranker_checkpoint, monkeypatch):
-    """A job that an interrupt has stopped after 4 windows: its source and its output."""
-    append = job.Journal.append
-
-    def append_until_interrupted(journal, *args):
-        append(journal, *args)
-        if len(journal.windows) == 4:
-            raise KeyboardInterrupt
-
-    source, output = write(tmp_path / "rows.jsonl", lines(*ROWS)), tmp_path / "out.jsonl"
-    with monkeypatch.context() as context:
-        context.setattr(job.Journal, "append", append_until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            mine_file(str(reranker_checkpoint), source, output, window_pairs=16)
-    return source, output
-
-
-def test_rows_that_a_machine_has_lost_are_mined_again(stopped, tmp_path, reranker_checkpoint, caplog):
-    source, output = stopped
-    rows = tmp_path / "out.jsonl.partial-rows"
-    rows.write_bytes(rows.read_bytes()[:-5])
-    result = mine_file(str(reranker_checkpoint), source, output, window_pairs=16)
-    assert "going on after 6 rows of a stopped run" in caplog.text  # of 8, two a window
-    whole = mine_file(str(reranker_checkpoint), source, tmp_path / "whole.jsonl", window_pairs=16)
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert result == whole
-
-
-def test_plain_and_compressed_rows_are_the_same(stopped, tmp_path, reranker_checkpoint):
+def test_plain_and_compressed_rows_are_the_same(tmp_path, reranker_checkpoint):
+    source = write(tmp_path / "rows.jsonl", lines(*ROWS))
     for name in ("out.jsonl", "out.jsonl.gz"):
-        mine_file(str(reranker_checkpoint), stopped[0], tmp_path / name, window_pairs=16)
+        mine_file(str(reranker_checkpoint), source, tmp_path / name, window_pairs=16)
     assert gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()) == (tmp_path / "out.jsonl").read_bytes()
-
-
-def test_other_arguments_are_refused_with_what_changed(stopped, tmp_path, reranker_checkpoint):
-    source, output = stopped
-    partial = (tmp_path / "out.jsonl.partial-rows").read_bytes()
-    assert partial.count(b"\n") >= 2
-    arguments = {"depth": 5, "selection": Selection(num_negatives=3, relative_margin=1), "window_pairs": 16}
-    with pytest.raises(
-        ValueError,
-        match=r"out\.jsonl\.partial: holds a stopped run with other arguments: depth was 100 and is 5; num_negatives "
-        r"was 7 and is 3; relative_margin was 0\.95 and is 1\. Start with the same ones to go on, with overwrite",
-    ):
-        mine_file(str(reranker_checkpoint), source, output, **arguments)
-    assert (tmp_path / "out.jsonl.partial-rows").read_bytes() == partial
-    os.utime(source, ns=(0, 0))
-    with pytest.raises(
-        ValueError, match=r"other arguments: source was \['.*rows\.jsonl \(\d+ bytes, changed at \d+ ns"
-    ):
-        mine_file(str(reranker_checkpoint), source, output, window_pairs=16)
-    mine_file(str(reranker_checkpoint), source, output, **arguments, overwrite=True)
-    assert all(len(row["neg_doc"]) <= 3 for row in read(output))
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
-
-
-@pytest.mark.parametrize("content", ["12\n", "my notes\n", "my notes"])
-def test_a_file_that_is_no_journal_is_kept(content, tmp_path, reranker_checkpoint):
-    source = write(tmp_path / "rows.jsonl", lines(*ROWS))
-    other = write(tmp_path / "out.jsonl.partial", content)
-    with pytest.raises(ValueError, match=r"out\.jsonl\.partial: is not a journal of mine: move it away"):
-        mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl", overwrite=True)
-    assert other.read_text() == content
-    write(tmp_path / "out.jsonl", "mined before")
-    with pytest.raises(FileExistsError):
-        mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl")
-    assert other.read_text() == content
-
-
-def test_a_journal_without_a_whole_line_is_begun_anew(tmp_path, reranker_checkpoint):
-    source = write(tmp_path / "rows.jsonl", lines(*ROWS))
-    write(tmp_path / "out.jsonl.partial", '{"model": ["/a/mod')
-    mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl")
-    assert len(read(tmp_path / "out.jsonl")) > 3
 
 
 def test_an_output_is_replaced_only_with_overwrite(tmp_path, reranker_checkpoint):
@@ -556,55 +448,11 @@ def test_lone_surrogates_in_other_fields_survive(tmp_path, reranker_checkpoint):
     assert read(tmp_path / "out.jsonl")[0]["note"] == "\ud800"
 
 
-def test_several_processes_are_refused(tmp_path, reranker_checkpoint, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    source = write(tmp_path / "rows.jsonl", lines(*ROWS))
-    with pytest.raises(ValueError, match="mining runs in one process, not under torchrun or accelerate"):
-        mine_file(str(reranker_checkpoint), source, tmp_path / "out.jsonl")
-
-
-def test_two_processes_do_not_mine_into_one_output(tmp_path):
-    with open_journal(tmp_path / "out.jsonl", {"depth": 1}, overwrite=False) as journal:
-        journal.append(b"{}\n", 1, {}, [])
-        with pytest.raises(RuntimeError, match="another process is at work on this output"):
-            Journal(tmp_path / "out.jsonl", {"depth": 2}, overwrite=True)
-        journal.append(b"{}\n", 1, {}, [])
-    with open_journal(tmp_path / "out.jsonl", {"depth": 1}, overwrite=False) as journal:
-        assert (journal.num_rows, journal.num_bytes) == (2, 6)
-        journal.finish()
-    assert (tmp_path / "out.jsonl").read_bytes() == b"{}\n" * 2
-
-
-def test_a_kill_after_the_rows_were_moved_leaves_nothing_to_clean_up(tmp_path, reranker_checkpoint, monkeypatch):
-    write(tmp_path / "rows.jsonl", lines({"query": "q", "pos_doc": ["Bees fly."], "neg_doc": ["The garden."]}))
-    arguments = (str(reranker_checkpoint), tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            mine_file(*arguments, selection=EVERYTHING)
-    mined = (tmp_path / "out.jsonl").read_bytes()
-    assert (tmp_path / "out.jsonl.partial").exists()
-    with pytest.raises(FileExistsError, match=r"out\.jsonl"):
-        mine_file(*arguments, selection=EVERYTHING)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
-    assert (tmp_path / "out.jsonl").read_bytes() == mined
-
-
 def test_a_positive_behind_its_title_is_no_negative():
     candidates = ["Bees Honey bees live in a hive.", "Honey bees live in a hive of wax.", "He went to Paris."]
     selected = select_negatives(["Honey bees live in a hive.", "Paris"], [9.0, 9.0], candidates, [1.0] * 3, EVERYTHING)
     assert selected.indices == [1, 2]
     assert selected.removed["positive"] == 1
-
-
-def test_a_job_that_has_done_nothing_yet_does_not_hold_its_arguments(tmp_path):
-    for depth in (1, 2):
-        with open_journal(tmp_path / "out.jsonl", {"depth": depth}, overwrite=False) as journal:
-            assert journal.num_rows == 0
-    with open_journal(tmp_path / "out.jsonl", {"depth": 2}, overwrite=False) as journal:
-        journal.append(b"{}\n", 1, {}, [])
-    with pytest.raises(ValueError, match="other arguments: depth was 2 and is 3"):
-        Journal(tmp_path / "out.jsonl", {"depth": 3}, overwrite=False)
 
 
 def test_bm25_mines_a_beir_folder_of_several_runs(tmp_path, reranker_checkpoint):

@@ -1,6 +1,8 @@
 import gzip
 import json
 import re
+import sqlite3
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -12,10 +14,9 @@ pytest.importorskip("datasets")
 
 from llama_bidir import CrossEncoder
 from llama_bidir.cli import main
-from llama_bidir.data.corpus import open_corpus
-from llama_bidir.data.trec import read_documents, read_queries
+from llama_bidir.data.corpus import open_corpus, read_documents, read_queries
+from llama_bidir.jobs import scoring
 from llama_bidir.jobs.rerank import rank_candidates, rerank_run
-from llama_bidir.jobs.rerank import scorer as scorer_module
 from llama_bidir.jobs.rerank.candidates import open_candidates
 from llama_bidir.utils.sharing import deal
 
@@ -32,7 +33,7 @@ def files(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(scorer_module, "CPU_WINDOW_PAIRS", 25)
+    monkeypatch.setattr(scoring, "CPU_WINDOW_PAIRS", 25)
 
 
 def test_ranking_by_hand():
@@ -90,7 +91,7 @@ def test_compressed_files_give_the_same_run(reranker, files, tmp_path):
 def test_queries_without_candidates_are_told(reranker, files, tmp_path, caplog):
     rerank_run(reranker, **files.arguments(), output=tmp_path / "out.trec")
     assert [record.getMessage() for record in caplog.records] == [
-        "1 of 12 queries have no candidates, and so no line in the output: q3"
+        "1 of 12 queries have no candidates and thus no line in the output: q3"
     ]
 
 
@@ -134,6 +135,25 @@ def test_scores_that_have_no_rank_are_refused(reranker, files, tmp_path):
     assert not (tmp_path / "out.trec").exists()
 
 
+@pytest.mark.parametrize("verb", ["rerank", "mine"])
+def test_a_score_that_has_no_rank_is_a_failure_at_work(verb, files, reranker_checkpoint, tmp_path, capsys):
+    broken = CrossEncoder(reranker_checkpoint, device="cpu")
+    broken.model.score.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    arguments = command(files, tmp_path / "broken", tmp_path / "out.trec")
+    if verb == "mine":
+        rows = write(tmp_path / "rows.jsonl", lines({"query": "q", "pos_doc": "bees", "neg_doc": ["hive"]}))
+        output = tmp_path / "out.jsonl"
+        arguments = ["mine", f"--model={tmp_path / 'broken'}", f"--source={rows}", f"--output={output}"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"llama-bidir: error: .*the score of .* is nan and has no rank: check the weights of the model, or use a dtype "
+        r"with more range.*",
+        error,
+    )
+
+
 def test_windows_hold_whole_queries(files):
     candidates = open_candidates(open_corpus(files.corpus), files.queries, files.run)
     assert candidates.windows(depth=4, window_pairs=10) == [range(n, min(n + 2, 11)) for n in range(0, 11, 2)]
@@ -168,7 +188,7 @@ def test_the_command_reranks(files, reranker, reranker_checkpoint, tmp_path, cap
 BAD_FILES = [
     ("corpus", '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}', ":2: _id: the document 'd0' is there already"),
     ("corpus", '{"_id": "d0"}', ":1: text must be a string, got NoneType None"),
-    ("corpus", "", ":1: the file has no lines; it needs one JSON object a line, one for each document"),
+    ("corpus", "", ":1: the file has no lines; it needs one JSON object per line, one for each document"),
     ("corpus", '\n{"_id": "d0", "text": "a"', ":2: a line must be one JSON object: "),
     ("corpus", b'{"_id": "d0", "text": "\xff"}', ":1: the file must be UTF-8 text: invalid start byte at byte 24"),
     ("queries", '{"text": "a"}', ":1: _id must be a string or an int, got NoneType None"),
@@ -176,15 +196,27 @@ BAD_FILES = [
     ("run", "q0 Q0 d0 1 0.5", ":1: a line of a run must have 6 columns (query-id"),
     ("run", "q0 Q0 d0 1 nan x", ":1: score must be a finite number, got 'nan'"),
     ("run", "q0 Q0 d0 first 1 x", ":1: rank must be a whole number, got 'first'"),
-    ("run", "", ":1: the run has no entries; it needs one a line"),
+    ("run", "", ":1: the run has no entries; it needs one per line"),
     (
         "run",
         "q0 Q0 d0 1 1 x\nq0 Q0 d99 2 1 x",
-        ":2: doc-id: there is no document 'd99' in CORPUS: rerank with the corpus ",
+        ":2: doc-id: there is no document 'd99' in CORPUS; both files must be of the same dataset",
     ),
-    ("run", "q0 Q0 d0 1 1 x\nq99 Q0 d0 1 1 x", ":2: query-id: there is no query 'q99' in QUERIES: rerank with the "),
-    ("run", "q0 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x", ":2: doc-id: the query has the document already, in line 1: keep one"),
-    ("run", "q0 Q0 d0 1 1 x\nq1 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x", ":3: doc-id: the query has the document already, in "),
+    (
+        "run",
+        "q0 Q0 d0 1 1 x\nq99 Q0 d0 1 1 x",
+        ":2: query-id: there is no query 'q99' in QUERIES; both files must be of the same dataset",
+    ),
+    (
+        "run",
+        "q0 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x",
+        ":2: doc-id: the query 'q0' has the document 'd0' already, in line 1; keep one",
+    ),
+    (
+        "run",
+        "q0 Q0 d0 1 1 x\nq1 Q0 d0 1 1 x\nq0 Q0 d0 2 1 x",
+        ":3: doc-id: the query 'q0' has the document 'd0' already, in ",
+    ),
 ]
 
 
@@ -211,13 +243,13 @@ def test_a_truncated_gzip_file_is_told(files, tmp_path, capsys):
     ("options", "message"),
     [
         (["--corpus", "gone"], "there is no file 'gone'"),
-        (["--tag", "two words"], "tag must be a word, as it is a column of the run, got 'two words'"),
+        (["--tag", "two words"], "tag must be one word because it is a column of the run, got 'two words'"),
         (
             ["--write-run", "x"],
-            "write_run is for the run that BM25 makes where none is given: leave it out, or the run",
+            "write_run keeps the run that BM25 makes when none is given: leave out write_run or run",
         ),
         (["--device", "typo"], "--device: "),
-        (["--model", "./gone"], "no checkpoint: there is no such folder"),
+        (["--model", "./gone"], "not a checkpoint: there is no such folder"),
         (["--max-length", "4"], "must be an int from 8 to max_position_embeddings (256), got 4"),
     ],
 )
@@ -230,7 +262,7 @@ def test_bad_arguments_leave_nothing(files, reranker_checkpoint, tmp_path, capsy
 
 def test_a_model_of_several_labels_is_refused(model, tokenizer, files, tmp_path):
     two = CrossEncoder(type(model)(type(model.config)(**{**model.config.to_dict(), "num_labels": 2})), tokenizer)
-    with pytest.raises(ValueError, match="reranking needs one score a pair, but the model has 2 labels: use predict"):
+    with pytest.raises(ValueError, match="Reranking needs one score per pair, but the model has 2 labels: use a model"):
         rerank_run(two, **files.arguments(), output=tmp_path / "out.trec")
 
 
@@ -244,13 +276,15 @@ def test_an_activation_is_applied(reranker, reranker_checkpoint, files, tmp_path
         assert {doc_id: score for doc_id, _, score, _ in scores[query_id]} == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_journal_is_readable(reranker, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_bidir.jobs.rerank.job.RerankJob.finish", lambda job: None)
+def test_the_journal_is_a_sqlite_file_that_other_tools_read(reranker, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("llama_bidir.jobs.job.Job.finish", lambda job: None)
     rerank_run(reranker, **files.arguments(), output=tmp_path / "out.trec", depth=3)
-    head, *rest = (tmp_path / "out.trec.partial").read_text().splitlines()
-    assert json.loads(head.partition(" ")[2])["arguments"]["depth"] == 3
-    assert [line.split(" ")[1] for line in rest] == ["0", "1"]
-    assert [len(json.loads(line.split(" ", 2)[2])) for line in rest] == [24, 9]
+    assert names(tmp_path) == ["corpus.jsonl", "out.trec.partial", "queries.jsonl", "run.trec"]
+    with closing(sqlite3.connect(tmp_path / "out.trec.partial")) as database:
+        notes = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes")}
+        windows = database.execute("SELECT number, length(record) FROM windows ORDER BY number").fetchall()
+    assert (notes["verb"], notes["arguments"]["depth"], notes["settings"]["window_pairs"]) == ("rerank", 3, 25)
+    assert windows == [(0, 4 * 24), (1, 4 * 9)]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROWS, arguments, stop
+from helpers import ROWS, arguments, make_model, stop
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from llama_bidir import CrossEncoder
+from llama_bidir.data import GroupDataset, Grouping, load_rows
 from llama_bidir.training import (
     CrossEncoderTrainingArguments,
     DataArguments,
@@ -25,6 +26,7 @@ from llama_bidir.training import (
     read_history,
     train,
 )
+from llama_bidir.training.checkpoints import describe_groups
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 
@@ -106,6 +108,49 @@ def test_other_arguments_are_refused_with_what_changed(base_checkpoint, rows_fil
         run(base_checkpoint, other_rows, tmp_path)
 
 
+def test_one_changed_row_of_ten_thousand_is_refused(base_checkpoint, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = [f'{{"query": "q{n}", "pos_doc": ["p{n}"], "neg_doc": ["n{n}"]}}\n' for n in range(10_000)]
+    rows.write_text("".join(texts))
+    run(base_checkpoint, rows, tmp_path / "whole", max_steps=3, group_size=2)
+    stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-2")
+    rows.write_text("".join(texts).replace("n5", "m5", 1))
+    with pytest.raises(ValueError, match=r"other arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. Start"):
+        run(base_checkpoint, rows, tmp_path / "stopped", max_steps=3, group_size=2)
+
+
+def test_the_checksum_of_rows_depends_on_all_their_content_and_nothing_else(tmp_path):
+    def describe(name, *, document="hive 5", negative="d6", is_reversed=False, select=lambda rows: rows):
+        """Writes 20 questions and their corpus, and describes the groups that are read with a cache of their own."""
+        documents = [{"id": f"d{n}", "text": document if n == 5 else f"hive {n}"} for n in range(21)]
+        questions = [
+            {
+                "question": f"q{n}",
+                "corpus_id": "c",
+                "pos_doc": [{"id": f"d{n}"}],
+                "neg_doc": [{"id": negative if n == 5 else f"d{n + 1}"}],
+            }
+            for n in range(20)
+        ]
+        if is_reversed:
+            questions = [dict(reversed(question.items())) for question in questions]
+        corpus = tmp_path / name / "corpus"
+        corpus.mkdir(parents=True)
+        (corpus / "merlin_metadata.json").write_text('{"class": "TextQADataset", "corpus_id": "c"}')
+        (corpus / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
+        (tmp_path / name / "rows.json").write_text(json.dumps({"corpus": {"path": "corpus"}, "data": questions}))
+        rows = load_rows(tmp_path / name / "rows.json", cache_dir=tmp_path / name / "cache")
+        return describe_groups(GroupDataset([(select(rows), 1.0)], Grouping(group_size=2)))
+
+    first = describe("first")
+    assert first["groups_an_epoch"] == 20
+    assert describe("elsewhere") == first
+    assert describe("keys", is_reversed=True) == first
+    assert describe("indices", select=lambda rows: rows.select([*range(1, 20), 0]).select([19, *range(19)])) == first
+    assert describe("document", document="hive five")["checksum"] != first["checksum"]
+    assert describe("row", negative="d7")["checksum"] != first["checksum"]
+
+
 def test_a_finished_run_is_not_replaced_unasked(base_checkpoint, rows_file, tmp_path):
     run(base_checkpoint, rows_file, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -141,6 +186,22 @@ def test_a_run_that_was_stopped_behind_its_last_step_takes_no_more(base_checkpoi
     assert not (tmp_path / "stopped" / "checkpoint-5").exists()
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_the_stock_trainer_takes_one_step_more(tmp_path):
+    """The reason for `CrossEncoderTrainer._run_epoch`, which can go when a transformers release fails this test."""
+    rows = [{"input_ids": [number, 5], "labels": 1.0} for number in range(10)]
+
+    def run_stock(checkpoint):
+        args = arguments(
+            TrainingArguments, tmp_path, per_device_train_batch_size=1, save_strategy="steps", save_steps=4
+        )
+        trainer = Trainer(make_model(), args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.state.global_step
+
+    assert run_stock(None) == 4
+    assert run_stock(str(tmp_path / "checkpoint-4")) == 5
 
 
 def test_checkpoints_without_an_optimizer_or_of_another_run_are_refused(base_checkpoint, rows_file, tmp_path):
@@ -246,3 +307,11 @@ def test_the_prompt_of_nemo_automodel_is_trained_and_saved(base_checkpoint, rows
         overwrite=True,
     )
     assert CrossEncoder(tmp_path / "out").config.prompt_template == "{query}: {passage}"
+    default = "question:{query} \n \n passage:{passage}"
+    trainer = train(
+        ModelArguments(model_name_or_path=str(base)),
+        DataArguments(train=[str(rows_file)], group_size=3, prompt_template=default),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=1),
+        overwrite=True,
+    )
+    assert trainer.model.config.prompt_template == default

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments  # noqa: E402
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
+from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE  # noqa: E402
 from llama_bidir.losses import LOSSES, TEACHER_LOSSES  # noqa: E402
 
 
@@ -61,6 +62,39 @@ def test_what_cannot_be_packed_is_padded_or_refused(model_fields, fields, tmp_pa
     assert not make_trainer(tmp_path, model_fields=model_fields, **fields).packing
     with pytest.raises(ValueError, match="packing=True is not possible: "):
         make_trainer(tmp_path, model_fields=model_fields, packing=True, **fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "of_the_model", "expected"),
+    [
+        (None, DEFAULT_PROMPT_TEMPLATE, "Q {query} P {passage}"),
+        (None, "{query} | {passage}", "{query} | {passage}"),
+        (DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE),
+        ("{query}: {passage}", "{query} | {passage}", "{query}: {passage}"),
+    ],
+)
+def test_the_prompt_is_the_argument_or_the_models_or_that_of_nemo_automodel(given, of_the_model, expected, tmp_path):
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    written = """{{- "" + "Q {query} P {passage}".format(query=messages[0]['content']) -}}"""
+    tokenizer.chat_template = {"default": "{{ messages }}", "reranking": written}
+    trainer = CrossEncoderTrainer(
+        make_model(prompt_template=of_the_model),
+        arguments(CrossEncoderTrainingArguments, tmp_path, per_device_train_batch_size=1, max_steps=1),
+        ROWS[:1],
+        processing_class=tokenizer,
+        group_size=2,
+        negatives="first",
+        prompt_template=given,
+    )
+    assert trainer.model.config.prompt_template == expected
+    batch = next(iter(trainer.get_train_dataloader()))
+    texts = [
+        expected.format(query=ROWS[0]["query"], passage=passage)
+        for passage in (ROWS[0]["pos_doc"][0], ROWS[0]["neg_doc"][0])
+    ]
+    assert batch["input_ids"][0].tolist() == [token for text in texts for token in tokenizer(text)["input_ids"]]
+    trainer.save_model()
+    assert CrossEncoder(tmp_path).config.prompt_template == expected
 
 
 def test_evaluation_is_over_whole_groups(tmp_path):

@@ -2,10 +2,22 @@ import os
 
 import pytest
 
-from llama_bidir.utils.outputs import check_apart, whole_folder
+from llama_bidir.utils.outputs import check_apart, check_free, whole_folder
 
 
-def test_appears_whole(tmp_path):
+def make_folder(path, during=lambda: None, **options):
+    """Makes `path` with one file, and calls `during` before the block ends."""
+    with whole_folder(path, **options) as folder:
+        (folder / "new").write_text("new")
+        during()
+
+
+def make_old(folder):
+    folder.mkdir()
+    (folder / "old").write_text("old")
+
+
+def test_a_folder_appears_whole(tmp_path):
     with whole_folder(tmp_path / "a" / "out") as folder:
         (folder / "file").write_text("x")
         assert not (tmp_path / "a" / "out").exists()
@@ -16,34 +28,45 @@ def test_appears_whole(tmp_path):
     assert (tmp_path / "a" / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-def test_nothing_is_left_of_a_failure(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    folder = whole_folder(tmp_path / "out", overwrite=True)
-    (folder.__enter__() / "file").write_text("x")
-    assert not folder.__exit__(RuntimeError, RuntimeError(), None)
+def test_a_failed_block_leaves_nothing(tmp_path):
+    def fail():
+        raise RuntimeError("the disk is full")
+
+    make_old(tmp_path / "out")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        make_folder(tmp_path / "out", fail, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "old").read_text() == "old"
 
 
-def test_what_appears_meanwhile_is_kept(tmp_path):
-    folder = whole_folder(tmp_path / "out")
-    folder.__enter__()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "other").write_text("other")
+def test_a_folder_that_appears_during_the_block_is_kept(tmp_path):
     with pytest.raises(FileExistsError, match="exists"):
-        folder.__exit__(None, None, None)
+        make_folder(tmp_path / "out", lambda: make_old(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "other").read_text() == "other"
+    assert os.listdir(tmp_path / "out") == ["old"]
 
 
-def test_replaces_only_when_told(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(FileExistsError, match="exists"), whole_folder(tmp_path / "out"):
-        pytest.fail("the block must not run")
-    with whole_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "new").write_text("new")
+def test_the_old_folder_returns_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def rename_only_the_old_folder(source, target):
+        if os.path.exists(os.path.join(source, "new")):
+            raise OSError("no space left")
+        rename(source, target)
+
+    make_old(tmp_path / "out")
+    monkeypatch.setattr(os, "rename", rename_only_the_old_folder)
+    with pytest.raises(OSError, match="no space left"):
+        make_folder(tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "old").read_text() == "old"
+
+
+def test_a_folder_is_replaced_only_with_overwrite(tmp_path):
+    make_old(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"exists: pass overwrite \(--overwrite\) to replace it"):
+        make_folder(tmp_path / "out", lambda: pytest.fail("the block must not run"))
+    make_folder(tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["new"]
 
@@ -56,12 +79,17 @@ def test_a_folder_that_is_read_or_holds_something_else_is_not_replaced(tmp_path)
     with pytest.raises(FileExistsError, match=r"it has no config\.json"):
         whole_folder(out, overwrite=True, marker="config.json").__enter__()
     (out / "config.json").write_text("{}")
-    with whole_folder(out, overwrite=True, marker="config.json") as folder:
-        (folder / "new").write_text("")
+    make_folder(out, overwrite=True, marker="config.json")
     assert os.listdir(out) == ["new"]
 
 
-def test_an_output_is_no_input_and_no_other_output(tmp_path):
+def test_a_file_never_replaces_a_folder(tmp_path):
+    with pytest.raises(FileExistsError, match="is a folder: name a file"):
+        check_free(tmp_path, overwrite=True, is_file=True)
+    check_free(tmp_path / "run.trec", overwrite=False, is_file=True)
+
+
+def test_an_output_is_neither_an_input_nor_another_output(tmp_path):
     (tmp_path / "a").write_text("")
     check_apart({"corpus": tmp_path / "a", "run": None}, {"output": tmp_path / "b", "write_run": None})
     with pytest.raises(ValueError, match=r"output and corpus must be two files, got '.*a' for both"):

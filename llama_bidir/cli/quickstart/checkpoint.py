@@ -1,4 +1,4 @@
-"""A small Llama checkpoint with random weights and a tokenizer of its own."""
+"""A small Llama checkpoint with random weights and its own tokenizer."""
 
 import os
 from collections.abc import Iterable
@@ -19,16 +19,16 @@ def make_checkpoint(
     initializer_range: float = 0.1,
 ) -> None:
     """
-    Saves a Llama of 0.2 million parameters, which learns to match a question and a passage within a minute on a CPU.
+    Saves a Llama of 0.2 million parameters, which learns to match questions and passages within a minute on a CPU.
 
-    `initializer_range` and `rope_theta` are larger than Llama's: with 0.02 and 10,000 a model of this size learns next
-    to nothing in as many steps.
+    `initializer_range` and `rope_theta` are larger than Llama's defaults of 0.02 and 10,000. With the defaults, a model
+    of this size learns almost nothing in the same number of steps.
 
     Args:
-        directory: where the model and the tokenizer go.
-        texts: what the byte-level BPE vocabulary is learned from.
-        seed: of the weights.
-        vocab_size, hidden_size, num_hidden_layers, initializer_range: for another size.
+        directory: folder for the model and the tokenizer.
+        texts: texts from which the byte-level BPE vocabulary is learned.
+        seed: seed of the weights.
+        vocab_size, hidden_size, num_hidden_layers, initializer_range: values of the config.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""The picture of the quickstart: nDCG@10 of each system."""
+"""The plot of the quickstart: nDCG@10 of each system."""
 
 import os
 from collections.abc import Mapping
@@ -7,14 +7,10 @@ from ...utils.extras import require
 
 
 def plot_ndcg(path: str | os.PathLike[str], ndcg: Mapping[str, float]) -> None:
-    """Writes a PNG with one bar a system; the last one is the fine-tuned reranker and stands out."""
-    require("matplotlib", "eval")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Writes a PNG with one bar per system. The last system, the fine-tuned reranker, has a colour of its own."""
     names, values = list(ndcg), list(ndcg.values())
-    figure = Figure(figsize=(7, 0.7 + 0.55 * len(names)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    size = (7, 0.7 + 0.55 * len(names))
+    figure = require("matplotlib.figure", "eval").Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(names, values, color=["#b8bfc9"] * (len(names) - 1) + ["#2f6fb0"], height=0.62)
     axes.bar_label(bars, labels=[f"{value:.3f}" for value in values], padding=4, fontsize=10)

@@ -13,7 +13,17 @@ from ...checkpoints.model_card import write_model_card
 from ...configuration_llama_bidir import check_checkpoint_path
 from ...cross_encoder import CrossEncoder
 from ...data import load_rows
-from ...evaluation import evaluate_run, score_bm25, write_corpus, write_qrels, write_queries, write_run
+from ...evaluation import (
+    Dataset,
+    RerankerEvaluation,
+    evaluate_reranker,
+    evaluate_run,
+    score_bm25,
+    write_corpus,
+    write_qrels,
+    write_queries,
+    write_run,
+)
 from ...training import train
 from ...training.recipes import load_recipe
 from ...utils.extras import require
@@ -27,27 +37,19 @@ MAX_TEST_ROWS = 400
 NUM_SHUFFLES = 10
 
 
-class TestSet(NamedTuple):
-    """Test rows as a retrieval collection: each row's passages are the candidates of its query."""
-
-    corpus: dict[str, str]
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-    candidates: dict[str, list[str]]
-
-
 class QuickstartResult(NamedTuple):
-    """What a quickstart found out.
+    """
+    The results of a quickstart.
 
     Attributes:
-        scores: measures by system: `random order`, `BM25`, `before fine-tuning`, `after fine-tuning`.
-        test_set: what they were measured on.
-        runs: score by doc_id by query_id of BM25 and of the reranker, before and after.
+        scores: values by measure by system: `random order`, `BM25`, `before fine-tuning`, `after fine-tuning`.
+        test_set: the held-out questions and their candidates, with the BM25 run.
+        reranked: the run of the fine-tuned reranker: score by doc_id by query_id.
     """
 
     scores: dict[str, dict[str, float]]
-    test_set: TestSet
-    runs: dict[str, dict[str, dict[str, float]]]
+    test_set: Dataset
+    reranked: dict[str, dict[str, float]]
 
 
 def run_quickstart(
@@ -60,31 +62,38 @@ def run_quickstart(
     echo: Callable[[str], None] = lambda line: None,
 ) -> QuickstartResult:
     """
-    Fine-tunes a reranker by the recipe `quickstart`, reloads it and compares it with BM25 and random order.
+    Fine-tunes a reranker with the recipe `quickstart`, reloads it and compares it with BM25 and random order.
 
     Args:
-        output: a folder that appears when all is done, with `train.jsonl`, `model/`, the test set as BEIR files, the
-            runs as TREC files and `ndcg.png`.
-        overwrite: replace `output` when it exists.
-        model: a checkpoint to fine-tune; a small Llama is made when not given.
-        train_file: `.jsonl` or `.jsonl.gz` rows; a tenth of them, at most 400, is held out for the test. A collection
-            is made when not given.
-        training: fields of [`CrossEncoderTrainingArguments`] that replace the recipe's.
-        echo: told what happens, line by line.
+        output: folder for the results: `train.jsonl`, `model/`, the test set as BEIR files, the runs as TREC files and
+            `ndcg.png`. It appears when all steps are done.
+        overwrite: replace `output` if it exists.
+        model: checkpoint to fine-tune. By default, a small Llama is made.
+        train_file: `.jsonl` or `.jsonl.gz` rows. A tenth of them, but at most 400, is held out for testing. By default,
+            a collection is made.
+        training: values of [`CrossEncoderTrainingArguments`] that replace those of the recipe.
+        echo: called with one line about each step.
+
+    Raises:
+        ValueError: `train_file` has fewer than 10 rows, or a row without negatives.
+        FileExistsError: `output` exists, and `overwrite` is False.
+        ImportError: an extra is not installed.
     """
     if model is not None:
         check_checkpoint_path(model)
-    for module in ("bm25s", "ir_measures", "matplotlib"):
+    for module in ("bm25s", "ir_measures", "matplotlib", "scipy"):
         require(module, "eval")
     with whole_folder(output, overwrite=overwrite) as folder:
         made = model is None and train_file is None
         train_rows, test_rows = make_collection() if train_file is None else _split(train_file)
         _write_rows(folder / "train.jsonl", train_rows)
         test_set = make_test_set(test_rows)
-        _write_test_set(folder, test_set)
+        write_corpus(folder / "corpus.jsonl", test_set.corpus)
+        write_queries(folder / "queries.jsonl", test_set.queries)
+        write_qrels(folder / "qrels.tsv", test_set.qrels)
         echo(
             f"{len(train_rows)} training questions; {len(test_set.queries)} held-out questions with "
-            f"{sum(map(len, test_set.candidates.values())) / len(test_set.queries):.0f} candidate passages each"
+            f"{sum(map(len, test_set.run.values())) / len(test_set.queries):.0f} candidate passages each"
         )
         if model is None:
             model = os.fspath(folder / "base")
@@ -100,11 +109,7 @@ def run_quickstart(
             },
         )
         echo("scoring the held-out questions before fine-tuning")
-        before = CrossEncoder(model, max_length=recipe.data.rerank_max_length)
-        runs = {
-            "BM25": score_bm25(test_set.corpus, test_set.queries, test_set.candidates),
-            "before fine-tuning": rerank(before, test_set),
-        }
+        base = _evaluate(CrossEncoder(model, max_length=recipe.data.rerank_max_length), test_set)
         echo(f"fine-tuning for {recipe.training.max_steps} steps")
         train(*recipe)
 
@@ -114,52 +119,51 @@ def run_quickstart(
             AutoTokenizer.from_pretrained(folder / "model"),
         )
         write_model_card(folder / "model", reloaded.config, os.path.join(output, "model"))
-        runs["after fine-tuning"] = rerank(reloaded, test_set)
+        tuned = _evaluate(reloaded, test_set)
 
-        for name, run in runs.items():
-            tag = name.split()[0].lower()
+        for tag, run in (("bm25", test_set.run), ("before", base.run), ("after", tuned.run)):
             write_run(folder / f"run.{tag}.trec", run, tag)
-        scores = {"random order": _average_over_shuffles(test_set)}
-        scores |= {name: evaluate_run(test_set.qrels, run, MEASURES) for name, run in runs.items()}
+        scores = {
+            "random order": _average_over_shuffles(test_set),
+            "BM25": base.before.aggregated,
+            "before fine-tuning": base.after.aggregated,
+            "after fine-tuning": tuned.after.aggregated,
+        }
         plot_ndcg(folder / "ndcg.png", {name: measures["nDCG@10"] for name, measures in scores.items()})
-    return QuickstartResult(scores, test_set, runs)
+    return QuickstartResult(scores, test_set, tuned.run)
 
 
-def make_test_set(rows: list[dict[str, Any]]) -> TestSet:
-    """Numbers the passages and queries of test rows; equal passages are one document."""
+def make_test_set(rows: list[dict[str, Any]]) -> Dataset:
+    """
+    Makes a retrieval collection of test rows.
+
+    The passages of a row are the candidates of its query, scored with BM25. Equal passages are one document.
+    """
     doc_ids: dict[str, str] = {}
-    queries, qrels, candidates = {}, {}, {}
+    queries, qrels = {}, {}
+    candidates: dict[str, list[str]] = {}
     for number, row in enumerate(rows):
         query_id = f"q{number}"
         passages = list(dict.fromkeys([*row["pos_doc"], *row["neg_doc"]]))
         ids = [doc_ids.setdefault(passage, f"d{len(doc_ids)}") for passage in passages]
         queries[query_id] = row["query"]
         qrels[query_id] = {doc_ids[passage]: 1 for passage in row["pos_doc"]}
-        # Shuffled, so that no system gains from the positive being first.
+        # The order is random because the positives are first in a row, and ties would favour them.
         candidates[query_id] = random.Random(number).sample(ids, len(ids))
-    return TestSet({doc_id: text for text, doc_id in doc_ids.items()}, queries, qrels, candidates)
+    corpus = {doc_id: text for text, doc_id in doc_ids.items()}
+    return Dataset(corpus, queries, qrels, score_bm25(corpus, queries, candidates))
 
 
-def rerank(cross_encoder: CrossEncoder, test_set: TestSet) -> dict[str, dict[str, float]]:
-    """Scores the candidates of each query: a run."""
-    rankings = cross_encoder.rank_batch(
-        list(test_set.queries.values()),
-        [[test_set.corpus[doc_id] for doc_id in test_set.candidates[query_id]] for query_id in test_set.queries],
-        show_progress_bar=True,
-    )
-    return {
-        query_id: {test_set.candidates[query_id][result["corpus_id"]]: result["score"] for result in ranking}
-        for query_id, ranking in zip(test_set.queries, rankings, strict=True)
-    }
+def _evaluate(cross_encoder: CrossEncoder, test_set: Dataset) -> RerankerEvaluation:
+    return evaluate_reranker(cross_encoder, test_set, depth=None, measures=MEASURES, show_progress_bar=True)
 
 
-def _average_over_shuffles(test_set: TestSet) -> dict[str, float]:
+def _average_over_shuffles(test_set: Dataset) -> dict[str, float]:
     totals = dict.fromkeys(MEASURES, 0.0)
     for seed in range(NUM_SHUFFLES):
         generator = random.Random(seed)
         run = {
-            query_id: {doc_id: generator.random() for doc_id in doc_ids}
-            for query_id, doc_ids in test_set.candidates.items()
+            query_id: {doc_id: generator.random() for doc_id in doc_ids} for query_id, doc_ids in test_set.run.items()
         }
         for name, value in evaluate_run(test_set.qrels, run, MEASURES).items():
             totals[name] += value / NUM_SHUFFLES
@@ -170,12 +174,12 @@ def _split(train_file: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], li
     rows = list(load_rows(train_file).shuffle(seed=42))
     num_test = min(MAX_TEST_ROWS, len(rows) // 10)
     if num_test == 0:
-        raise ValueError(f"{os.fspath(train_file)} has {len(rows)} rows, but a tenth is held out: it needs at least 10")
+        raise ValueError(
+            f"{os.fspath(train_file)}: there must be at least 10 rows, because a tenth is held out; got {len(rows)}"
+        )
     for row in rows:
         if not row["neg_doc"]:
-            raise ValueError(
-                f"{os.fspath(train_file)}: the row of query {row['query']!r} has no neg_doc to rank against"
-            )
+            raise ValueError(f"{os.fspath(train_file)}: the row of query {row['query']!r} must have a neg_doc")
     return rows[num_test:], rows[:num_test]
 
 
@@ -185,9 +189,3 @@ def _texts(rows: list[dict[str, Any]]) -> list[str]:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _write_test_set(folder: Path, test_set: TestSet) -> None:
-    write_corpus(folder / "corpus.jsonl", test_set.corpus)
-    write_queries(folder / "queries.jsonl", test_set.queries)
-    write_qrels(folder / "qrels.tsv", test_set.qrels)

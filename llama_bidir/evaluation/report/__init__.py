@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing else."""
+"""The report of an evaluation: one self-contained HTML page."""
 
 from .contents import QueryCase, RankedDocument, Report, System, make_report
 from .page import render_report

@@ -1,4 +1,4 @@
-"""What a report shows: the numbers, the curves, and the queries that changed most."""
+"""The contents of a report: values, curves, and the queries that changed most."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ NUM_QUERIES = 10
 NUM_BINS = 30
 DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30, 50, 100)
 MIN_DEPTH = 10
-MAX_RELEVANT = 3  # documents shown a query
+MAX_RELEVANT = 3  # documents shown per query
 MAX_OTHERS = 2
 
 
 class System(NamedTuple):
-    """A run, by what name, and its measures."""
+    """A run with the name that the report uses for it, and its evaluation."""
 
     name: str
     run: Run
@@ -27,12 +27,12 @@ class System(NamedTuple):
 
 class RankedDocument(NamedTuple):
     """
-    A document of a query.
+    A document that a report shows under a query.
 
     Attributes:
-        doc_id: its identifier.
-        relevance: its judgement; None where it is not judged.
-        rank, baseline_rank: from 1; None where the run, or the baseline, does not list it.
+        doc_id: the identifier of the document.
+        relevance: the judgement, or None if the document is not judged.
+        rank, baseline_rank: 1-based ranks, or None if the run or the baseline does not list the document.
     """
 
     doc_id: str
@@ -46,10 +46,10 @@ class QueryCase(NamedTuple):
     A query that a report shows.
 
     Attributes:
-        query_id: its identifier.
-        value, baseline_value: of the first measure; the latter is None without a baseline.
-        documents: relevant ones and those at the top, by rank.
-        num_missing: relevant documents that neither run lists.
+        query_id: the identifier of the query.
+        value, baseline_value: values of the first measure. `baseline_value` is None without a baseline.
+        documents: relevant documents and top-ranked documents, by rank.
+        num_missing: number of relevant documents that neither run lists.
     """
 
     query_id: str
@@ -61,13 +61,14 @@ class QueryCase(NamedTuple):
 
 class Histogram(NamedTuple):
     """
-    Scores of the candidates of a system.
+    Histograms of the scores of one system.
 
     Attributes:
-        name: of the system.
-        edges: of shape `(num_bins + 1,)`.
-        relevant, others: the share of the relevant candidates and of all others in each bin, of shape `(num_bins,)`.
-        num_relevant, num_others: how many there are.
+        name: the name of the system.
+        edges: edges of the bins, of shape `(num_bins + 1,)`.
+        relevant, others: shares of the relevant candidates and of all other candidates in each bin, of shape
+            `(num_bins,)`.
+        num_relevant, num_others: numbers of candidates.
     """
 
     name: str
@@ -83,14 +84,14 @@ class Report(NamedTuple):
     The contents of a report.
 
     Attributes:
-        system, baseline: what was evaluated, and what against, if anything.
-        comparisons: one a measure; empty without a baseline.
+        system, baseline: the evaluated system, and the system that it is compared with, or None.
+        comparisons: one comparison per measure; empty without a baseline.
         measure: the first measure, which orders the queries.
-        num_missing: judged queries that the run, and that the baseline lacks, by name.
-        differences: of the measure, one a query, falling; without a baseline its values.
-        curves: pairs of depth and nDCG at that depth, by name of the system.
-        histograms: one a system.
-        cases: the queries to show, by heading.
+        num_missing: number of judged queries that each system lacks, by name of the system.
+        differences: differences in `measure`, one per query, falling. Without a baseline, its values.
+        curves: (depth, nDCG at that depth) pairs by name of the system.
+        histograms: one per system.
+        cases: the queries that the report shows, by heading.
     """
 
     system: System
@@ -105,7 +106,7 @@ class Report(NamedTuple):
 
     @property
     def doc_ids(self) -> set[str]:
-        """The documents whose texts it shows."""
+        """The documents that the report shows."""
         return {document.doc_id for case in itertools.chain(*self.cases.values()) for document in case.documents}
 
 
@@ -113,18 +114,18 @@ def make_report(
     qrels: Qrels, system: System, baseline: System | None = None, comparisons: Sequence[Comparison] = ()
 ) -> Report:
     """
-    Collects what a report shows.
+    Collects the contents of a report.
 
     Args:
-        qrels: the judgements.
-        system, baseline: runs with distinct names, evaluated on the same measures.
-        comparisons: of the two, as [`~comparison.compare`] returns them.
+        qrels: judged relevance by doc_id by query_id.
+        system, baseline: systems with different names, evaluated with the same measures.
+        comparisons: what [`~comparison.compare`] returns for the two systems.
 
     Raises:
-        ValueError: run and baseline have the same name.
+        ValueError: system and baseline have the same name.
     """
     if baseline is not None and baseline.name == system.name:
-        raise ValueError(f"the run and its baseline must have two names, got {system.name!r} twice")
+        raise ValueError(f"the run and its baseline must have different names, got {system.name!r} twice")
     systems = [system] if baseline is None else [system, baseline]
     measure = next(iter(system.evaluation.per_query))
     values = system.evaluation.per_query[measure]

@@ -1,14 +1,16 @@
 """Where the candidates of a row come from: its own `neg_doc`, BM25 over a corpus, or a run."""
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path
 
 from ...data import parse_row
 from ...data.corpus import Corpus
-from ...evaluation.bm25 import rank_bm25
-from .documents import read_ranked
+from ...data.rows import no_rows, read_query
+from ...data.trec import RankedRun
+from ...evaluation.bm25 import BM25
 from .sources import MiningSource, SourceRow, identify
 from .windows import CandidateRow, as_list
 
@@ -23,10 +25,10 @@ class CandidateFinder:
 
     Args:
         source: the rows.
-        kind: `neg_doc`, `bm25`, `run`, or `auto`: the run where there is one, else the `neg_doc` of a row, else BM25.
-        corpus: the documents that BM25 searches and that a run is of.
+        kind: `neg_doc`, `bm25`, `run`, or `auto`: the run if there is one, else the `neg_doc` of a row, else BM25.
+        corpus: the documents that BM25 searches and that a run lists.
         run: a run in TREC's six columns.
-        depth: most candidates of a row, known positives included.
+        depth: the largest number of candidates per row, known positives included.
 
     Raises:
         ValueError: the kind is unknown, or needs a corpus or a run that is not given.
@@ -41,9 +43,8 @@ class CandidateFinder:
         if self.kind in ("bm25", "run") and corpus is None:
             raise ValueError(f"candidates of {self.kind} are documents of a corpus: name it with corpus (--corpus)")
         self._source, self._corpus, self._run, self._depth = source, corpus, run, depth
-        self._query = ""
-        self._ranked: Mapping[str, Sequence[int]] = {}
-        # Of queries that several rows have: what is relevant in one of them is no negative in another.
+        self._ranked: dict[str, array[int]] = {}
+        # Of queries that several rows have: what is relevant in one of them is not a negative in another.
         self._positives: dict[str, tuple[dict[str, None], set[str]]] = {}
 
     def check(self, name: str) -> int:
@@ -51,10 +52,10 @@ class CandidateFinder:
         Reads all rows, and the run for them.
 
         Args:
-            name: of the source, for errors.
+            name: what errors call the source.
 
         Returns:
-            how many rows there are.
+            the number of rows.
 
         Raises:
             ValueError: a row or the run breaks its rule, with file and line, or no row has a candidate.
@@ -69,7 +70,7 @@ class CandidateFinder:
             if self.kind == "run":
                 query_ids.add(row.query_id)
         if not num_rows:
-            raise ValueError(f"{name}:1: the file has no rows; it needs one JSON object a line, with query and pos_doc")
+            raise no_rows(name)
         if not num_own and (self._corpus is None or self.kind == "neg_doc"):
             raise ValueError(
                 f"{name}: no row has candidates in neg_doc: name a corpus (--corpus), which BM25 then searches, or a "
@@ -80,21 +81,22 @@ class CandidateFinder:
                 f"{name}: all rows have candidates in neg_doc, so the corpus is not searched; --candidates bm25 does"
             )
         if self._corpus is not None and self._run is not None and self.kind == "run":
-            self._ranked = read_ranked(self._run, self._corpus, query_ids, self._depth)
+            run = RankedRun(self._run, query_ids, self._corpus, index=self._corpus.index(), source="the rows")
+            self._ranked = {query_id: array("q", run.rows(query_id)[: self._depth]) for query_id in query_ids}
         if repeated:
             self._read_positives(repeated)
         return num_rows
 
     def find(self, row: SourceRow) -> CandidateRow:
         """Returns a row with its candidates as `neg_doc`, best first, and without scores."""
-        query = parse_row(row.fields, row.where).query
+        query = read_query(row.fields, row.where)
         texts, ids = self._positives.get(query, ((), row.positive_ids))
         entries = [entry for entry in as_list(row.fields.get("neg_doc")) if not ids & identify(entry)][: self._depth]
         if self._corpus is not None and (self.kind in ("bm25", "run") or (self.kind == "auto" and not entries)):
-            rows = self._ranked.get(row.query_id, []) if self.kind == "run" else self._search(query)
+            rows = self._ranked[row.query_id] if self.kind == "run" else self._bm25.search(query, self._depth)[0]
             documents = zip(self._corpus.ids(rows), self._corpus.texts(rows), strict=True)
             entries = [text for doc_id, text in documents if doc_id not in ids]
-        # The scores that a row may have are those of its former negatives.
+        # Any scores of the row belong to its former negatives.
         fields = {**row.fields, "neg_doc": entries, "pos_score": None, "neg_score": None}
         return CandidateRow(row.where, fields, tuple(texts))
 
@@ -106,14 +108,9 @@ class CandidateFinder:
                 texts.update(dict.fromkeys(positives))
                 ids.update(row.positive_ids)
 
-    def _search(self, query: str) -> list[int]:
-        self._query = query
-        rows, _ = next(self._rankings)
-        return rows
-
     @cached_property
-    def _rankings(self) -> Iterator[tuple[list[int], list[float]]]:
-        """Ranks, each time that it is asked, the corpus for the query of the moment; made when a row needs it."""
+    def _bm25(self) -> BM25:
+        """The index of the corpus, made when the first row needs it."""
         if self._corpus is None:
             raise ValueError("BM25 searches a corpus, and there is none")
-        return rank_bm25(self._corpus.all_texts(), iter(lambda: self._query, None), self._depth)
+        return BM25(self._corpus.all_texts())

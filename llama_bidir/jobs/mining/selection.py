@@ -2,8 +2,8 @@
 The negatives among the candidates of a query, by the scores of a cross-encoder, the teacher.
 
 Positive-aware mining after Moreira et al., NV-Retriever: Improving text embedding models with effective hard-negative
-mining, 2024 (arXiv 2407.15831): the positive's own score tells how high a candidate may score before it is rather an
-unlabelled positive than a negative.
+mining, 2024 (arXiv 2407.15831). A candidate that scores too close to the positive is probably an unlabelled positive.
+The score of the positive therefore sets the limit.
 """
 
 import math
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..scoring import check_score
 from .duplicates import SHINGLE_WORDS, are_near_duplicates, make_shingles, split_words
 
 SAMPLING = ("top", "random")
-# Why a candidate is no negative, in the order of the checks.
+# Why a candidate is not taken, in the order of the checks.
 REASONS = ("empty", "positive", "skipped", "margin", "max_score", "duplicate", "surplus")
 
 
@@ -25,16 +26,16 @@ class Selection:
     Which candidates become negatives.
 
     Args:
-        num_negatives: most negatives of a row.
+        num_negatives: most negatives per row.
         absolute_margin: by how much a negative's score must be below the positive's, in logits; may be negative.
         relative_margin: share of the positive's probability that a negative's must be below, in (0, 1]. The probability
-            is the sigmoid of the score, because a share of a raw logit means nothing where that is negative. 0.95 is
-            TopK-PercPos of NV-Retriever, and `relative_margin=0.05` of sentence-transformers; 1 leaves the decision to
+            is the sigmoid of the score, because a share of a negative logit means nothing. 0.95 is
+            TopK-PercPos of NV-Retriever, and `relative_margin=0.05` of sentence-transformers. 1 leaves the decision to
             `absolute_margin` alone.
-        skip_top: how many of the first candidates to leave out, positives not counted.
-        max_score: the highest score of a negative, a logit; None is no limit.
-        sampling: of the candidates that pass, `top` takes those of the highest scores, `random` draws.
-        seed: of the draw, which depends on it and the query alone.
+        skip_top: how many of the first candidates to leave out, not counting positives.
+        max_score: the highest score of a negative, as a logit; None is no limit.
+        sampling: `top` takes the candidates with the highest scores of those that pass, `random` draws among them.
+        seed: of the draw, which depends only on the seed and the query.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -67,9 +68,8 @@ class Selection:
 
     def threshold(self, positive_score: float) -> float:
         """
-        Returns the logit that a negative's score must be below.
-
-        The smaller one of `s - absolute_margin` and `logit(relative_margin * sigmoid(s))`, for a positive of score s.
+        Returns the logit that a negative's score must be below: the smaller of `s - absolute_margin` and
+        `logit(relative_margin * sigmoid(s))` for a positive with score s.
         """
         limit = positive_score - self.absolute_margin
         if self.relative_margin == 1:
@@ -84,7 +84,7 @@ DEFAULT_SELECTION = Selection()
 
 
 class Selected(NamedTuple):
-    """Positions of the negatives among the candidates, by falling score, and how many others fell out by reason."""
+    """Positions of the negatives among the candidates, by falling score, and the number of the others by reason."""
 
     indices: list[int]
     removed: dict[str, int]
@@ -103,33 +103,30 @@ def select_negatives(
     """
     Chooses the negatives of a query among candidates.
 
-    A candidate falls out, for the first reason that holds: it has no letter and no digit (`empty`); it has the words of
-    a positive, alone or behind a title (`positive`); it is one of the first `skip_top` that are left (`skipped`); its
-    score is not below the threshold of the positives (`margin`) or above `max_score`; it is nearly the same as a
-    positive or as a negative already taken (`duplicate`); there are enough (`surplus`). The threshold is that of the
-    positive with the lowest score: a negative must rank below everything that is known to be relevant.
+    A candidate is left out for the first of these reasons that holds. It has no letter and no digit (`empty`). It has
+    the words of a positive, alone or after a title (`positive`). It is one of the first `skip_top` that remain
+    (`skipped`). Its score is not below the threshold (`margin`) or is above `max_score`. It is nearly the same as a
+    positive or as a negative that was taken (`duplicate`). There are enough negatives (`surplus`). The threshold comes
+    from the positive with the lowest score: a negative must rank below every known positive.
 
     Args:
-        positives, positive_scores: passages that are relevant, and the teacher's logits.
-        candidates, scores: passages in the order of the first stage, best first, and the teacher's logits.
-        selection: see there.
-        known_positives: further relevant passages, which have no part in the threshold.
-        draw: tells queries apart in a random draw.
+        positives, positive_scores: relevant passages and the teacher's logits.
+        candidates, scores: passages in first-stage order, best first, and the teacher's logits.
+        selection: the rules.
+        known_positives: further relevant passages, which do not affect the threshold.
+        draw: identifies the query in a random draw.
 
     Raises:
-        ValueError: there is no positive, a score is missing or not finite.
+        ValueError: there is no positive, or a score is missing.
+        ScoreError: a score is NaN or infinite.
     """
     if not positives:
-        raise ValueError("there must be at least one positive, whose score is the measure of the negatives")
+        raise ValueError("there must be at least one positive, whose score limits those of the negatives")
     for name, texts, numbers in (("positives", positives, positive_scores), ("candidates", candidates, scores)):
         if len(texts) != len(numbers):
             raise ValueError(f"each passage needs its score: got {len(texts)} {name} and {len(numbers)} scores")
         for index, number in enumerate(numbers):
-            if not math.isfinite(number):
-                raise ValueError(
-                    f"the score of {name}[{index}] is {number}, and has no rank: check the weights of the teacher, or "
-                    "use a dtype with more range"
-                )
+            check_score(f"the score of {name}[{index}]", number)
     threshold = selection.threshold(min(positive_scores))
     positive_words = [split_words(text) for text in (*positives, *known_positives)]
     removed = dict.fromkeys(REASONS, 0)
@@ -169,5 +166,5 @@ def select_negatives(
 
 
 def _is_titled(words: tuple[str, ...], positive: tuple[str, ...]) -> bool:
-    """Whether a passage is a positive behind a title; a shorter positive could be the end of any sentence."""
+    """Whether a passage is a positive after a title. A very short positive could be the end of any sentence."""
     return len(positive) >= SHINGLE_WORDS and words[-len(positive) :] == positive

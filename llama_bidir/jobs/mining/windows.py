@@ -1,18 +1,22 @@
-"""From rows with candidates to rows with negatives: read and scored by the teacher window by window."""
+"""From rows with candidates to rows with negatives."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, tee
 from typing import Any, NamedTuple
 
 import torch
 
 from ...cross_encoder import CrossEncoder
 from ...data import TrainingRow, parse_row
+from ...scoring.pipeline import Pair
+from ...utils.errors import ScoreError
 from ...utils.validation import describe
+from ..scoring import check_one_score
 from .selection import DEFAULT_SELECTION, Selection, select_negatives
 
-# Pairs that are worth scoring together, and that are lost when a job is killed.
 WINDOW_PAIRS = 4096
+# Scores are raw logits, whatever activation the caller has set.
+LOGITS = torch.nn.Identity()
 
 
 class CandidateRow(NamedTuple):
@@ -21,8 +25,8 @@ class CandidateRow(NamedTuple):
 
     Args:
         where: what errors call the row.
-        fields: of the training schema (see [`~data.parse_row`]) and others; `neg_doc` holds the candidates, best first.
-        known_positives: relevant passages beside the row's own.
+        fields: of the training schema (see [`~data.parse_row`]) and others. `neg_doc` holds the candidates, best first.
+        known_positives: relevant passages besides the row's own.
     """
 
     where: str
@@ -36,16 +40,32 @@ class MinedRow(NamedTuple):
 
     Args:
         where: what errors call the row.
-        fields: those of the row, with `neg_doc`, `pos_score` and `neg_score` (raw logits) replaced. `neg_doc` is empty
-            where no candidate passed.
+        fields: those of the row, with new `neg_doc`, `pos_score` and `neg_score` (raw logits). `neg_doc` is empty if no
+            candidate passed.
         num_candidates: how many the row had.
-        removed: how many of them fell out, by reason (see [`select_negatives`]).
+        removed: how many of them were not taken, by reason (see [`select_negatives`]).
     """
 
     where: str
     fields: dict[str, Any]
     num_candidates: int
     removed: dict[str, int]
+
+
+class ParsedRow(NamedTuple):
+    """A row as it was given, and its texts."""
+
+    given: CandidateRow
+    row: TrainingRow
+
+    @classmethod
+    def parse(cls, given: CandidateRow) -> "ParsedRow":
+        """Raises ValueError if the row breaks a rule of the schema."""
+        return cls(given, parse_row(given.fields, given.where))
+
+    def pairs(self) -> list[Pair]:
+        """Returns the pairs to score: the positives, then the candidates."""
+        return [(self.row.query, text) for text in (*self.row.positives, *self.row.negatives)]
 
 
 def mine_negatives(
@@ -60,51 +80,53 @@ def mine_negatives(
     Chooses negatives among the `neg_doc` of rows, which are read and scored window by window.
 
     Args:
-        cross_encoder: the teacher, with one label.
+        cross_encoder: the teacher, a model with one label.
         rows: rows of the training schema (see [`~data.parse_row`]) whose `neg_doc` holds the candidates, best first.
         selection: which candidates become negatives.
         batch_size: see [`CrossEncoder.predict`].
-        window_pairs: rows are scored together as soon as they have so many pairs.
+        window_pairs: a window of rows ends as soon as it has this many pairs.
 
     Yields:
         each row in turn.
 
     Raises:
-        ValueError: a row breaks its rule, a score is not finite, or the model has several labels.
+        ValueError: a row breaks its rule, or the model has several labels.
+        ScoreError: a score is NaN or infinite.
     """
+    check_one_score(cross_encoder, "mining")
     named = (CandidateRow(f"row {number}", row) for number, row in enumerate(rows))
-    for window in mine_windows(cross_encoder, named, selection, batch_size=batch_size, window_pairs=window_pairs):
-        yield from window
+    first, second = tee(_cut(map(ParsedRow.parse, named), window_pairs))
+    chunks = ([pair for row in window for pair in row.pairs()] for window in first)
+    scores = cross_encoder.predict_chunks(chunks, batch_size, activation_fn=LOGITS)
+    for window, window_scores in zip(second, scores, strict=True):
+        yield from choose_negatives(window, window_scores.tolist(), selection)
 
 
-def check_teacher(cross_encoder: CrossEncoder) -> None:
-    """Raises ValueError for a model of several labels."""
-    if cross_encoder.config.num_labels != 1:
-        raise ValueError(
-            f"a teacher gives one score a pair, but the model has {cross_encoder.config.num_labels} labels: name "
-            "another model"
-        )
-
-
-def mine_windows(
-    cross_encoder: CrossEncoder,
-    rows: Iterable[CandidateRow],
-    selection: Selection,
-    *,
-    batch_size: int | None,
-    window_pairs: int,
-) -> Iterator[list[MinedRow]]:
-    """Yields the rows of [`mine_negatives`] a window at a time. Where windows end depends on the rows alone."""
-    check_teacher(cross_encoder)
-    for window in _read_windows(rows, window_pairs):
-        pairs = [(row.query, text) for _, row in window for text in (*row.positives, *row.negatives)]
-        # Raw logits, whatever activation the caller has set.
-        scores = iter(
-            cross_encoder.predict(
-                pairs, batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
-            ).tolist()
-        )
-        yield [_mine(given, row, list(islice(scores, _num_pairs(row))), selection) for given, row in window]
+def choose_negatives(window: Sequence[ParsedRow], scores: Sequence[float], selection: Selection) -> Iterator[MinedRow]:
+    """Yields the rows of a window with their negatives. `scores` are those of its pairs."""
+    remaining = iter(scores)
+    for given, row in window:
+        positive_scores = list(islice(remaining, len(row.positives)))
+        negative_scores = list(islice(remaining, len(row.negatives)))
+        try:
+            indices, removed = select_negatives(
+                row.positives,
+                positive_scores,
+                row.negatives,
+                negative_scores,
+                selection,
+                known_positives=given.known_positives,
+                draw=row.query,
+            )
+        except ScoreError as error:
+            raise ScoreError(f"{given.where}: {error}; the query is {describe(row.query)}") from None
+        candidates = as_list(given.fields.get("neg_doc"))
+        mined = {
+            "neg_doc": [candidates[index] for index in indices],
+            "pos_score": positive_scores,
+            "neg_score": [negative_scores[index] for index in indices],
+        }
+        yield MinedRow(given.where, {**given.fields, **mined}, len(negative_scores), removed)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -113,42 +135,14 @@ def as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _num_pairs(row: TrainingRow) -> int:
-    return len(row.positives) + len(row.negatives)
-
-
-def _read_windows(rows: Iterable[CandidateRow], window_pairs: int) -> Iterator[list[tuple[CandidateRow, TrainingRow]]]:
-    window: list[tuple[CandidateRow, TrainingRow]] = []
+def _cut(rows: Iterable[ParsedRow], window_pairs: int) -> Iterator[list[ParsedRow]]:
+    window: list[ParsedRow] = []
     num_pairs = 0
-    for given in rows:
-        row = parse_row(given.fields, given.where)
-        window.append((given, row))
-        num_pairs += _num_pairs(row)
+    for row in rows:
+        window.append(row)
+        num_pairs += len(row.pairs())
         if num_pairs >= window_pairs:
             yield window
             window, num_pairs = [], 0
     if window:
         yield window
-
-
-def _mine(given: CandidateRow, row: TrainingRow, all_scores: list[float], selection: Selection) -> MinedRow:
-    positive_scores, scores = all_scores[: len(row.positives)], all_scores[len(row.positives) :]
-    try:
-        indices, removed = select_negatives(
-            row.positives,
-            positive_scores,
-            row.negatives,
-            scores,
-            selection,
-            known_positives=given.known_positives,
-            draw=row.query,
-        )
-    except ValueError as error:
-        raise ValueError(f"{given.where}: {error}; the query is {describe(row.query)}") from None
-    candidates = as_list(given.fields.get("neg_doc"))
-    mined = {
-        "neg_doc": [candidates[index] for index in indices],
-        "pos_score": positive_scores,
-        "neg_score": [scores[index] for index in indices],
-    }
-    return MinedRow(given.where, {**given.fields, **mined}, len(scores), removed)

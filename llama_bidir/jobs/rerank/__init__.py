@@ -1,16 +1,8 @@
 """Reranking of whole runs: resumable, in bounded memory, in one process or in many."""
 
 from ...evaluation.ranking import rank_candidates
-from .job import RerankJob
-from .local import RerankResult, rerank_job, rerank_run
-from .ray import CrossEncoderActor, rerank_with_ray
+from ..job import JobResult as RerankResult
+from ..ray import CrossEncoderActor
+from .task import RerankTask, rerank_run
 
-__all__ = [
-    "CrossEncoderActor",
-    "RerankJob",
-    "RerankResult",
-    "rank_candidates",
-    "rerank_job",
-    "rerank_run",
-    "rerank_with_ray",
-]
+__all__ = ["CrossEncoderActor", "RerankResult", "RerankTask", "rank_candidates", "rerank_run"]

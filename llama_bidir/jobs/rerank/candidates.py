@@ -1,4 +1,4 @@
-"""First-stage candidates: a corpus, queries and a run, memory-mapped and cut into windows of whole queries."""
+"""First-stage candidates: the documents of a run by query, memory-mapped and cut into windows of whole queries."""
 
 import os
 from array import array
@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ...data.arrow import DocumentFiles, FileStamp, check_documents, index_documents, stamp, write_dataset
-from ...data.corpus import Corpus
-from ...data.trec import read_queries, read_run
+from ...data.arrow import FileStamp, stamp, write_dataset
+from ...data.corpus import Corpus, Numbers, read_queries
+from ...data.trec import iterate_run, sort_entries, unknown_id
 from ...scoring.pipeline import Pair
 from ...utils.extras import require
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Numbers = npt.NDArray[np.int64]
 
 
 class QueryCandidates(NamedTuple):
@@ -32,14 +29,14 @@ class QueryCandidates(NamedTuple):
 
 class Candidates:
     """
-    The documents that a run lists for each query, memory-mapped. Queries without any are left out: query i is the i-th
-    of those that have documents, in the order of the queries.
+    The documents that a run lists for each query, memory-mapped. Query i is the i-th one that has documents, in the
+    order of the queries.
 
     Args:
         corpus: the documents.
         queries: text by query_id.
-        blocks: what [`_generate_blocks`] made of the run.
-        run: the run's path, for errors.
+        blocks: the records of [`_generate_blocks`].
+        run: the path of the run, for errors.
 
     Raises:
         ValueError: the run lists a document twice for a query, with file and line.
@@ -47,7 +44,7 @@ class Candidates:
 
     def __init__(self, corpus: Corpus, queries: Mapping[str, str], blocks: "Dataset", run: Path):
         pc = require("pyarrow.compute", "train")
-        self.corpus, self._queries = corpus, list(queries.items())
+        self.corpus, self._queries, self._run = corpus, list(queries.items()), run
         self._blocks = blocks.with_format("arrow")
         query_of_block = blocks.data.column("query").to_numpy()
         self._order = np.argsort(query_of_block, kind="stable")
@@ -57,7 +54,7 @@ class Candidates:
         """How many documents each query has."""
         self._starts = np.append(self._starts, len(self._order))
         for query in np.flatnonzero(np.diff(self._starts) > 1):
-            _by_rank(*self._read(int(query)), run)
+            self[int(query)]  # a document may come again in another block
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -71,13 +68,16 @@ class Candidates:
 
     def __getitem__(self, query: int) -> QueryCandidates:
         query_id, text = self._queries[self._numbers[query]]
-        ranks, lines, rows = self._read(query)
-        return QueryCandidates(query_id, text, rows[np.lexsort((lines, ranks))])
+        blocks = self._blocks[self._order[self._starts[query] : self._starts[query + 1]].tolist()]
+        columns = (blocks[name].combine_chunks().flatten().to_numpy() for name in ("rank", "line", "row"))
+        entries = sort_entries(np.stack(list(columns), axis=1), self._run, query_id, self.corpus)
+        return QueryCandidates(query_id, text, entries[:, 2])
 
     def windows(self, depth: int, window_pairs: int) -> list[range]:
         """
-        Cuts the queries into windows: as many neighbours as have at most `window_pairs` documents within `depth`, or a
-        single query that has more.
+        Cuts the queries into windows of neighbours.
+
+        A window has at most `window_pairs` documents within `depth`, or a single query with more.
         """
         windows, start, num_pairs = [], 0, 0
         for query, count in enumerate(np.minimum(self.counts, depth).tolist()):
@@ -88,10 +88,11 @@ class Candidates:
         return [*windows, range(start, len(self))]
 
     def num_pairs(self, window: range, depth: int) -> int:
+        """Returns the number of documents within `depth` of the queries of a window."""
         return int(np.minimum(self.counts[window.start : window.stop], depth).sum())
 
     def pairs(self, window: range, depth: int) -> list[Pair]:
-        """The pairs of a window: those of each query within `depth`, by rank."""
+        """Returns the pairs of a window: those of each query within `depth`, by rank."""
         groups = [self[query] for query in window]
         rows = np.unique(np.concatenate([group.rows[:depth] for group in groups])).tolist()
         texts = dict(zip(rows, self.corpus.texts(rows), strict=True))
@@ -99,29 +100,19 @@ class Candidates:
 
     def costs(self, windows: Sequence[range], depth: int, most_bytes: int) -> list[int]:
         """
-        Bytes of text that each window has to score.
+        Returns the bytes of text that each window has to score.
 
         Args:
-            most_bytes: of a document, as the rest of it is cut.
+            windows: see [`windows`].
+            depth: the largest number of documents per query.
+            most_bytes: the most that count of a document, because the rest of it is cut.
         """
         sizes = np.minimum(self.corpus.text_bytes(), most_bytes)
         costs = []
         for window in windows:
-            groups = [self[query] for query in window]
-            costs.append(
-                sum(
-                    int(sizes[group.rows[:depth]].sum()) + len(group.text) * len(group.rows[:depth]) for group in groups
-                )
-            )
+            groups = [(len(group.text), group.rows[:depth]) for group in (self[query] for query in window)]
+            costs.append(sum(int(sizes[rows].sum()) + length * len(rows) for length, rows in groups))
         return costs
-
-    def _read(self, query: int) -> tuple[Numbers, Numbers, Numbers]:
-        """Rank, line and row number of each document of a query."""
-        blocks = self._blocks[self._order[self._starts[query] : self._starts[query + 1]].tolist()]
-        return tuple(  # type: ignore[return-value]
-            np.concatenate([chunk.flatten().to_numpy() for chunk in blocks[column].chunks])
-            for column in ("rank", "line", "row")
-        )
 
 
 def open_candidates(
@@ -133,24 +124,24 @@ def open_candidates(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Candidates:
     """
-    Opens a run; the first time it is read and checked, and written as an Arrow file.
+    Opens a run. The first time, it is read, checked and written as an Arrow file.
 
     Args:
         corpus: the documents.
         queries: BEIR's JSON Lines.
         run: TREC's six columns.
-        texts: of the queries by query_id; read when not given.
+        texts: of the queries by query_id; None reads them from `queries`.
         cache_dir: where the Arrow file is kept (see [`~data.arrow.write_dataset`]).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line breaks its rule, or names a query or a document that there is not, with file and line.
+        ValueError: a line breaks its rule, or names an unknown query or document, with file and line.
     """
     datasets = require("datasets", "train")
     numbers = [datasets.Value("int64")]
     features = datasets.Features(query=datasets.Value("int64"), rank=numbers, line=numbers, row=numbers)
     arguments = {
-        "documents": check_documents(corpus.dataset, os.fspath(corpus.path)),
+        "corpus": corpus,
         "queries": os.fspath(queries),
         "run": os.fspath(run),
         "states": (stamp(queries), stamp(run)),
@@ -160,41 +151,24 @@ def open_candidates(
 
 
 def _generate_blocks(
-    documents: DocumentFiles, queries: str, run: str, states: tuple[FileStamp, ...], version: int
+    corpus: Corpus, queries: str, run: str, states: tuple[FileStamp, ...], version: int
 ) -> Iterator[dict[str, Any]]:
     """
-    Yields a record for each block of lines about one query, by rank. A run has one block a query as a rule, so that no
-    more than one is in memory; one that goes back to a query has several.
+    Yields a record for each block of lines about one query, by rank.
+
+    Only one block is in memory at a time. A run usually has one block per query; one that returns to a query later has
+    several.
     """
-    index = index_documents(documents)
+    index = corpus.index()
     numbers = {query_id: number for number, query_id in enumerate(read_queries(Path(queries)))}
-    for query_id, entries in groupby(read_run(Path(run)), key=lambda entry: entry.query_id):
-        block = array("q")
-        for entry in entries:
+    for query_id, block in groupby(iterate_run(Path(run)), key=lambda entry: entry.query_id):
+        flat = array("q")
+        for entry in block:
             if query_id not in numbers:
-                raise ValueError(
-                    f"{run}:{entry.line}: query-id: there is no query {query_id!r} in {queries}: rerank with the "
-                    "queries that the run was made from"
-                )
+                raise unknown_id(f"{run}:{entry.line}: query-id", "query", query_id, queries)
             if entry.doc_id not in index:
-                raise ValueError(
-                    f"{run}:{entry.line}: doc-id: there is no document {entry.doc_id!r} in {documents.name}: rerank "
-                    "with the corpus that the run was made from"
-                )
-            block.extend((entry.rank, entry.line, index[entry.doc_id]))
-        ranks, lines, rows = np.frombuffer(block, dtype=np.int64).reshape(-1, 3).T
-        order = _by_rank(ranks, lines, rows, Path(run))
-        yield {"query": numbers[query_id], "rank": ranks[order], "line": lines[order], "row": rows[order]}
-
-
-def _by_rank(ranks: Numbers, lines: Numbers, rows: Numbers, run: Path) -> Numbers:
-    """The order by rank, and by line where ranks are equal; raises ValueError for a document that comes twice."""
-    if len(np.unique(rows)) < len(rows):
-        first_lines: dict[int, int] = {}
-        for line, row in sorted(zip(lines.tolist(), rows.tolist(), strict=True)):
-            if first_lines.setdefault(row, line) != line:
-                raise ValueError(
-                    f"{run}:{line}: doc-id: the query has the document already, in line {first_lines[row]}: keep one "
-                    "of the lines"
-                )
-    return np.lexsort((lines, ranks))
+                raise unknown_id(f"{run}:{entry.line}: doc-id", "document", entry.doc_id, corpus.name)
+            flat.extend((entry.rank, entry.line, index[entry.doc_id]))
+        entries = sort_entries(np.frombuffer(flat, np.int64).reshape(-1, 3), Path(run), query_id, corpus)
+        ranks, lines, rows = entries.T
+        yield {"query": numbers[query_id], "rank": ranks, "line": lines, "row": rows}

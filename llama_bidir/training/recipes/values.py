@@ -1,4 +1,4 @@
-"""Values of a recipe: from what YAML or a command line gives to what a field is annotated with."""
+"""Values of recipes: what the annotation of a field allows, and how YAML or text becomes it."""
 
 import dataclasses
 import math
@@ -9,8 +9,6 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-import yaml
-
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -19,45 +17,54 @@ EXPECTED = {
     list: "a list",
     dict: "a mapping",
 }
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @cache
 def field_hints(cls: Any) -> dict[str, Any]:
-    """The annotation of each field that a dataclass is built with, by name."""
+    """Returns the annotation of each field that the constructor of a dataclass takes."""
     hints = typing.get_type_hints(cls)
     hints = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
     if "fsdp" in hints:
-        hints["fsdp"] = bool | hints["fsdp"]  # what its documentation says; it is annotated for a command line
+        hints["fsdp"] = bool | hints["fsdp"]  # as TrainingArguments documents it; the annotation leaves bool out
     return hints
 
 
 def kinds_of(hint: Any) -> set[type]:
-    """The types that an annotation allows: those of `EXPECTED`, None and, for anything else, `object`."""
+    """Returns the types that an annotation allows: keys of `EXPECTED`, NoneType, and `object` for anything else."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return set().union(*(kinds_of(part) for part in typing.get_args(hint)))
+        return set().union(*map(kinds_of, typing.get_args(hint)))
     if origin is typing.Literal:
-        return {type(value) for value in typing.get_args(hint)}
+        return set(map(type, typing.get_args(hint)))
     kind = origin or hint
     if isinstance(kind, type) and issubclass(kind, Enum):
         return {str}
     return {kind if kind in EXPECTED or kind is types.NoneType else object}
 
 
+def element_kinds(hint: Any) -> set[type]:
+    """Returns the types that the elements of the lists that an annotation allows may have; empty if it allows none."""
+    lists = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is list]
+    return set().union(*(kinds_of(element) for part in lists for element in typing.get_args(part)))
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """
-    Fits a value to an annotation. YAML gives `1e-5` as text, and one source may stand for a list of them.
+    Fits a value to the annotation of its field.
+
+    Text becomes a number where the field takes numbers but no text, because YAML reads `1e-5` as text. A single source
+    becomes a list of one where the field takes a list.
 
     Args:
         value: as YAML or the caller gives it.
-        hint: the annotation of the field.
+        hint: the annotation.
         where: what errors call the field.
 
     Raises:
-        ValueError: the value is of another type.
+        ValueError: the value is of another type, or it is not a finite number.
     """
-    kinds = kinds_of(hint)
-    given = value
+    kinds, given = kinds_of(hint), value
     if isinstance(value, str) and str not in kinds and kinds & {bool, int, float}:
         value = _read_number(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -69,45 +76,15 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if list in kinds and (value is None or isinstance(value, str | Mapping)):
         return [] if value is None else [value]
     if value is not None and type(value) not in EXPECTED:
-        return value
+        return value  # an object that a caller from Python gives
+    expected = [name for kind, name in EXPECTED.items() if kind in kinds and not (kind is int and float in kinds)]
     quotes = ": put it in quotes" if str in kinds and isinstance(value, int | float) else ""
-    raise ValueError(f"{where} must be {_expected(kinds)}, got {given!r}{quotes}")
+    raise ValueError(f"{where} must be {' or '.join(expected)}, got {given!r}{quotes}")
 
 
-def parse_value(text: str, hint: Any, where: str) -> Any:
-    """
-    Reads a value of a command line as YAML; text where a field takes text, unless it is a list or a mapping in braces.
-
-    Raises:
-        ValueError: it is no YAML.
-    """
-    kinds = kinds_of(hint)
-    for part in (hint, *typing.get_args(hint)):
-        if typing.get_origin(part) is list:
-            kinds = kinds.union(*(kinds_of(element) for element in typing.get_args(part)))
-    if text in ("", "~", "null"):
-        return None
-    if str in kinds and not kinds & {bool, int, float} and not (kinds & {list, dict} and text[0] in "[{"):
-        return text
+def _read_number(text: str) -> bool | float | str:
+    """Returns the number or the truth value that a text stands for, or the text itself."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: {text!r} is no value in YAML: {' '.join(str(error).split())}") from error
-
-
-def _read_number(text: str) -> Any:
-    """The number, or true or false, that a text stands for; the text where it is neither."""
-    for read in (int, float, _TRUTH.__getitem__):
-        try:
-            return read(text.lower())
-        except (ValueError, KeyError):
-            continue
-    return text
-
-
-_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-def _expected(kinds: set[type]) -> str:
-    names = [name for kind, name in EXPECTED.items() if kind in kinds and not (kind is int and float in kinds)]
-    return " or ".join(names)
+        return float(text)
+    except ValueError:
+        return TRUTH.get(text.lower(), text)

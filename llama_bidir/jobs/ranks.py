@@ -1,4 +1,4 @@
-"""The processes that torchrun has started, as a reranking job sees them."""
+"""The processes that torchrun started, as a job sees them."""
 
 import os
 from collections.abc import Callable
@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ...scoring.distributed import is_shared
+from ..scoring.distributed import is_shared
 
 Result = TypeVar("Result")
 
-# One process may have days of work left when another has none; one that ends is noticed at once.
+# A process that is done may wait for days. A process that dies is noticed immediately, whatever the timeout.
 LONGEST_WAIT = timedelta(days=365)
 
 
 class Ranks:
-    """This process and its number among those that were launched together (rank 0 of 1, if it is alone)."""
+    """The number of this process among those that were launched together: rank 0 of 1 if it is alone."""
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
@@ -28,10 +28,10 @@ class Ranks:
 
     def first(self, function: Callable[[], Result]) -> Result:
         """
-        Calls a function in the first process, and returns its result in all.
+        Calls a function in the first process and returns its result in all of them.
 
         Raises:
-            RuntimeError: in the others, when it raises in the first one.
+            RuntimeError: in the other processes, if the function raises in the first one.
         """
         if self.size == 1:
             return function()
@@ -55,16 +55,16 @@ class Ranks:
         Waits for all processes.
 
         Raises:
-            RuntimeError: one of them has ended.
+            RuntimeError: one of them ended.
         """
         if self.size > 1:
             dist.barrier(group=self._group)
 
 
 def check_shared_file(path: os.PathLike[str], ranks: Ranks) -> None:
-    """Raises FileNotFoundError in a process that does not see what the first one has written."""
+    """Raises FileNotFoundError in a process that does not see a file that the first one wrote."""
     if not os.path.exists(path):
         raise FileNotFoundError(
-            f"process {ranks.rank} sees no file {os.fspath(path)!r}, which process 0 has written: under torchrun the "
-            "folder of the output must be shared by all machines"
+            f"process {ranks.rank} does not see the file {os.fspath(path)!r}, which process 0 wrote: under torchrun, "
+            "all machines must share the folder of the output"
         )

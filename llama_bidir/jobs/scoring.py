@@ -1,0 +1,89 @@
+"""What decides the scores of a job: recorded at its first start, so that a resumed job scores the same batches."""
+
+import hashlib
+import json
+import math
+import os
+from typing import Any
+
+import torch
+
+from ..cross_encoder import CrossEncoder
+from ..utils.errors import ScoreError
+
+# A kill loses up to one window, and on a CPU each pair takes long. Other devices get a chunk at a time.
+CPU_WINDOW_PAIRS = 256
+# Values of each weight that its fingerprint covers.
+FINGERPRINT_VALUES = 64
+
+
+def check_score(name: str, score: float) -> None:
+    """Raises ScoreError if a score is NaN or infinite."""
+    if not math.isfinite(score):
+        raise ScoreError(
+            f"{name} is {score} and has no rank: check the weights of the model, or use a dtype with more range"
+        )
+
+
+def check_one_score(cross_encoder: CrossEncoder, work: str) -> None:
+    """Raises ValueError, which names the work, if the model has several labels."""
+    if cross_encoder.config.num_labels != 1:
+        raise ValueError(
+            f"{work} needs one score per pair, but the model has {cross_encoder.config.num_labels} labels: use a model "
+            "with one"
+        )
+
+
+def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
+    """
+    Returns what decides a score, by name. Two models that agree in it give the same scores on the same machine.
+
+    Raises:
+        TypeError: the model is an exported one, which does not show its weights.
+    """
+    if not isinstance(cross_encoder.model, torch.nn.Module):
+        raise TypeError("a job that resumes needs backend 'torch': load the checkpoint that was exported")
+    config, activation, devices = cross_encoder.config, cross_encoder.activation_fn, cross_encoder.devices
+    name = config.name_or_path or ""
+    vocabulary = sorted(cross_encoder.tokenizer.get_vocab().items())
+    return {
+        "model": os.path.abspath(name) if os.path.isdir(name) else name,
+        "weights": fingerprint(cross_encoder.model),
+        "vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16],
+        "dtype": str(cross_encoder.model.dtype).removeprefix("torch."),
+        "device": devices[0].type if len(devices) == 1 else f"{len(devices)} x {devices[0].type}",
+        "pooling": config.pooling,
+        "temperature": config.temperature,
+        "prompt_template": config.prompt_template,
+        "max_length": config.rerank_max_length,
+        "long_document": cross_encoder.long_document,
+        "activation_fn": activation and getattr(activation, "__qualname__", type(activation).__qualname__),
+    }
+
+
+def fix_scoring(
+    cross_encoder: CrossEncoder, work: str, max_tokens_per_batch: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Returns what decides a score, and what the first start of a job chooses for all later ones: pairs per window and
+    tokens per batch. The number of tokens depends on the free memory, which would differ after a kill.
+
+    Raises:
+        TypeError, ValueError: the model cannot do the work (see [`describe_scoring`] and [`check_one_score`]).
+    """
+    check_one_score(cross_encoder, work)
+    scoring, engine = describe_scoring(cross_encoder), cross_encoder.engine()
+    budget = max_tokens_per_batch or cross_encoder.max_tokens_per_batch or engine.token_budget()
+    window_pairs = CPU_WINDOW_PAIRS if cross_encoder.devices[0].type == "cpu" else engine.chunk_pairs
+    return scoring, {"window_pairs": window_pairs, "max_tokens_per_batch": budget}
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Returns a digest of the shape, the dtype and the first values of each weight."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if type(parameter.data) is torch.Tensor and not parameter.is_meta:  # neither quantized nor offloaded
+            values = parameter.detach().flatten()[:FINGERPRINT_VALUES].cpu().contiguous()
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
