@@ -135,7 +135,7 @@ def test_adapters_on_4_bit_weights(tmp_path):
 
 
 def test_wrong_adapters(base_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="the task_type of a reranker's peft_config is SEQ_CLS, got 'CAUSAL_LM'"):
+    with pytest.raises(ValueError, match="the task_type of a reranker's peft_config must be SEQ_CLS, got 'CAUSAL_LM'"):
         train_adapter(base_checkpoint, tmp_path, peft.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"model\.load_in_4bit freezes the weights: add a lora block"):
         train(

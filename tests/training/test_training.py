@@ -163,7 +163,7 @@ def test_wrong_arguments(tmp_path, tokenizer):
     args = arguments(CrossEncoderTrainingArguments, tmp_path)
     with pytest.raises(TypeError, match="processing_class must be the tokenizer of the model, got None"):
         CrossEncoderTrainer(make_model(), args)
-    with pytest.raises(ValueError, match="one score a passage, but the model has 2 labels"):
+    with pytest.raises(ValueError, match="one score per passage, but the model has 2 labels"):
         CrossEncoderTrainer(make_model(num_labels=2), args, processing_class=tokenizer)
     with pytest.raises(ValueError, match="loss must be a function or one of"):
         CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, loss="hinge")
