@@ -113,7 +113,7 @@ def test_adapter_and_merge(train_command, tmp_path, capsys):
     adapter, merged = tmp_path / "out", tmp_path / "merged"
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"adapter: {adapter}",
-        f"a plain checkpoint of it: llama-bidir merge --adapter {adapter} --output {adapter}-merged",
+        f"to make it a plain checkpoint: llama-bidir merge --adapter {adapter} --output {adapter}-merged",
     ]
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
     assert main(["merge", "--adapter", str(adapter), "--output", str(merged)]) == 0
