@@ -221,7 +221,7 @@ def reference():
         return loss(GivenScores(scores))([["query"], [list(range(len(scores)))]], [labels])
 
     def list_net(scores, logits):
-        # Less the entropy of the target a cross entropy is a divergence.
+        # A cross entropy minus the entropy of its target is a divergence.
         target = logits.softmax(dim=0)
         return listwise(losses.ListNetLoss, scores, logits) - torch.special.entr(target).sum()
 

@@ -1,4 +1,4 @@
-"""Trains a tiny reranker, for tests that start it as a process of its own, alone or by torchrun.
+"""Trains a tiny reranker. Tests start it as a separate process, directly or with torchrun.
 
 Usage: train_tiny.py BASE TRAIN EVAL OUTPUT [KEY=JSON ...], with fields of CrossEncoderTrainingArguments.
 """
@@ -22,7 +22,7 @@ from llama_bidir.training import run as training_run
 
 
 class SlowSteps(TrainerCallback):
-    """Leaves time for a kill to fall into any step."""
+    """Makes steps so slow that a kill can hit any of them."""
 
     def on_step_end(self, *args, **kwargs):
         time.sleep(float(os.environ.get("STEP_SECONDS", 0)))

@@ -4,7 +4,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares no option."""
+    """Declares no options."""
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Train a reranker by a recipe."""
+"""Train a reranker from a recipe."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ MEASURES = ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of the verb, beside those of the recipe's keys."""
+    """Declares the options of the verb. Those of the recipe's keys are read by [`parse_unknown`]."""
     parser.usage = "%(prog)s RECIPE [--block.key value ...] [--dry-run] [--overwrite] [--skip-bad-rows] [--debug]"
     parser.epilog = (
         "Each key of the recipe is an option, such as --training.learning_rate 1e-5, --data.train a.jsonl b.jsonl or "
-        "--lora.r 8; the block may be left out where only one has the key. For several GPUs: torchrun --nproc-per-node "
-        "8 -m llama_bidir train RECIPE. A stopped run goes on when it is started again."
+        "--lora.r 8. The block may be left out if only one block has the key. For several GPUs: torchrun "
+        "--nproc-per-node 8 -m llama_bidir train RECIPE. A stopped run resumes when it is started again."
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name that llama-bidir recipes lists")
     parser.add_argument(
-        "--dry-run", action="store_true", help="only tell what it would do, and how much memory it needs"
+        "--dry-run", action="store_true", help="only print what training would do and how much memory it needs"
     )
-    parser.add_argument("--overwrite", action="store_true", help="train anew, and replace what is in the output folder")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out instead of stopping")
+    parser.add_argument("--overwrite", action="store_true", help="start over and replace the run in the output folder")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows instead of stopping")
 
 
 def parse_unknown(arguments: argparse.Namespace, unknown: Sequence[str], options: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def parse_unknown(arguments: argparse.Namespace, unknown: Sequence[str], options
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains and prints where the reranker is, or what training would do."""
+    """Trains and prints where the reranker is, or prints what training would do."""
     from transformers.utils import logging
 
     from ..training import train
@@ -64,4 +64,4 @@ def _print_result(trainer: "CrossEncoderTrainer", *, is_adapter: bool) -> None:
     output = trainer.args.output_dir
     print(f"{'adapter' if is_adapter else 'reranker'}: {output}")
     if is_adapter:
-        print(f"a plain checkpoint of it: llama-bidir merge --adapter {output} --output {output}-merged")
+        print(f"to make it a plain checkpoint: llama-bidir merge --adapter {output} --output {output}-merged")

@@ -1,4 +1,4 @@
-"""What a training run is told: the model, the data, and the Trainer's arguments."""
+"""The arguments of a training run: the model, the data, and those of the Trainer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,16 +17,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 @dataclass(kw_only=True)
 class ModelArguments:
     """
-    The checkpoint to train and the fields of its configuration; None keeps the checkpoint's value or the default.
+    The checkpoint to train, and the fields of its configuration. None keeps the checkpoint's value or the default.
 
     Args:
-        model_name_or_path: a folder or a Hub id, a plain Llama or a reranker.
+        model_name_or_path: a folder or a Hub id of a plain Llama or of a reranker.
         revision: branch, tag or commit of the Hub repository.
         pooling, temperature: see [`LlamaBidirectionalConfig`].
-        dtype: of the saved checkpoint, and of the frozen weights under an adapter. Weights that are trained are held in
-            float32 whatever it is, because small updates vanish in bfloat16; `training.bf16` computes in bfloat16.
+        dtype: of the saved checkpoint, and of the frozen weights under an adapter. Trained weights are always held in
+            float32, because small updates vanish in bfloat16. `training.bf16` computes in bfloat16.
         attn_implementation: such as `sdpa` or `flash_attention_2`.
-        load_in_4bit: quantize the frozen weights under an adapter (QLoRA); needs bitsandbytes and a `lora` block.
+        load_in_4bit: quantize the frozen weights under an adapter (QLoRA). This needs bitsandbytes and a `lora` block.
     """
 
     model_name_or_path: str
@@ -48,15 +48,17 @@ class DataArguments:
     The rows to train on and how they become groups.
 
     Args:
-        train, eval: sources of rows (see [`~data.load_rows`]), each a name or a mapping with `path` and `weight`: a
-            weight of 2 shows each row twice an epoch, 0.5 shows another half of them each epoch.
-        group_size: passages a query, the positive first.
-        eval_group_size: the same in evaluation; None evaluates on all passages of each row.
-        positives: of a row with several: `cycle` takes the next one each epoch, `expand` makes a group of each.
-        negatives: of a row with more than a group needs: `sample` draws them anew each epoch, `first` takes the first.
-        short_groups: of a row with fewer: `mask` makes a smaller group, `repeat` shows them again.
-        skip_bad_rows: leave malformed rows out, and list them, instead of stopping.
-        prompt_template, rerank_max_length: see [`LlamaBidirectionalConfig`]; None keeps the checkpoint's.
+        train, eval: sources of rows (see [`~data.load_rows`]), each a name or a mapping with `path` and `weight`. A
+            weight of 2 shows each row twice per epoch. A weight of 0.5 shows a different half of the rows each epoch.
+        group_size: passages per query, the positive first.
+        eval_group_size: the same in evaluation. None evaluates on all passages of each row.
+        positives: for a row with several positives: `cycle` takes the next one each epoch, `expand` makes a group of
+            each.
+        negatives: for a row with more negatives than a group needs: `sample` draws new ones each epoch, `first` takes
+            the first ones.
+        short_groups: for a row with too few negatives: `mask` makes a smaller group, `repeat` shows negatives again.
+        skip_bad_rows: leave out malformed rows and list them, instead of stopping.
+        prompt_template, rerank_max_length: see [`LlamaBidirectionalConfig`]. None keeps the checkpoint's value.
     """
 
     train: list[str | dict[str, Any]] = field(default_factory=list)
@@ -88,17 +90,20 @@ class DataArguments:
 @dataclass
 class CrossEncoderTrainingArguments(TrainingArguments):
     """
-    [`TrainingArguments`] with the defaults that rerankers are trained with; a batch counts queries (groups).
+    [`TrainingArguments`] with defaults for rerankers. Batch sizes count queries (groups).
 
-    The defaults that differ: `learning_rate` 3e-6, `weight_decay` 0.01 and `warmup_steps` 100 (those of NeMo
-    AutoModel's Llama 3.2 1B recipe), `per_device_train_batch_size` 4, `logging_steps` 10,
-    `ddp_find_unused_parameters` False, because every weight is used, and `dataloader_pin_memory` where there is an
-    accelerator to pin it for. Passages of one query are never split between processes or batches.
+    These defaults differ: `learning_rate` 3e-6, `weight_decay` 0.01 and `warmup_steps` 100 (the values of NeMo
+    AutoModel's Llama 3.2 1B recipe), `per_device_train_batch_size` 4, `logging_steps` 10, `ddp_find_unused_parameters`
+    False (every weight is used), and `dataloader_pin_memory` (True only where there is an accelerator). The passages of
+    one query are never split between processes or batches.
 
     Args:
-        loss: a name of [`~losses.LOSSES`].
-        global_batch_size: groups an optimizer step over all processes; sets `gradient_accumulation_steps`.
-        packing: lay the passages of a batch end to end, without padding; chosen by what is trained when None.
+        loss: a name in [`~losses.LOSSES`].
+        global_batch_size: groups per optimizer step over all processes. It sets `gradient_accumulation_steps`.
+        packing: lay the passages of a batch end to end, without padding. None packs wherever that is possible.
+
+    Raises:
+        ValueError: the loss is unknown, or the batch sizes contradict each other.
     """
 
     learning_rate: float = 3e-6
@@ -115,7 +120,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_loss(self.loss)
-        # Passages of a packed batch are no rows that accelerate could cut: each process reads its own groups.
+        # accelerate would dispatch a batch by cutting its rows, but a packed batch is one row. Each process thus reads
+        # its own groups.
         config: Any = self.accelerator_config
         if config.dispatch_batches is None:
             config.dispatch_batches = False
@@ -124,8 +130,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
         if self.deepspeed or self.auto_find_batch_size:
             other = "deepspeed" if self.deepspeed else "auto_find_batch_size"
             raise ValueError(
-                f"global_batch_size does not go with {other}, which reads or changes the size of a batch by itself: "
-                "set gradient_accumulation_steps instead"
+                f"global_batch_size does not go with {other}, which sets the size of a batch on its own: set "
+                "gradient_accumulation_steps instead"
             )
         local = self.per_device_train_batch_size * max(1, self.n_gpu) * self.world_size
         if self.global_batch_size < local or self.global_batch_size % local:
@@ -143,7 +149,7 @@ class CrossEncoderTrainingArguments(TrainingArguments):
 
     @property
     def draw_seed(self) -> int:
-        """Seed of the order of the groups and of what is drawn for them."""
+        """The seed of the order of the groups and of the negatives that are drawn for them."""
         return self.seed if self.data_seed is None else self.data_seed
 
 
@@ -163,7 +169,7 @@ def lora_config(fields: Mapping[str, Any]) -> Any:
     """
     Builds the [`peft.LoraConfig`] of a recipe's `lora` block.
 
-    The fields are those of `LoraConfig`; the defaults that differ are `r` 16, `lora_alpha` 32 and `target_modules`
+    The fields are those of `LoraConfig`. These defaults differ: `r` 16, `lora_alpha` 32 and `target_modules`
     `all-linear` (every linear layer of the body). The score head is always trained and saved.
     """
     config_class = require("peft", "train").LoraConfig

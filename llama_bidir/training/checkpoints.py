@@ -1,10 +1,9 @@
-"""Going on with a stopped run: which checkpoint is whole, and whether the run is still the same."""
+"""The state of a run in its output folder: complete checkpoints, and the arguments that a resumed run must have."""
 
 import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 RUN_NAME = "training_run.json"
 SAVING_NAME = ".saving"
 
-# The training arguments that change what is learned; the others may differ when a run goes on.
+# The training arguments that change what is learned. A resumed run may have different values of the others.
 DECISIVE = (
     "adam_beta1",
     "adam_beta2",
@@ -53,28 +52,25 @@ DECISIVE = (
 
 def last_whole_checkpoint(output: Path) -> Path | None:
     """
-    Returns the newest `checkpoint-N` that was written to its end, or None. The Trainer writes its state last.
+    Returns the newest complete `checkpoint-N`, or None.
 
     Raises:
-        ValueError: it has no state of an optimizer.
+        ValueError: the checkpoint holds no optimizer state.
     """
-    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
-    for _, path in sorted(found, reverse=True):
-        try:
+    found = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:  # the Trainer writes this file last
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning(f"{path} is not whole, as a stop while it was written leaves it: it is not used")
+            logger.warning(f"{path} is incomplete, because the run stopped while it wrote it: it is ignored")
             continue
         if not (path / "scheduler.pt").exists() and not list(path.glob("global_step*")):
             raise ValueError(
-                f"{os.fspath(path)!r} holds a model without the state of its optimizer (save_only_model): a run cannot "
-                "go on from it; train anew with overwrite (--overwrite)"
+                f"{os.fspath(path)!r} holds a model without the state of its optimizer (save_only_model), from which a "
+                "run cannot resume: start over with overwrite (--overwrite)"
             )
         return path
     return None
-
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 def run_arguments(
@@ -85,11 +81,11 @@ def run_arguments(
     rows: Mapping[str, Any],
 ) -> dict[str, Any]:
     """
-    What decides the outcome of a run, by dotted name.
+    Returns the arguments that decide the outcome of a run, by dotted name, as JSON stores them.
 
     Args:
         model, data, training, lora: the blocks of a recipe.
-        rows: what tells when the training data has changed.
+        rows: what [`describe_groups`] returns.
     """
     decisive = {name: getattr(training, name) for name in DECISIVE if hasattr(training, name)}
     blocks = {
@@ -129,7 +125,7 @@ def _update_checksum(checksum: int, dataset: Any) -> int:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a run has ended there, or another reranker is there."""
+    """Returns whether the folder holds a finished run or another reranker."""
     if (output / RUN_NAME).is_file():
         return bool(_read_run(output)["finished"])
     return (output / "config.json").exists() or (output / "adapter_config.json").exists()
@@ -140,11 +136,11 @@ def check_removable(output: Path, *, keep: Sequence[str]) -> None:
     Checks that [`remove_run`] may clear a folder.
 
     Args:
-        output: the folder; it may be missing.
-        keep: what the next run reads, such as its base model, which must not lie in the folder.
+        output: the folder, which may be missing.
+        keep: paths and Hub ids that the next run reads, such as its base model. They must not lie in the folder.
 
     Raises:
-        FileExistsError: the folder holds something, and no run.
+        FileExistsError: the folder holds something that is not a run.
         ValueError: the next run would read from the folder.
     """
     if not output.exists() or not any(output.iterdir()):
@@ -154,13 +150,13 @@ def check_removable(output: Path, *, keep: Sequence[str]) -> None:
         raise ValueError(f"{inside[0]!r} lies in training.output_dir, which overwrite clears: choose another folder")
     if not (output / RUN_NAME).is_file():
         raise FileExistsError(
-            f"{os.fspath(output)!r} holds something else than a training run, which overwrite does not remove: choose "
-            "another training.output_dir"
+            f"{os.fspath(output)!r} holds something other than a training run, which overwrite does not remove: "
+            "choose another training.output_dir"
         )
 
 
 def remove_run(output: Path) -> None:
-    """Removes what a run has left in its output folder, and nothing else."""
+    """Removes the files of a run from its output folder, and nothing else."""
     if not (output / RUN_NAME).is_file():
         return
     for name in (*_read_run(output).get("files", []), HISTORY_NAME, PLOT_NAME):
@@ -178,23 +174,25 @@ def _read_run(output: Path) -> dict[str, Any]:
 
 def check_same_run(output: Path, arguments: Mapping[str, Any]) -> None:
     """
+    Checks that the stopped run in a folder had the same arguments.
+
     Raises:
-        ValueError: a run that is to go on had other arguments, with what has changed, or they are not known.
+        ValueError: it had different arguments (the message names what changed), or they are unknown.
     """
     if not (output / RUN_NAME).is_file():
         raise ValueError(
-            f"{os.fspath(output)!r} holds checkpoints of something else: choose another training.output_dir"
+            f"{os.fspath(output)!r} holds checkpoints of an unknown run: choose another training.output_dir"
         )
     changes = describe_changes(_read_run(output)["arguments"], arguments)
     if changes:
         raise ValueError(
-            f"{os.fspath(output)!r} holds a stopped run with other arguments: {changes}. Start with the "
-            "same ones to go on, with overwrite (--overwrite) to train anew, or with another training.output_dir"
+            f"{os.fspath(output)!r} holds a stopped run with different arguments: {changes}. To resume it, start with "
+            "the same arguments. Otherwise pass overwrite (--overwrite) or choose another training.output_dir"
         )
 
 
 def write_run(output: Path, arguments: Mapping[str, Any], *, files: Sequence[str] | None = None) -> None:
-    """Notes the arguments of a run beside its checkpoints, and the files of the reranker where it is finished."""
+    """Writes the arguments of a run beside its checkpoints. A finished run also lists the files of its reranker."""
     output.mkdir(parents=True, exist_ok=True)
     content = {"finished": files is not None, "files": list(files or []), "arguments": dict(arguments)}
     write_whole(output / RUN_NAME, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: every log as a line of JSON, and the curves as a picture."""
+"""The history of a training run: every log as a line of JSON, and the curves as a picture."""
 
 import json
 import logging
@@ -19,49 +19,53 @@ PLOT_NAME = "training.png"
 
 class HistoryCallback(TrainerCallback):
     """
-    Appends each log to `history.jsonl` in the output folder and draws `training.png` at the end.
+    Appends each log to `history.jsonl` in the output folder, and draws `training.png` when training ends.
 
-    A run that is resumed at step n keeps the lines up to n, so that no step is there twice.
+    A run that resumes at step n keeps the lines up to n, so each step is there once.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or args.output_dir is None:
+        if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / HISTORY_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = _history_path(args)
         kept = [entry for entry in read_history(path) if state.global_step and entry["step"] <= state.global_step]
         write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or args.output_dir is None or not state.log_history:
-            return
-        path = Path(args.output_dir) / HISTORY_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(state.log_history[-1]) + "\n")
+        if state.is_world_process_zero and state.log_history:
+            with _history_path(args).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or args.output_dir is None:
+        if not state.is_world_process_zero:
             return
+        path = _history_path(args)
         try:
-            plot_history(read_history(Path(args.output_dir) / HISTORY_NAME), Path(args.output_dir) / PLOT_NAME)
+            plot_history(read_history(path), path.with_name(PLOT_NAME))
         except ImportError as error:
             logger.info(f"no {PLOT_NAME}: {error}")
 
 
+def _history_path(args: TrainingArguments) -> Path:
+    """Returns the path of the history, in an output folder that is made if it is missing."""
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / HISTORY_NAME
+
+
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the logs of a run, [] where there are none; a last line that a kill has cut is left out."""
+    """Reads the logs of a run; an empty list if there is no file. Incomplete lines are ignored with a warning."""
     entries = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             try:
                 entries.append(json.loads(line))
             except json.JSONDecodeError:
-                logger.warning(f"{os.fspath(path)}: left out a line that is no JSON: {line[:80]!r}")
+                logger.warning(f"{os.fspath(path)}: ignored a line that is not JSON: {line[:80]!r}")
     return entries
 
 
@@ -71,7 +75,7 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str]) ->
 
     Args:
         history: as [`read_history`] returns it.
-        path: of the PNG file.
+        path: the PNG file to write. None is written for a history without curves.
 
     Raises:
         ImportError: matplotlib is not installed.

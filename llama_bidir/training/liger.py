@@ -1,4 +1,4 @@
-"""Liger kernels, which the Trainer leaves out without a word for a model type that they do not know."""
+"""Liger kernels, which the Trainer silently skips for a model type that Liger does not know."""
 
 from functools import partial
 from importlib import import_module
@@ -10,15 +10,15 @@ from ..configuration_llama_bidir import LlamaBidirectionalConfig
 
 def register_with_liger(device_type: str) -> None:
     """
-    Tells Liger that a reranker takes Llama's kernels: rotary embedding, RMSNorm and SwiGLU. Those of the cross entropy
-    belong to a language model head.
+    Tells Liger to use Llama's kernels for rerankers: rotary embedding, RMSNorm and SwiGLU. The kernels for cross
+    entropy are left out, because they need a language model head.
 
     Args:
-        device_type: where the model is trained.
+        device_type: the type of the device that trains the model, such as `cuda`.
 
     Raises:
         ImportError: liger-kernel is not installed.
-        ValueError: there is no GPU for its kernels.
+        ValueError: the device is a CPU.
     """
     if find_spec("liger_kernel") is None:
         raise ImportError("use_liger_kernel is set, but liger-kernel is not installed: pip install liger-kernel")

@@ -1,4 +1,4 @@
-"""Adapters (LoRA): made with a head that is trained and saved, and merged into a plain checkpoint."""
+"""LoRA adapters: adding one whose score head is trained and saved, and merging one into a plain checkpoint."""
 
 import copy
 import os
@@ -20,26 +20,26 @@ HEAD = "score"
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """
-    Puts a new adapter on a reranker. The score head is trained in full and saved with the adapter; what is trained is
-    in float32.
+    Puts a new adapter on a reranker. The score head is trained in full and saved with the adapter. All trained weights
+    are in float32.
 
     Args:
-        model: a [`LlamaBidirectionalForSequenceClassification`]; quantized weights are prepared for training.
-        peft_config: a `peft.LoraConfig` or another configuration of PEFT; it is not changed. Its `target_modules` are
-            all linear layers of the body when it names none.
+        model: a [`LlamaBidirectionalForSequenceClassification`]. Quantized weights are prepared for training.
+        peft_config: a `peft.LoraConfig` or another configuration of PEFT, which is not changed. If it names no
+            `target_modules`, they are all linear layers of the body.
 
     Raises:
-        ValueError: the task type is not `SEQ_CLS`, or the model has an adapter already.
+        ValueError: the task type is not `SEQ_CLS`, the configuration adds tokens, or the model already has an adapter.
     """
     peft = require("peft", "train")
     if isinstance(model, peft.PeftModel):
-        raise ValueError("the model has an adapter already: pass it without peft_config to train that one further")
+        raise ValueError("the model already has an adapter: pass it without peft_config to train that adapter")
     if peft_config.is_prompt_learning:
         raise ValueError(
-            f"{type(peft_config).__name__} adds tokens to the input, which rerankers do not take: use LoRA"
+            f"{type(peft_config).__name__} adds tokens to the input, which rerankers do not support: use LoRA"
         )
     if peft_config.task_type not in (None, peft.TaskType.SEQ_CLS):
-        raise ValueError(f"the task_type of a reranker's peft_config is SEQ_CLS, got {peft_config.task_type!r}")
+        raise ValueError(f"the task_type of a reranker's peft_config must be SEQ_CLS, got {peft_config.task_type!r}")
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = peft.TaskType.SEQ_CLS
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), HEAD})
@@ -53,7 +53,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
 
 
 def check_head(model: Any) -> None:
-    """Raises ValueError for an adapter that leaves the head as it is, which would be neither trained nor saved."""
+    """Raises ValueError for an adapter that does not train the head, because it would not save the head either."""
     if not any(weight.requires_grad and f".{HEAD}." in name for name, weight in model.named_parameters()):
         raise ValueError(
             "the adapter does not train the score head: make it with modules_to_save=['score'], or pass the model and "
@@ -69,17 +69,17 @@ def merge_adapter(
     overwrite: bool = False,
 ) -> None:
     """
-    Merges an adapter into its base model and writes an ordinary checkpoint with equal scores.
+    Merges an adapter into its base model and writes a plain checkpoint with equal scores.
 
     Args:
         adapter: the folder or Hub id of an adapter, as [`CrossEncoderTrainer`] saves it.
         output: the folder to write, whole or not at all.
-        dtype: of the checkpoint; half precision takes half the space and rounds the weights.
-        overwrite: replace `output` when it exists.
+        dtype: of the checkpoint. Half precision takes half the space and rounds the weights.
+        overwrite: replace `output` if it exists.
 
     Raises:
-        FileExistsError: there is something at `output`, and `overwrite` is not set or it is no checkpoint.
-        ValueError: `adapter` is no adapter, or lies in `output`.
+        FileExistsError: `output` exists, and `overwrite` is not set or `output` is not a checkpoint.
+        ValueError: `adapter` is not an adapter, or it lies in `output`.
     """
     name = os.fspath(adapter)
     check_checkpoint_path(name)

@@ -1,4 +1,4 @@
-"""Measures of whole groups, for evaluation while training."""
+"""Measures over whole groups, for evaluation during training."""
 
 import numpy as np
 
@@ -11,20 +11,20 @@ def group_metrics(scores: Array, labels: Array) -> dict[str, float]:
     """
     Ranks the passages of each group by score and averages over the groups.
 
-    Equal scores count against the model: a relevant passage is ranked after the others that tie with it. A score that
-    is not a number ranks last. A group without a relevant passage counts as 0.
+    Ties count against the model: a relevant passage ranks after the less relevant passages with the same score. NaN
+    ranks last. A group without a relevant passage counts as 0.
 
     Args:
-        scores, labels (`np.ndarray` of shape `(groups, largest_group)`): labels above 0 are relevant and are the gain
-            of nDCG, as in trec_eval; -100 where there is no passage.
+        scores, labels (`np.ndarray` of shape `(groups, largest_group)`): -100 where there is no passage. A label above
+            0 marks a relevant passage, and it is the passage's gain in nDCG, as in trec_eval.
 
     Returns:
-        `accuracy@1` (the first passage is relevant), `mrr@10` and `ndcg@10`.
+        `accuracy@1` (the share of groups whose first passage is relevant), `mrr@10` and `ndcg@10`.
     """
     is_passage = labels != IGNORED
     gains = np.where(is_passage, labels, 0.0).clip(min=0.0)
     keys = np.where(is_passage, np.nan_to_num(scores.astype(np.float64), nan=-np.inf), -np.inf)
-    # Columns by falling score; lexsort sorts by its last key first.
+    # By falling score, then passages before padding, then rising gain: lexsort takes its last key first.
     order = np.lexsort((gains, ~is_passage, -keys), axis=1)
     ranked = np.take_along_axis(gains, order, axis=1)[:, :10]
     ideal = -np.sort(-gains, axis=1)[:, :10]

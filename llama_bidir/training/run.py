@@ -45,29 +45,31 @@ def train(
     """
     Trains a reranker and saves it, with tokenizer and model card, into `training_args.output_dir`.
 
-    A run that was stopped goes on from its last whole checkpoint when it is started again with the same arguments.
+    A stopped run resumes from its last complete checkpoint when it is started again with the same arguments.
 
     Args:
-        model_args, data_args, training_args: see there.
-        lora: fields of [`peft.LoraConfig`]; trains an adapter and the head, and saves those.
-        overwrite: start anew, and replace what a former run left in the output folder.
+        model_args, data_args, training_args: see their classes.
+        lora: fields of [`peft.LoraConfig`]. If given, an adapter and the head are trained and saved.
+        overwrite: start over, and replace the files of a former run in the output folder.
 
     Returns:
-        the trainer, whose `model` is the trained one and whose `state.log_history` holds the losses.
+        the trainer. Its `model` is the trained model, and its `state.log_history` holds the losses.
 
     Raises:
-        FileExistsError: the output folder holds a finished reranker or something else, and `overwrite` is not set.
-        ValueError: an argument, a row or the checkpoint breaks its rule, or a stopped run had other arguments.
-        OSError: a file or the checkpoint is not there.
+        FileExistsError: the output folder holds a finished reranker and `overwrite` is not set, or it holds something
+            that is not a run.
+        ValueError: an argument, a row or the checkpoint breaks its rule, or a stopped run had different arguments.
+        OSError: a file or the checkpoint does not exist.
     """
     check_recipe(model_args, data_args, training_args, lora)
     output = Path(str(training_args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
     if overwrite:
-        check_removable(output, keep=[model_args.model_name_or_path, *map(_path, data_args.train + data_args.eval)])
+        sources = map(parse_source, data_args.train + data_args.eval)
+        check_removable(output, keep=[model_args.model_name_or_path, *(source.path for source in sources)])
     elif is_finished(output):
         raise FileExistsError(
-            f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to train it anew, or "
+            f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to replace it, or "
             "choose another training.output_dir"
         )
     grouping = data_args.grouping(training_args.draw_seed)
@@ -90,14 +92,14 @@ def train(
     data_args = replace(data_args, prompt_template=model.config.prompt_template)
     arguments = run_arguments(model_args, data_args, training_args, lora, describe_groups(train_dataset))
     trainer.accelerator.wait_for_everyone()
-    if overwrite:  # only now, when nothing more can be found wrong with what replaces it
+    if overwrite:  # only now, because nothing else can be wrong with the run that replaces it
         if trainer.is_world_process_zero():
             remove_run(output)
         trainer.accelerator.wait_for_everyone()
     checkpoint = last_whole_checkpoint(output)
     if checkpoint is not None:
         check_same_run(output, arguments)
-        logger.warning(f"going on from {checkpoint}")
+        logger.warning(f"resuming from {checkpoint}")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         write_run(output, arguments)
@@ -119,7 +121,7 @@ def check_recipe(
     training_args: CrossEncoderTrainingArguments,
     lora: Mapping[str, Any] | None,
 ) -> None:
-    """Raises ValueError for arguments that do not go together, before anything is read."""
+    """Raises ValueError for arguments that contradict each other, before anything is read."""
     if not data_args.train:
         raise ValueError("data.train must name at least one source of training rows")
     if model_args.load_in_4bit and lora is None:
@@ -128,12 +130,12 @@ def check_recipe(
         raise ValueError(f"{training_args.loss} compares the passages of a group: data.group_size must be at least 2")
     if training_args.resume_from_checkpoint:
         raise ValueError(
-            "training.resume_from_checkpoint: a stopped run goes on from its last checkpoint by itself; leave it out"
+            "training.resume_from_checkpoint: a stopped run always resumes from its last checkpoint; leave it out"
         )
 
 
 def _push(trainer: CrossEncoderTrainer, output: Path, files: list[str]) -> None:
-    """Uploads the saved reranker as it is; the Trainer would save it once more."""
+    """Uploads the saved reranker. The Trainer's own upload would save it once more."""
     if trainer.hub_model_id is None:
         trainer.init_hf_repo()
     trainer._finish_current_push()
@@ -147,10 +149,6 @@ def _push(trainer: CrossEncoderTrainer, output: Path, files: list[str]) -> None:
     )
 
 
-def _path(entry: Any) -> str:
-    return parse_source(entry).path
-
-
 def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: str) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
     weighted = [(load_usable_rows(source, data_args, grouping, loss), source.weight) for source in sources]
@@ -158,7 +156,13 @@ def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Groupin
 
 
 def load_usable_rows(source: Source, data_args: DataArguments, grouping: Grouping, loss: str) -> Any:
-    """Loads the rows of a source that groups can be made of; raises ValueError for others, or leaves them out."""
+    """
+    Loads the rows of a source that can be made into groups.
+
+    Raises:
+        ValueError: another row is there, and `data_args.skip_bad_rows` is not set; or the loss needs teacher scores,
+            and a row has none.
+    """
     rows = load_rows(source, skip_bad_rows=data_args.skip_bad_rows)
     if grouping.group_size != 1:
         rows = with_negatives(rows, source.path, skip_others=data_args.skip_bad_rows)
@@ -169,10 +173,10 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
 
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adapter: bool) -> PreTrainedModel:
     """
-    Loads the checkpoint to train: in float32, or in `model_args.dtype` where it stays frozen under an adapter.
+    Loads the checkpoint to train: in float32, or in `model_args.dtype` if it stays frozen under an adapter.
 
     Raises:
-        ImportError: bitsandbytes is not installed.
+        ImportError: `load_in_4bit` is set, but bitsandbytes is not installed.
     """
     fields = config_fields(model_args, data_args)
     if model_args.attn_implementation is not None:
@@ -202,10 +206,11 @@ def _four_bits(dtype: str) -> Any:
 
 def _save_whole(trainer: CrossEncoderTrainer, output: Path) -> list[str]:
     """
-    Saves beside the checkpoints, then moves the files in: the folder loads only when all of them are there.
+    Saves the reranker into a folder in `output`, then moves its files to `output`, the configuration last. A kill thus
+    never leaves a folder that loads with some of its files missing.
 
     Returns:
-        the names of the files, in the first process.
+        the names of the files; empty in all processes but the first.
     """
     working, files = output / SAVING_NAME, list[str]()
     trainer.save_model(os.fspath(working), _internal_call=True)

@@ -1,4 +1,4 @@
-"""The order of groups: decided by the seed and the epoch alone, so that it survives a resume and more processes."""
+"""The order of groups, which depends on the seed and the epoch alone: not on a resume or the number of processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,14 +13,15 @@ from ..data import GroupDataset
 
 class EpochSampler(Sampler[int]):
     """
-    Shuffles groups anew each epoch.
+    Shuffles groups in a new order each epoch.
 
-    accelerate's own sampler starts from its first epoch again when a run of several processes is resumed.
+    When a run of several processes resumes, accelerate's own sampler starts from its first epoch again.
 
     Args:
-        dataset: knows the epoch.
+        dataset: the groups, whose `epoch` decides the order.
         seed: of the shuffle.
-        batch_size: groups a step over all processes that are to be of like lengths; any lengths when None.
+        batch_size: groups per batch over all processes, to make batches of groups with similar lengths. None ignores
+            lengths.
     """
 
     def __init__(self, dataset: GroupDataset, *, seed: int, batch_size: int | None = None):
@@ -41,7 +42,7 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a dataset the epoch before the sampler starts; accelerate tells the first of the two that it finds."""
+    """Sets a dataset's epoch before the sampler starts. accelerate sets the epoch of only one of the two."""
 
     def __init__(self, dataset: GroupDataset):
         self.dataset = dataset

@@ -31,7 +31,7 @@ from .sampling import EpochCallback, EpochSampler
 
 logger = logging.getLogger(__name__)
 
-# What the collator reads, so that the Trainer leaves it in the items.
+# The fields that the collator reads. The Trainer drops all fields that it does not know.
 GROUP_KEYS = ["query", "passages", "labels", "teacher_scores"]
 
 
@@ -39,35 +39,37 @@ class CrossEncoderTrainer(Trainer):
     """
     Trains a bidirectional Llama reranker on groups: a query, one of its positives and some of its negatives.
 
-    Batches are packed (laid end to end, without padding) where that is possible and `args.packing` does not say
-    otherwise. Evaluation reports `loss`, `accuracy@1`, `mrr@10` and `ndcg@10` over whole groups, the same on any number
-    of processes. Each log is appended to `history.jsonl` in the output folder, and the end draws `training.png`.
+    Batches are packed (laid end to end, without padding) unless that is impossible or `args.packing` is False.
+    Evaluation reports `loss`, `accuracy@1`, `mrr@10` and `ndcg@10` over whole groups. Their values do not depend on the
+    number of processes. Each log is appended to `history.jsonl` in the output folder, and `training.png` is drawn when
+    training ends.
 
     Args:
-        model: a [`LlamaBidirectionalForSequenceClassification`] with one label; its configuration says how pairs are
+        model: a [`LlamaBidirectionalForSequenceClassification`] with one label. Its configuration says how pairs are
             rendered and truncated.
-        args: [`CrossEncoderTrainingArguments`]; batch sizes count groups.
-        train_dataset, eval_dataset: rows with `query`, `pos_doc` and `neg_doc` (see [`~data.parse_row`]), as a
-            sequence or a stream, or groups that are made already (see [`~data.GroupDataset`]). A stream for evaluation
-            is read into memory once. `eval_dataset` may be a mapping of names to such.
+        args: [`CrossEncoderTrainingArguments`], whose batch sizes count groups.
+        train_dataset, eval_dataset: rows with `query`, `pos_doc` and `neg_doc` (see [`~data.parse_row`]) as a sequence
+            or a stream, or ready groups (see [`~data.GroupDataset`]). A stream for evaluation is read into memory once.
+            `eval_dataset` may also be a mapping of names to datasets.
         processing_class: the model's fast tokenizer, saved with every checkpoint.
-        loss: a name of [`~losses.LOSSES`], or a function with their arguments; `args.loss` when not given.
-        group_size: passages a query in training.
-        eval_group_size: the same in evaluation; all passages of a row when not given.
+        loss: a name in [`~losses.LOSSES`], or a function with their arguments. The default is `args.loss`.
+        group_size: passages per query in training.
+        eval_group_size: the same in evaluation. None takes all passages of a row.
         positives, negatives, short_groups: see [`~data.Grouping`].
-        prompt_template: replaces the model's, as in [`CrossEncoder`]. When not given, a model with the default template
-            gets the one that NeMo AutoModel has saved with its tokenizer, if there is one.
+        prompt_template: replaces the model's, as in [`CrossEncoder`]. By default, a model with the default template
+            gets the template that NeMo AutoModel has saved with the tokenizer, if there is one.
         peft_config: a `peft.LoraConfig`, to train an adapter and the head instead of all weights.
-        kwargs: the Trainer's other arguments.
+        kwargs: further arguments of the Trainer.
 
     Attributes:
-        save_dtype: of the weights that are saved; as they are trained when None.
+        save_dtype: the dtype of the saved weights. None saves them as they are trained.
 
     Raises:
-        ValueError, TypeError: an argument breaks its rule.
+        ValueError: an argument breaks its rule.
+        TypeError: an argument has the wrong type, or is not supported.
     """
 
-    # `loss` is a mean over the groups of a batch, so the Trainer divides it by the accumulation steps.
+    # `loss` is a mean over the groups of a batch, so the Trainer must divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
     save_dtype: torch.dtype | None = None
     args: CrossEncoderTrainingArguments
@@ -97,7 +99,7 @@ class CrossEncoderTrainer(Trainer):
             raise TypeError("processing_class must be the tokenizer of the model, got None")
         _check_arguments(args, kwargs)
         if model.config.num_labels != 1:
-            raise ValueError(f"a group has one score a passage, but the model has {model.config.num_labels} labels")
+            raise ValueError(f"a group has one score per passage, but the model has {model.config.num_labels} labels")
         self.loss = get_loss(args.loss if loss is None else loss)
         grouping = Grouping(
             group_size=group_size,
@@ -128,16 +130,12 @@ class CrossEncoderTrainer(Trainer):
             prompt_encoder = PromptEncoder.from_config(processing_class, model.config)  # type: ignore[arg-type]
             needs_teacher = any(self.loss is LOSSES[name] for name in TEACHER_LOSSES)
             data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: _eval_groups(rows, eval_grouping) for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = _eval_groups(eval_dataset, eval_grouping)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
             train_dataset=_train_groups(train_dataset, grouping),
-            eval_dataset=eval_dataset,
+            eval_dataset=_eval_groups(eval_dataset, eval_grouping),
             processing_class=processing_class,
             **kwargs,
         )
@@ -156,7 +154,7 @@ class CrossEncoderTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        # DeepSpeed and FSDP give half precision here.
+        # DeepSpeed and FSDP pass them in half precision.
         labels, teacher_scores = inputs.pop("labels").float(), inputs.pop("teacher_scores").float()
         mask = labels != IGNORED
         scores = torch.full_like(labels, IGNORED)
@@ -195,7 +193,7 @@ class CrossEncoderTrainer(Trainer):
         self._evaluated = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         losses, scores, labels = (_stack(tensors) for tensors in zip(*self._evaluated, strict=True))
-        # The Trainer's loss is a mean over batches, which depends on how groups fall into them.
+        # The Trainer's own loss is a mean over batches, which depends on the size of a batch.
         metrics = {"loss": float(losses.mean()), **group_metrics(scores, labels)}
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
@@ -210,7 +208,7 @@ class CrossEncoderTrainer(Trainer):
 
     @contextmanager
     def _whole_evaluation(self) -> Iterator[None]:
-        """Keeps the tail, which `dataloader_drop_last` would leave out of evaluation too."""
+        """Keeps the last batch in evaluation, where `dataloader_drop_last` would drop it too."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
@@ -227,7 +225,7 @@ class CrossEncoderTrainer(Trainer):
         return super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if not isinstance(eval_dataset, (str, dict)):
+        if not isinstance(eval_dataset, str):  # the name of one of the datasets
             eval_dataset = _eval_groups(eval_dataset, self._eval_grouping)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
@@ -247,8 +245,8 @@ class CrossEncoderTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Writes the reranker's model card, in place of the Trainer's, with the language, the licence, the tags, the base
-        model and the training data (`dataset_tags`) that are given. The other arguments are the Trainer's and not used.
+        Writes the reranker's model card in place of the Trainer's, with the language, the licence, the tags, the base
+        model and the training data (`dataset_tags`) that are given. The other arguments of the Trainer are not used.
         """
         given = {
             "language": language,
@@ -266,11 +264,11 @@ class CrossEncoderTrainer(Trainer):
             )
 
     def write_card(self, directory: str | os.PathLike[str], model_id: str) -> None:
-        """Writes the model card of a saved reranker that will be found as `model_id`."""
+        """Writes the model card of a saved reranker, which shows how to load `model_id`."""
         write_model_card(directory, self.accelerator.unwrap_model(self.model).config, model_id)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves one ordinary checkpoint, also where the weights are sharded and checkpoints keep them so (FSDP)."""
+        """Saves one plain checkpoint, even if FSDP shards the weights and keeps them sharded in checkpoints."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
             super().save_model(output_dir, _internal_call)
@@ -284,7 +282,7 @@ class CrossEncoderTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         config = copy.deepcopy(self.accelerator.unwrap_model(self.model).config)
-        config.architectures = [LlamaBidirectionalForSequenceClassification.__name__]  # an adapter keeps the base's
+        config.architectures = [LlamaBidirectionalForSequenceClassification.__name__]  # an adapter keeps its base's
         if self.save_dtype is not None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict  # type: ignore[union-attr]
             state_dict = {name: weight.to(self.save_dtype) for name, weight in state_dict.items()}
@@ -293,7 +291,7 @@ class CrossEncoderTrainer(Trainer):
         directory = output_dir or self.args.output_dir
         if directory is None or not self.args.should_save:
             return
-        # An adapter (PEFT) does not save the pooling, the temperature, the template and the length.
+        # PEFT saves no configuration of the model with an adapter.
         config.save_pretrained(directory)
         save_tokenizer(self.processing_class, directory, config)  # type: ignore[arg-type]
         if not os.path.exists(os.path.join(directory, "README.md")):
@@ -313,28 +311,26 @@ class CrossEncoderTrainer(Trainer):
         strategy = self.args.train_sampling_strategy
         if not isinstance(dataset, GroupDataset) or strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.draw_seed
-        if strategy == "random":
-            return EpochSampler(dataset, seed=seed)
-        return EpochSampler(dataset, seed=seed, batch_size=self.args.train_batch_size * self.args.world_size)
+        batch_size = None if strategy == "random" else self.args.train_batch_size * self.args.world_size
+        return EpochSampler(dataset, seed=self.args.draw_seed, batch_size=batch_size)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # The Trainer's own would reorder the groups when training is grouped by length.
+        # The Trainer's own sampler reorders the groups when training is grouped by length.
         return SequentialSampler(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # The collator reads text, which no argument of the model's forward is named after.
+        # The Trainer keeps the arguments of the model's forward, but the collator reads text.
         self._signature_columns = GROUP_KEYS  # type: ignore[assignment]
 
 
 def _use_packing(model: PreTrainedModel, args: CrossEncoderTrainingArguments) -> bool:
-    """Whether to pack; what cannot be packed is trained padded, unless packing was asked for."""
+    """Returns whether to pack batches. Raises ValueError if packing is asked for but impossible."""
     attention = model.config._attn_implementation
     reasons = {
-        f"attn_implementation={attention!r} reads no packed input": attention not in ("sdpa", *PACKED_IMPLEMENTATIONS),
+        f"attn_implementation={attention!r} cannot pack": attention not in ("sdpa", *PACKED_IMPLEMENTATIONS),
         "neftune_noise_alpha scales its noise by the length of a padded batch": args.neftune_noise_alpha is not None,
-        "torch_compile would compile anew for each batch": args.torch_compile,
-        "several GPUs in one process split padded batches only; start one process a GPU": args.n_gpu > 1,
+        "torch_compile would compile again for each batch": args.torch_compile,
+        "several GPUs in one process split padded batches only; start one process per GPU": args.n_gpu > 1,
     }
     hindrances = [reason for reason, holds in reasons.items() if holds]
     if args.packing and hindrances:
@@ -343,15 +339,15 @@ def _use_packing(model: PreTrainedModel, args: CrossEncoderTrainingArguments) ->
 
 
 def _check_arguments(args: CrossEncoderTrainingArguments, kwargs: dict[str, Any]) -> None:
-    """Refuses what would change nothing, or something else than it says."""
+    """Refuses arguments of the Trainer that have no effect or a wrong one here."""
     for name in ("model_init", "compute_loss_func"):
         if kwargs.get(name) is not None:
             raise TypeError(f"{name} is not supported: pass a model, and a function as loss")
     if args.label_smoothing_factor:
-        raise ValueError("label_smoothing_factor is for classes, and passages are none: set it to 0")
+        raise ValueError("label_smoothing_factor is for classes, and passages are not classes: set it to 0")
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
-            "train_sampling_strategy 'batch_rebalance' is not supported: take 'group_by_length' or 'random'"
+            "train_sampling_strategy 'batch_rebalance' is not supported: use 'group_by_length' or 'random'"
         )
 
 
@@ -364,13 +360,15 @@ def _train_groups(dataset: Any, grouping: Grouping) -> Any:
 def _eval_groups(dataset: Any, grouping: Grouping) -> Any:
     if dataset is None or isinstance(dataset, FixedGroups):
         return dataset
+    if isinstance(dataset, dict):
+        return {name: _eval_groups(rows, grouping) for name, rows in dataset.items()}
     if isinstance(dataset, (GroupDataset, GroupStream)):
         return FixedGroups(dataset if isinstance(dataset, GroupDataset) else list(dataset))
     return FixedGroups(GroupDataset([(dataset if hasattr(dataset, "__len__") else list(dataset), 1.0)], grouping))
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """Tensors of shape `(groups, width)` one below the other, filled with -100 to the widest."""
+    """Concatenates tensors of shape `(groups, width)`, padded with -100 to the largest width."""
     widest = max(tensor.shape[1] for tensor in tensors)
     padded = [torch.nn.functional.pad(tensor, (0, widest - tensor.shape[1]), value=IGNORED) for tensor in tensors]
     return torch.cat(padded).numpy()

@@ -41,7 +41,7 @@ def rows_file(tmp_path):
 
 @pytest.fixture
 def train_command(base_checkpoint, rows_file, tmp_path):
-    """A command line that trains for 4 steps, 3 an epoch."""
+    """Returns a function that makes a command line for training 4 steps, of which 3 are an epoch."""
 
     def command(recipe="llama3_2_1b", *options):
         values = {
@@ -113,7 +113,7 @@ def test_adapter_and_merge(train_command, tmp_path, capsys):
     adapter, merged = tmp_path / "out", tmp_path / "merged"
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"adapter: {adapter}",
-        f"a plain checkpoint of it: llama-bidir merge --adapter {adapter} --output {adapter}-merged",
+        f"to make it a plain checkpoint: llama-bidir merge --adapter {adapter} --output {adapter}-merged",
     ]
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
     assert main(["merge", "--adapter", str(adapter), "--output", str(merged)]) == 0
@@ -166,7 +166,7 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_is_not_there(train_command, capsys):
+def test_a_checkpoint_that_does_not_exist(train_command, capsys):
     assert main(train_command("llama3_2_1b", "--model.model_name_or_path", "org/model")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("llama-bidir: error: ")

@@ -21,10 +21,10 @@ MEASURES = ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10")
 
 @pytest.fixture(scope="module")
 def train_in(tmp_path_factory, base_checkpoint):
-    """Trains in one or two processes of gloo on this CPU, and returns the output folder and the logs."""
+    """Trains in one or two gloo processes on this CPU, and returns the output folder and the logs."""
     folder = tmp_path_factory.mktemp("distributed")
     train_rows, eval_rows = folder / "train.jsonl", folder / "eval.jsonl"
-    # Whole steps in training; in evaluation a tail for each number of processes.
+    # Training has whole steps only. Evaluation has an incomplete last batch for each number of processes.
     for path, rows in ((train_rows, ROWS[:16]), (eval_rows, ROWS[:19])):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

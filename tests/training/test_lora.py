@@ -124,7 +124,8 @@ def test_adapters_on_4_bit_weights(tmp_path):
         {"r": 4},
     )
     assert type(trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
-    assert np.mean(losses(trainer)[-5:]) < np.mean(losses(trainer)[:5])
+    # PEFT makes these matrices as zeros, so training has moved all of them.
+    assert all(weight.any() for name, weight in trainer.model.named_parameters() if "lora_B" in name)
     expected = CrossEncoder(trainer.model, trainer.processing_class).predict(PAIRS)
     np.testing.assert_allclose(
         CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS), expected, rtol=1e-4, atol=1e-4
@@ -135,7 +136,7 @@ def test_adapters_on_4_bit_weights(tmp_path):
 
 
 def test_wrong_adapters(base_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="the task_type of a reranker's peft_config is SEQ_CLS, got 'CAUSAL_LM'"):
+    with pytest.raises(ValueError, match="the task_type of a reranker's peft_config must be SEQ_CLS, got 'CAUSAL_LM'"):
         train_adapter(base_checkpoint, tmp_path, peft.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"model\.load_in_4bit freezes the weights: add a lora block"):
         train(

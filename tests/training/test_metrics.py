@@ -23,7 +23,7 @@ def test_values_by_hand():
     }
 
 
-def test_padding_is_no_passage():
+def test_padding_is_not_a_passage():
     padded = metrics([[2.0, 3.0, 9.0, 9.0]], [[1.0, 0.0, -100.0, -100.0]])
     assert padded == metrics([[2.0, 3.0]], [[1.0, 0.0]])
 

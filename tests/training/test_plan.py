@@ -277,14 +277,14 @@ def test_bad_rows(base_checkpoint, rows_file):
     assert section(report, "data")[1].split() == ["train", str(rows_file), "10", "2", "1", "10"]
 
 
-def test_a_row_that_makes_no_group(base_checkpoint, rows_file):
+def test_a_row_that_cannot_make_a_group(base_checkpoint, rows_file):
     with rows_file.open("a") as file:
         file.write('{"query": "q", "pos_doc": ["a"]}\n')
     with pytest.raises(ValueError, match=r"row 10 .query .q.. has no neg_doc beside its positives"):
         make_plan(base_checkpoint, rows_file)
 
 
-def test_what_can_not_be_read_is_named_at_once(base_checkpoint, rows_file, tmp_path):
+def test_everything_that_cannot_be_read_is_named_in_one_error(base_checkpoint, rows_file, tmp_path):
     gone = tmp_path / "gone"
     arguments = (
         ModelArguments(model_name_or_path=str(gone)),
@@ -303,7 +303,7 @@ def test_what_can_not_be_read_is_named_at_once(base_checkpoint, rows_file, tmp_p
     assert eval_source.endswith("(--data.eval names another)")
 
 
-def test_a_checkpoint_on_the_hub_that_can_not_be_reached(rows_file):
+def test_a_checkpoint_on_the_hub_that_cannot_be_reached(rows_file):
     with pytest.raises(FileNotFoundError, match=r"^model\.model_name_or_path: .*org/model.* names another\)$"):
         make_plan("org/model", rows_file)
 

@@ -80,14 +80,14 @@ def test_reference_recipe_has_the_reference_schedule():
     assert [factors[step] for step in (0, 99, 199, 299)] == pytest.approx([0.1, 1.0, 0.505, 0.01])
 
 
-def test_another_schedule_drops_what_belongs_to_the_first():
+def test_a_different_schedule_drops_the_keywords_of_the_first():
     training = load_recipe("llama3_2_1b", {"training": {"lr_scheduler_type": "linear"}}).training
     assert (training.lr_scheduler_type, training.lr_scheduler_kwargs) == ("linear", None)
     overrides = {"training": {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1}}}
     assert load_recipe("llama3_2_1b", overrides).training.lr_scheduler_kwargs == {"num_cycles": 1}
 
 
-def test_one_process_leaves_fsdp_out(caplog, monkeypatch):
+def test_one_process_runs_without_fsdp(caplog, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with caplog.at_level(logging.WARNING, logger="llama_bidir"):
         training = load_recipe("llama3_1_8b").training

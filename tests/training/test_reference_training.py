@@ -1,4 +1,4 @@
-"""Training against the reference, NeMo AutoModel's class in a plain loop; `pip install --no-deps nemo-automodel`."""
+"""Compares training with NeMo AutoModel's class in a plain loop. Needs `pip install --no-deps nemo-automodel`."""
 
 import importlib.util
 import itertools
@@ -27,7 +27,7 @@ STEPS, GROUPS, GROUP_SIZE, LEARNING_RATE = 20, 4, 4, 5e-4
 
 
 def make_word_tokenizer():
-    """One token a word, for the golden checkpoints' vocabulary of 97."""
+    """Returns a tokenizer with one token per word, for the golden checkpoints' vocabulary of 97."""
     texts = [text for row in ROWS for text in (row["query"], *row["pos_doc"], *row["neg_doc"])]
     splitter = pre_tokenizers.Whitespace()
     words = {word for text in ["question: passage:", *texts] for word, _ in splitter.pre_tokenize_str(text)}
@@ -76,7 +76,6 @@ def test_twenty_steps_equal_a_plain_loop_over_the_reference(case, packing, tmp_p
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         optimizer.step()
-    assert np.mean(expected[-5:]) < 0.95 * np.mean(expected[:5])
     np.testing.assert_allclose(losses(trainer), expected, rtol=1e-4)
     trained = model.state_dict()
     for name, weight in reference.state_dict().items():

@@ -47,7 +47,7 @@ def run(base, rows, output, **kwargs):
     )
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(base_checkpoint, rows_file, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(base_checkpoint, rows_file, tmp_path):
     command = [sys.executable, str(SCRIPT), str(base_checkpoint), str(rows_file), str(rows_file)]
     fields = ["max_steps=12", 'save_strategy="steps"', "save_steps=1", "save_total_limit=2", "global_batch_size=8"]
     subprocess.run([*command, str(tmp_path / "whole"), *fields], check=True, capture_output=True)
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base_checkpoint, rows_file, tm
     assert process.returncode == -signal.SIGKILL
     assert not (stopped / "model.safetensors").exists()
     result = subprocess.run([*command, str(stopped), *fields], check=True, capture_output=True, text=True)
-    assert "going on from" in result.stderr
+    assert "resuming from" in result.stderr
 
     expected, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     for name, weight in expected.items():
@@ -76,26 +76,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(base_checkpoint, rows_file, tm
     assert whole == again
 
 
-def test_a_torn_checkpoint_is_not_used(base_checkpoint, rows_file, tmp_path, caplog):
+def test_an_incomplete_checkpoint_is_ignored(base_checkpoint, rows_file, tmp_path, caplog):
     whole = run(base_checkpoint, rows_file, tmp_path / "whole")
     stopped = tmp_path / "stopped"
     stop(tmp_path / "whole", stopped, "checkpoint-2")
     (stopped / "checkpoint-3").mkdir()
     (stopped / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
     resumed = run(base_checkpoint, rows_file, stopped)
-    assert any("checkpoint-3 is not whole" in record.getMessage() for record in caplog.records)
+    assert any("checkpoint-3 is incomplete" in record.getMessage() for record in caplog.records)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
-def test_other_arguments_are_refused_with_what_changed(base_checkpoint, rows_file, tmp_path):
+def test_different_arguments_are_refused_with_what_changed(base_checkpoint, rows_file, tmp_path):
     run(base_checkpoint, rows_file, tmp_path)
     run_file = tmp_path / "training_run.json"
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "finished": False}))
     with pytest.raises(
         ValueError,
-        match=r"holds a stopped run with other arguments: data\.group_size was 3 and is 4; "
-        r"training\.learning_rate was 0\.01 and is 0\.001\. Start with the same ones to go on",
+        match=r"holds a stopped run with different arguments: data\.group_size was 3 and is 4; "
+        r"training\.learning_rate was 0\.01 and is 0\.001\. To resume it, start with the same arguments",
     ):
         run(base_checkpoint, rows_file, tmp_path, group_size=4, learning_rate=1e-3)
     other_rows = tmp_path / "rows.jsonl"
@@ -104,7 +104,7 @@ def test_other_arguments_are_refused_with_what_changed(base_checkpoint, rows_fil
     run(base_checkpoint, other_rows, tmp_path, logging_steps=2)
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "finished": False}))
     other_rows.write_text(rows_file.read_text().replace("bees", "wasps", 1))
-    with pytest.raises(ValueError, match=r"other arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. Start"):
+    with pytest.raises(ValueError, match=r"different arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. To resume"):
         run(base_checkpoint, other_rows, tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_one_changed_row_of_ten_thousand_is_refused(base_checkpoint, tmp_path):
     run(base_checkpoint, rows, tmp_path / "whole", max_steps=3, group_size=2)
     stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-2")
     rows.write_text("".join(texts).replace("n5", "m5", 1))
-    with pytest.raises(ValueError, match=r"other arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. Start"):
+    with pytest.raises(ValueError, match=r"different arguments: rows\.checksum was '\w{8}' and is '\w{8}'\. To resume"):
         run(base_checkpoint, rows, tmp_path / "stopped", max_steps=3, group_size=2)
 
 
@@ -151,7 +151,7 @@ def test_the_checksum_of_rows_depends_on_all_their_content_and_nothing_else(tmp_
     assert describe("row", negative="d7")["checksum"] != first["checksum"]
 
 
-def test_a_finished_run_is_not_replaced_unasked(base_checkpoint, rows_file, tmp_path):
+def test_a_finished_run_is_replaced_only_with_overwrite(base_checkpoint, rows_file, tmp_path):
     run(base_checkpoint, rows_file, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match=r"holds a finished reranker: pass overwrite \(--overwrite\)"):
@@ -178,7 +178,7 @@ def test_trained_in_float32_and_saved_in_bfloat16(base_checkpoint, rows_file, tm
     assert {weight.dtype for weight in checkpoint.values()} == {torch.float32}
 
 
-def test_a_run_that_was_stopped_behind_its_last_step_takes_no_more(base_checkpoint, rows_file, tmp_path):
+def test_a_run_that_stopped_after_its_last_step_takes_no_more(base_checkpoint, rows_file, tmp_path):
     whole = run(base_checkpoint, rows_file, tmp_path / "whole")
     stop(tmp_path / "whole", tmp_path / "stopped", "checkpoint-4")
     resumed = run(base_checkpoint, rows_file, tmp_path / "stopped")
@@ -212,7 +212,7 @@ def test_checkpoints_without_an_optimizer_or_of_another_run_are_refused(base_che
     run(base_checkpoint, rows_file, tmp_path / "other")
     stop(tmp_path / "other", tmp_path / "unknown", "checkpoint-2")
     (tmp_path / "unknown" / "training_run.json").unlink()
-    with pytest.raises(ValueError, match="holds checkpoints of something else: choose another"):
+    with pytest.raises(ValueError, match="holds checkpoints of an unknown run: choose another"):
         run(base_checkpoint, rows_file, tmp_path / "unknown")
 
 
@@ -229,14 +229,14 @@ def test_overwrite_removes_a_run_and_nothing_else(base_checkpoint, rows_file, tm
             arguments(CrossEncoderTrainingArguments, tmp_path),
             overwrite=True,
         )
-    assert (tmp_path / "model.safetensors").exists()  # nothing is removed before the new run is known to start
+    assert (tmp_path / "model.safetensors").exists()  # a run that cannot start removes nothing
     inside = ModelArguments(model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"lies in training\.output_dir, which overwrite clears"):
         train(inside, fields[1], arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)
     assert (tmp_path / "model.safetensors").exists()
     (tmp_path / "training_run.json").unlink()
     with pytest.raises(
-        FileExistsError, match="holds something else than a training run, which overwrite does not remove"
+        FileExistsError, match="holds something other than a training run, which overwrite does not remove"
     ):
         train(*fields, arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=1), overwrite=True)
 
@@ -268,11 +268,11 @@ def test_rows_that_cannot_train_are_found_before_the_first_step(base_checkpoint,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"resume_from_checkpoint": "out/checkpoint-2"}, "a stopped run goes on from its last checkpoint by itself"),
+        ({"resume_from_checkpoint": "out/checkpoint-2"}, "a stopped run always resumes from its last checkpoint"),
         ({"loss": "ranknet", "group_size": 1}, "ranknet compares the passages of a group"),
     ],
 )
-def test_what_would_change_nothing_or_cannot_work_is_refused(base_checkpoint, rows_file, tmp_path, fields, message):
+def test_arguments_without_effect_or_use_are_refused(base_checkpoint, rows_file, tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         run(base_checkpoint, rows_file, tmp_path / "out", **fields)
     assert not (tmp_path / "out").exists()
@@ -285,7 +285,7 @@ def test_what_would_change_nothing_or_cannot_work_is_refused(base_checkpoint, ro
         ({"auto_find_batch_size": True}, "global_batch_size does not go with auto_find_batch_size"),
     ],
 )
-def test_the_size_of_a_step_is_said_once(tmp_path, fields, message):
+def test_the_size_of_a_step_is_given_once(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         arguments(CrossEncoderTrainingArguments, tmp_path, per_device_train_batch_size=4, global_batch_size=8, **fields)
 
@@ -300,7 +300,7 @@ def test_the_prompt_of_nemo_automodel_is_trained_and_saved(base_checkpoint, rows
     trainer = run(base, rows_file, tmp_path / "out", max_steps=1)
     assert trainer.model.config.prompt_template == "Q {query} P {passage}"
     assert CrossEncoder(tmp_path / "out").config.prompt_template == "Q {query} P {passage}"
-    train(  # what the first run has left is removed, whatever the tokenizer has put there
+    train(  # with overwrite, which also removes the files that only the first tokenizer has saved
         ModelArguments(model_name_or_path=str(base)),
         DataArguments(train=[str(rows_file)], group_size=3, prompt_template="{query}: {passage}"),
         arguments(CrossEncoderTrainingArguments, tmp_path / "out", max_steps=1),

@@ -58,7 +58,7 @@ def test_packed_training_equals_padded(pooling, tmp_path):
         ({}, {"torch_compile": True}),
     ],
 )
-def test_what_cannot_be_packed_is_padded_or_refused(model_fields, fields, tmp_path):
+def test_batches_that_cannot_be_packed_are_padded_or_refused(model_fields, fields, tmp_path):
     assert not make_trainer(tmp_path, model_fields=model_fields, **fields).packing
     with pytest.raises(ValueError, match="packing=True is not possible: "):
         make_trainer(tmp_path, model_fields=model_fields, packing=True, **fields)
@@ -156,18 +156,36 @@ def test_best_model_and_early_stopping(tmp_path):
     assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(max(measured.values()))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_trains(name, tmp_path):
-    rows = [
-        {**row, "pos_score": [2.0], "neg_score": [-1.0 * index for index in range(len(row["neg_doc"]))]} for row in ROWS
+def score_groups(model, rows):
+    """The scores of the positive and the first three negatives of each row, pair by pair in a plain forward pass."""
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    texts = [
+        model.config.prompt_template.format(query=row["query"], passage=passage)
+        for row in rows
+        for passage in [row["pos_doc"][0], *row["neg_doc"][:3]]
     ]
-    trainer = make_trainer(tmp_path, rows, rows[:4], loss=name, max_steps=12, learning_rate=3e-3)
-    before = trainer.evaluate()["eval_loss"]
+    return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts]).view(len(rows), 4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_the_step_of_a_plain_loop(name, tmp_path):
+    rows = [{**row, "neg_doc": row["neg_doc"][:3], "pos_score": [2], "neg_score": [0, -1, -2]} for row in ROWS[:4]]
+    fields = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, rows, loss=name, trainer_fields={"negatives": "first"}, **fields)
+    plain = copy.deepcopy(trainer.model).train()
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
-    if name in TEACHER_LOSSES:
-        with pytest.raises(ValueError, match="has no teacher scores, which the loss needs: give every row pos_score"):
-            make_trainer(tmp_path, ROWS, loss=name).train()
+    labels, teacher_scores = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 4), torch.tensor([[2.0, 0.0, -1.0, -2.0]] * 4)
+    loss = LOSSES[name](score_groups(plain, rows), labels, None, teacher_scores)
+    loss.backward()
+    assert losses(trainer) == [pytest.approx(loss.item(), rel=1e-5)]
+    expected = {weight_name: weight - 1e-2 * weight.grad for weight_name, weight in plain.named_parameters()}
+    assert_equal_states(expected, trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("name", sorted(TEACHER_LOSSES))
+def test_teacher_losses_need_teacher_scores(name, tmp_path):
+    with pytest.raises(ValueError, match="has no teacher scores, which the loss needs: give every row pos_score"):
+        make_trainer(tmp_path, ROWS, loss=name).train()
 
 
 def test_logits_and_labels_in_half_precision(tmp_path):
@@ -178,7 +196,7 @@ def test_logits_and_labels_in_half_precision(tmp_path):
         name: value.bfloat16() if torch.is_floating_point(value) else value
         for name, value in batch.items()
         if isinstance(value, torch.Tensor)
-    }  # as DeepSpeed gives them
+    }  # as DeepSpeed passes them
     loss = trainer.compute_loss(lambda **inputs: SequenceClassifierOutput(logits=logits.bfloat16()), halved)
     scores = torch.full_like(batch["labels"], -100.0)
     scores[batch["labels"] != -100] = logits.squeeze(-1).bfloat16().float()
@@ -191,9 +209,13 @@ def test_a_function_as_loss(tmp_path):
         margins = 1 - scores[:, :1] + scores
         return margins.clamp(min=0).masked_fill((labels > 0) | ~mask, 0.0).sum(1).mean()
 
-    trainer = make_trainer(tmp_path, trainer_fields={"loss": hinge}, max_steps=12)
+    trainer_fields = {"loss": hinge, "negatives": "first"}
+    fields = {"max_steps": 1, "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, ROWS[:4], trainer_fields=trainer_fields, **fields)
+    scores = score_groups(trainer.model, ROWS[:4])
     trainer.train()
-    assert np.mean(losses(trainer)[-3:]) < np.mean(losses(trainer)[:3])
+    expected = (1 - scores[:, :1] + scores[:, 1:]).clamp(min=0).sum(1).mean().item()
+    assert losses(trainer) == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_streams_train_and_evaluate(tmp_path):
@@ -215,16 +237,16 @@ def test_streams_train_and_evaluate(tmp_path):
 
 def test_groups_by_length(tmp_path):
     rows = [{**ROWS[number % 20], "pos_doc": ["bees " * number]} for number in range(100)]
-    spreads = []
-    for strategy in ("random", "group_by_length"):
-        trainer = make_trainer(
-            tmp_path, rows, train_sampling_strategy=strategy, per_device_train_batch_size=2, packing=False
-        )
-        lengths = trainer.train_dataset.num_characters()
-        batches = list(trainer.get_train_dataloader().batch_sampler)
-        assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
-        spreads.append(sum(abs(lengths[first] - lengths[second]) for first, second in batches))
-    assert spreads[1] < 0.7 * spreads[0]
+    trainer = make_trainer(
+        tmp_path, rows, train_sampling_strategy="group_by_length", per_device_train_batch_size=2, packing=False
+    )
+    lengths = trainer.train_dataset.num_characters()
+    order = [index for batch in trainer.get_train_dataloader().batch_sampler for index in batch]
+    assert sorted(order) == list(range(len(rows)))
+    assert order != sorted(order)
+    for start in range(0, len(rows), 24):  # sorted in chunks of 12 batches, the first of which may be exchanged
+        chunk = [lengths[index] for index in order[start + 1 : start + 24]]
+        assert chunk == sorted(chunk, reverse=True)
 
 
 def test_order_depends_on_seed_and_epoch_alone(tmp_path):
@@ -238,18 +260,37 @@ def test_order_depends_on_seed_and_epoch_alone(tmp_path):
     assert sorted(orders[0]) == list(range(len(ROWS)))
 
 
-@pytest.mark.parametrize("fields", [{"bf16": True}, {"gradient_checkpointing": True}, {"neftune_noise_alpha": 0.1}])
-def test_features_of_the_trainer_work(fields, tmp_path):
-    plain, featured = make_trainer(tmp_path, max_steps=10), make_trainer(tmp_path, max_steps=10, **fields)
-    for trainer in (plain, featured):
+def test_gradient_checkpointing_changes_no_loss(tmp_path):
+    plain, checkpointed = (
+        make_trainer(tmp_path, max_steps=5, gradient_checkpointing=checkpointing) for checkpointing in (False, True)
+    )
+    for trainer in (plain, checkpointed):
         trainer.train()
-    exact = "gradient_checkpointing" in fields
-    np.testing.assert_allclose(losses(featured), losses(plain), rtol=1e-5 if exact else 0.2, atol=0 if exact else 0.1)
-    assert exact or losses(featured) != losses(plain)
-    assert featured.model.dtype == torch.float32
+    np.testing.assert_allclose(losses(checkpointed), losses(plain), rtol=1e-5)
 
 
-def test_history_and_curves_are_left(tmp_path):
+def test_bfloat16_computes_as_autocast_and_keeps_weights_in_float32(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = trainer.compute_loss(trainer.model.train(), batch).item()
+    assert expected != trainer.compute_loss(trainer.model, batch).item()
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(expected, rel=1e-6)]
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+
+
+def test_neftune_adds_noise_in_training_only(tmp_path):
+    plain, noisy = (
+        make_trainer(tmp_path, ROWS, ROWS[:4], neftune_noise_alpha=alpha, packing=False) for alpha in (None, 5)
+    )
+    assert noisy.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    for trainer in (plain, noisy):
+        trainer.train()
+    assert losses(noisy)[0] != losses(plain)[0]
+
+
+def test_history_and_curves_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     trainer = make_trainer(tmp_path, ROWS, ROWS[:4], max_steps=4, eval_strategy="steps", eval_steps=2)
     trainer.train()
@@ -286,13 +327,10 @@ def test_accumulation_with_short_groups(tmp_path):
 
 
 def test_liger_is_never_silently_left_out(tmp_path, monkeypatch):
-    import importlib.util
-
-    from llama_bidir.training import liger
-
-    with pytest.raises((ImportError, ValueError), match="use_liger_kernel"):
+    monkeypatch.setattr("llama_bidir.training.liger.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="liger-kernel is not installed: pip install liger-kernel"):
         make_trainer(tmp_path, use_liger_kernel=True)
-    monkeypatch.setattr(liger, "find_spec", lambda name: importlib.util.find_spec("torch"))
+    monkeypatch.setattr("llama_bidir.training.liger.find_spec", lambda name: object())
     with pytest.raises(ValueError, match="use_liger_kernel needs a GPU"):
         make_trainer(tmp_path, use_liger_kernel=True)
 
@@ -323,7 +361,7 @@ def test_wrong_groups_are_refused_before_training(tmp_path):
         ({}, {"model_init": make_model}, TypeError, "model_init is not supported"),
     ],
 )
-def test_what_would_do_nothing_is_refused(fields, trainer_fields, error, message, tmp_path):
+def test_arguments_without_effect_are_refused(fields, trainer_fields, error, message, tmp_path):
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, trainer_fields=trainer_fields, **fields)
 
@@ -362,7 +400,7 @@ def test_rows_are_checked_with_their_number(tmp_path):
         make_trainer(tmp_path, rows, train_sampling_strategy="sequential").train()
 
 
-def test_every_group_is_seen_once_an_epoch(tmp_path):
+def test_every_group_is_seen_once_per_epoch(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=2, max_steps=-1, per_device_train_batch_size=3)
     seen = []
     collate = trainer.data_collator

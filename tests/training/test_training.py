@@ -163,7 +163,7 @@ def test_wrong_arguments(tmp_path, tokenizer):
     args = arguments(CrossEncoderTrainingArguments, tmp_path)
     with pytest.raises(TypeError, match="processing_class must be the tokenizer of the model, got None"):
         CrossEncoderTrainer(make_model(), args)
-    with pytest.raises(ValueError, match="one score a passage, but the model has 2 labels"):
+    with pytest.raises(ValueError, match="one score per passage, but the model has 2 labels"):
         CrossEncoderTrainer(make_model(num_labels=2), args, processing_class=tokenizer)
     with pytest.raises(ValueError, match="loss must be a function or one of"):
         CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, loss="hinge")
@@ -179,10 +179,11 @@ def test_run_trains_and_saves(base_checkpoint, tmp_path):
     trainer = train(
         ModelArguments(model_name_or_path=str(base_checkpoint), pooling="last", temperature=0.5),
         DataArguments(train=[str(path)], eval=[str(path)], group_size=4, prompt_template="{query} | {passage}"),
-        arguments(CrossEncoderTrainingArguments, tmp_path / "out", learning_rate=3e-3, max_steps=40),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out"),
     )
-    history = losses(trainer)
-    assert np.mean(history[-5:]) < 0.8 * np.mean(history[:5])
+    pairs = [(ROWS[0]["query"], passage) for passage in ROWS[0]["neg_doc"]]
+    expected = CrossEncoder(trainer.model, trainer.processing_class).predict(pairs)
+    np.testing.assert_array_equal(CrossEncoder(tmp_path / "out").predict(pairs), expected)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert (model.config.pooling, model.config.temperature) == ("last", 0.5)
     assert model.config.prompt_template == "{query} | {passage}"
