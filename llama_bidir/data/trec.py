@@ -280,7 +280,7 @@ def unknown_id(where: str, kind: str, identifier: str, path: str | os.PathLike[s
 
 def no_common_query(run: str, source: str) -> ValueError:
     """The error of a run that lists no query of its source, which may be the qrels or the training rows."""
-    return ValueError(f"{run} has no entry for a query of {source}; they must be about the same queries")
+    return ValueError(f"{run} has no entry for any query of {source}; both must be about the same queries")
 
 
 def _repeated_document(path: Path, line: int, query_id: str, doc_id: str, first: int) -> ValueError:

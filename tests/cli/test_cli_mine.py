@@ -148,7 +148,7 @@ def test_cut_pairs_are_said_once(command, monkeypatch, caplog):
             "0 Q0 d0 1 0 x\n0 Q0 d0 2 0 x\n",
             ":2: doc-id: the query '0' has the document 'd0' already, in line 1",
         ),
-        ("run.trec", "q99 Q0 d0 1 0 x\n", ": the run has no entry for a query of the rows; they must be about the "),
+        ("run.trec", "q99 Q0 d0 1 0 x\n", ": the run has no entry for any query of the rows; both must be about the "),
     ],
 )
 def test_input_errors_name_file_and_line(name, content, message, command, tmp_path, capsys):

@@ -104,7 +104,7 @@ def test_a_folder_gives_the_same_as_a_dataset(cross_encoder, tmp_path):
         (DATASET, {"depth": 0}, ValueError, "depth must be None or an int above 0, got 0"),
         (DATASET._replace(queries={}), {}, ValueError, "the query 'q1' is judged but has no text: add it to queries"),
         (DATASET._replace(corpus={}), {}, ValueError, "the document 'd5' of query 'q1' has no text: add it to corpus"),
-        (DATASET._replace(run={"x": {"d1": 1.0}}), {}, ValueError, "the run has no entry for a query of the qrels"),
+        (DATASET._replace(run={"x": {"d1": 1.0}}), {}, ValueError, "the run has no entry for any query of the qrels"),
         (DATASET, {"measures": "nDCG@ten"}, ValueError, "measure 'nDCG@ten' must be written like nDCG@10"),
     ],
 )
