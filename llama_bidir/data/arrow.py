@@ -51,7 +51,7 @@ def write_dataset(
     """
     datasets = require("datasets", "train")
     try:
-        with no_progress_bars():
+        with _no_progress_bars():
             return datasets.Dataset.from_generator(
                 generate,
                 features=features,
@@ -64,8 +64,19 @@ def write_dataset(
         raise error.__cause__ from None
 
 
+def load_train_split(*names: str, cache_dir: str | os.PathLike[str] | None) -> "Dataset":
+    """Returns the split `train` of a folder, or of a dataset on the Hub and its configuration, memory-mapped."""
+    with _no_progress_bars():
+        return require("datasets", "train").load_dataset(
+            *names,
+            split="train",
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            keep_in_memory=False,
+        )
+
+
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
+def _no_progress_bars() -> Iterator[None]:
     """Keeps `datasets` from drawing progress bars between the lines of a log and beside an error."""
     datasets = require("datasets", "train")
     was_disabled = datasets.are_progress_bars_disabled()
@@ -151,6 +162,7 @@ def are_valid(rows: Any) -> bool:
     of_rows = [
         pc.greater(sizes["pos_doc"], 0),
         pc.equal(table["pos_score"].is_null(), table["neg_score"].is_null()),
+        # Numbers are aligned with the passages of the same prefix, such as pos_score with pos_doc.
         *(pc.equal(sizes[name], sizes[f"{name[:3]}_doc"]) for name in numbers),
     ]
     if rows._indices is not None:  # the table also holds rows that were left out, such as those with an error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..utils.extras import require
-from .arrow import ArrowFiles, no_progress_bars, row_features, write_dataset
+from .arrow import ArrowFiles, load_train_split, row_features, write_dataset
 from .corpus import Corpus, join_texts
 from .corpus_id import corpus_rows
 from .files import read_id, read_json
@@ -76,9 +76,7 @@ def _list_subsets(repo_id: str, source: str) -> list[str]:
 
 
 def _load_subset(repo_id: str, name: str, cache_dir: str | os.PathLike[str] | None) -> Subset:
-    datasets = require("datasets", "train")
     source = f"{PREFIX}{repo_id}/{name}"
-    cache = None if cache_dir is None else os.fspath(cache_dir)
     file = _ask_hub(source, lambda: hf_hub_download(repo_id, f"{name}/{METADATA}", repo_type="dataset"))
     metadata = read_json(Path(file))
     if metadata.get("ids_only"):
@@ -88,12 +86,9 @@ def _load_subset(repo_id: str, name: str, cache_dir: str | os.PathLike[str] | No
         )
     corpus_id = read_id(metadata, "corpus_id", f"{source}: {METADATA}")
 
-    def load(config: str) -> "Dataset":
-        with no_progress_bars():
-            return datasets.load_dataset(repo_id, config, split="train", cache_dir=cache, keep_in_memory=False)
-
-    documents = _ask_hub(source, lambda: load(f"{name}_corpus"))
-    rows = _ask_hub(source, lambda: load(name))
+    documents, rows = _ask_hub(
+        source, lambda: [load_train_split(repo_id, each, cache_dir=cache_dir) for each in (f"{name}_corpus", name)]
+    )
     if not {"question", "pos_doc"} <= set(rows.column_names):
         raise ValueError(
             f"{source}: the rows must have the columns question and pos_doc, got {', '.join(rows.column_names)}"

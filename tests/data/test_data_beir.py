@@ -90,6 +90,20 @@ def test_options_choose_the_files_and_the_depth(beir, load):
         load({**options, "qrels": "qrels/test.tsv"})
 
 
+def test_the_rows_follow_the_run_and_the_corpus_is_cached_once(beir, load, tmp_path):
+    load(beir)
+    write(beir / "run.bm25.trec", RUN.replace("q1 Q0 d2 2", "q1 Q0 3 2"))
+    assert load(beir)[1]["neg_doc"] == ["One first"]
+    opened = open_corpus(beir / "corpus.jsonl", tmp_path / "cache")
+    assert opened.ids([2, 0]) == ["3", "d1"]
+    assert opened.texts([2, 0]) == ["third", "One first"]
+    texts = [path for path in (tmp_path / "cache").rglob("*.arrow") if b"second" in path.read_bytes()]
+    assert [str(path) for path in texts] == [file["filename"] for file in opened.dataset.cache_files]
+    again = pickle.loads(pickle.dumps(opened))
+    assert list(again.all_ids()) == ["d1", "d2", "3", "d4"]
+    assert again.index(first=5) == {"d1": 5, "d2": 6, "3": 7, "d4": 8}
+
+
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels.tsv", "run.bm25.trec"])
 def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
     (beir / name).unlink()
