@@ -148,16 +148,16 @@ class Job:
         """Returns the settings that hold and the windows that are done, or None if the output is whole."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         settings = self.journal.start(arguments, settings, overwrite=self.overwrite)
-        if self.journal.own.get("finished") is not None:
+        if self._is_whole():
             return settings, None
-        if not self.journal.own.get("prepared"):
+        made = [working for name, (working, _) in self._moves.items() if name != "output"]
+        if not self.journal.own.get("prepared") or not all(path.exists() for path in made):
             self.task.prepare()
             self.journal.own.note("prepared", True)
         return settings, self.journal.done()
 
     def _finish(self) -> dict[str, Any]:
-        state = self.journal.own
-        if state.get("finished") is None:
+        if not self._is_whole():
             working = self._moves["output"][0]
             try:
                 with open_binary(working, is_compressed=self.output.suffix.lower() == ".gz") as file:
@@ -165,14 +165,18 @@ class Job:
             except ValueError:
                 self.journal.remove()  # all is scored, and a further start would come to the same end
                 raise
-            state.note("finished", summary)
-        summary = state.get("finished")
+            self.journal.own.note("finished", summary)
+        summary = self.journal.own.get("finished")
         self._check_targets()
         for working, target in self._moves.values():
             if working.exists():
                 working.replace(target)
         self.journal.remove()
         return summary
+
+    def _is_whole(self) -> bool:
+        """Returns whether the output was written, although it may not have been moved yet."""
+        return self.journal.own.get("finished") is not None and any(path.exists() for path in self._moves["output"])
 
     def _check_targets(self) -> None:
         for working, target in self._moves.values():
