@@ -202,8 +202,11 @@ def run_job(job: Job, cross_encoder: CrossEncoder, *, show_progress_bar: bool | 
         with job.progress_bar(numbers, is_shown=show_progress_bar) as progress:
             windows = [job.windows[number] for number in numbers]
             records = score_windows(job.task, cross_encoder, windows, job.limits, progress)
+            num_done = progress.n
             for number, record in zip(numbers, records, strict=True):
                 job.journal.own.append(number, record)
+                num_done += job.num_pairs([number])
+                progress.update(num_done - progress.n)  # a window may have fewer pairs than it can have
         seconds = time.perf_counter() - started
         job.finish()
     return JobResult(job.output, job.num_pairs(numbers), seconds)
@@ -221,8 +224,7 @@ def score_windows(
         max_tokens_per_batch=limits.max_tokens_per_batch,
         progress=progress,
     )
-    for window, cut, scores in zip(second, windows, chunks, strict=True):
-        progress.update(task.num_pairs(cut) - len(window.pairs))  # a window may have fewer pairs than it can have
+    for window, scores in zip(second, chunks, strict=True):
         yield task.record(window, scores.tolist())
 
 

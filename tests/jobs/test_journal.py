@@ -73,6 +73,7 @@ def test_a_process_that_still_writes_is_not_disturbed(tmp_path):
     assert journal.done() == {3}
 
 
+@pytest.mark.filterwarnings("error")  # also for an exception that Python ignores
 def test_records_of_several_processes_are_in_order_and_complete(tmp_path):
     ranks = [Journal(tmp_path / "out", "rerank", rank=rank) for rank in range(3)]
     ranks[0].start({}, {}, overwrite=False)
