@@ -4,97 +4,25 @@ import gzip
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import tee
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, Self, cast
+from typing import IO, Any, NamedTuple, cast
 
 from tqdm.auto import tqdm
 
 from ..cross_encoder import CrossEncoder
-from ..scoring.pipeline import Activation, Pair
 from ..utils.outputs import check_apart, check_free
 from ..utils.sharing import deal
 from ..utils.validation import check_positive_int
 from .journal import Journal
 from .ranks import Ranks, check_shared_file
 from .scoring import fix_scoring
+from .task import Limits, Task, TextPath
 
 logger = logging.getLogger(__name__)
-
-TextPath = str | os.PathLike[str]
-
-
-class Limits(NamedTuple):
-    """Most pairs and most tokens per forward pass."""
-
-    batch_size: int | None
-    max_tokens_per_batch: int | None
-
-
-class Window(NamedTuple):
-    """The pairs to score together, and what the task needs to make a record of their scores."""
-
-    pairs: list[Pair]
-    source: Any
-
-
-class Task(Protocol):
-    """
-    A kind of work: which windows of pairs there are, what is recorded of each, and how records become the output.
-
-    A task that is not open yet can be pickled.
-    """
-
-    @property
-    def verb(self) -> str:
-        """The kind of job on the command line and in the journal, such as `rerank`."""
-
-    @property
-    def label(self) -> str:
-        """The kind of job in messages, such as `Reranking`."""
-
-    @property
-    def activation_fn(self) -> Activation | None:
-        """Applied to the logits; None is the activation of the cross-encoder."""
-
-    def open(self, beside: Callable[[str], Path]) -> None:
-        """Reads and checks the input. `beside` gives the path of a working file of the job."""
-
-    def files(self) -> dict[str, Path | None]:
-        """Returns the input files by what errors call them."""
-
-    def moves(self, beside: Callable[[str], Path]) -> dict[str, tuple[Path, Path]]:
-        """Returns further outputs by what errors call them: the working file and where it goes at the end."""
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what decides the output, by name, in values of JSON."""
-
-    def prepare(self) -> None:
-        """Makes the working files that the windows need. The first process calls it once per job."""
-
-    def cut(self, window_pairs: int) -> list[range]:
-        """Returns the windows, in every process the same: ranges of queries or rows with about `window_pairs` pairs."""
-
-    def num_pairs(self, window: range) -> int:
-        """Returns the number of pairs in a window, or the most that it can have."""
-
-    def costs(self, windows: Sequence[range], max_length: int) -> list[int]:
-        """Returns the work of each window in any unit. Pairs are cut to `max_length` tokens."""
-
-    def read(self, windows: Iterable[range]) -> Iterator[Window]:
-        """Yields windows in the given order."""
-
-    def record(self, window: Window, scores: list[float]) -> bytes:
-        """Returns what the journal keeps of a window. Raises ScoreError for a score that is NaN or infinite."""
-
-    def write(self, windows: Sequence[range], records: Iterator[bytes], file: IO[bytes]) -> dict[str, Any]:
-        """Writes the output and returns a summary in values of JSON. Raises ValueError if there is nothing to write."""
-
-    def for_actors(self) -> Self:
-        """Returns a copy, not open, for processes that may have another working folder."""
 
 
 class JobResult(NamedTuple):
@@ -220,16 +148,16 @@ class Job:
         """Returns the settings that hold and the windows that are done, or None if the output is whole."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         settings = self.journal.start(arguments, settings, overwrite=self.overwrite)
-        if self.journal.own.get("finished") is not None:
+        if self._is_whole():
             return settings, None
-        if not self.journal.own.get("prepared"):
+        made = [working for name, (working, _) in self._moves.items() if name != "output"]
+        if not self.journal.own.get("prepared") or not all(path.exists() for path in made):
             self.task.prepare()
             self.journal.own.note("prepared", True)
         return settings, self.journal.done()
 
     def _finish(self) -> dict[str, Any]:
-        state = self.journal.own
-        if state.get("finished") is None:
+        if not self._is_whole():
             working = self._moves["output"][0]
             try:
                 with open_binary(working, is_compressed=self.output.suffix.lower() == ".gz") as file:
@@ -237,14 +165,18 @@ class Job:
             except ValueError:
                 self.journal.remove()  # all is scored, and a further start would come to the same end
                 raise
-            state.note("finished", summary)
-        summary = state.get("finished")
+            self.journal.own.note("finished", summary)
+        summary = self.journal.own.get("finished")
         self._check_targets()
         for working, target in self._moves.values():
             if working.exists():
                 working.replace(target)
         self.journal.remove()
         return summary
+
+    def _is_whole(self) -> bool:
+        """Returns whether the output was written, although it may not have been moved yet."""
+        return self.journal.own.get("finished") is not None and any(path.exists() for path in self._moves["output"])
 
     def _check_targets(self) -> None:
         for working, target in self._moves.values():
@@ -270,8 +202,11 @@ def run_job(job: Job, cross_encoder: CrossEncoder, *, show_progress_bar: bool | 
         with job.progress_bar(numbers, is_shown=show_progress_bar) as progress:
             windows = [job.windows[number] for number in numbers]
             records = score_windows(job.task, cross_encoder, windows, job.limits, progress)
+            num_done = progress.n
             for number, record in zip(numbers, records, strict=True):
                 job.journal.own.append(number, record)
+                num_done += job.num_pairs([number])
+                progress.update(num_done - progress.n)  # a window may have fewer pairs than it can have
         seconds = time.perf_counter() - started
         job.finish()
     return JobResult(job.output, job.num_pairs(numbers), seconds)
@@ -289,8 +224,7 @@ def score_windows(
         max_tokens_per_batch=limits.max_tokens_per_batch,
         progress=progress,
     )
-    for window, cut, scores in zip(second, windows, chunks, strict=True):
-        progress.update(task.num_pairs(cut) - len(window.pairs))  # a window may have fewer pairs than it can have
+    for window, scores in zip(second, chunks, strict=True):
         yield task.record(window, scores.tolist())
 
 

@@ -84,7 +84,8 @@ class StateFile:
 
     def records(self) -> Iterator[tuple[int, bytes]]:
         """Yields the number and the record of each window, by number."""
-        return self._database.execute("SELECT number, record FROM windows ORDER BY number")
+        # Not the cursor itself: a generator that reads from it would close it, which fails after the file is closed.
+        return map(tuple, self._database.execute("SELECT number, record FROM windows ORDER BY number"))
 
     def close(self) -> None:
         """Closes the file and releases its lock."""

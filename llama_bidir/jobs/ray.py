@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from ..cross_encoder import CrossEncoder
 from ..utils.extras import require
-from .job import Job, JobResult, Limits, Task, score_windows
+from .job import Job, JobResult, score_windows
 from .scoring import fix_scoring
+from .task import Limits, Task
 
 # Ray hands out blocks of windows. An actor that dies loses its block.
 MOST_BLOCKS = 10_000

@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -5,7 +6,9 @@ import sys
 import pytest
 
 from llama_bidir import __version__
-from llama_bidir.cli import main
+from llama_bidir.cli import VERBS, main, recipes
+from llama_bidir.cli.options import check_job_options
+from llama_bidir.utils.errors import InputTypeError, ScoreError
 
 
 def test_version_and_help(capsys):
@@ -92,3 +95,44 @@ def test_module_runs():
         [sys.executable, "-m", "llama_bidir", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == f"llama-bidir {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("values", "device"),
+    [
+        (None, None),
+        (["cpu"], "cpu"),
+        (["cuda:0", "cuda:1"], ["cuda:0", "cuda:1"]),
+        (["cuda:0,cuda:1"], ["cuda:0", "cuda:1"]),
+        (["cpu,cuda", "cuda:1"], ["cpu", "cuda", "cuda:1"]),
+    ],
+)
+@pytest.mark.parametrize("verb", ["rerank", "mine"])
+def test_devices_are_named_in_either_form(verb, values, device):
+    parser = argparse.ArgumentParser()
+    VERBS[verb].add_arguments(parser)
+    files = ["--corpus=c", "--queries=q"] if verb == "rerank" else ["--source=s"]
+    options = [] if values is None else ["--device", *values]
+    arguments = parser.parse_args(["--model=m", "--output=o", *files, *options])
+    assert check_job_options(arguments)["device"] == device
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("x"), 2),
+        (InputTypeError("x"), 2),
+        (TypeError("'NoneType' object is not callable"), 1),
+        (ScoreError("x"), 1),
+        (RuntimeError("x"), 1),
+        (OSError("no such checkpoint"), 2),
+        (OSError(28, "No space left on device"), 1),
+    ],
+)
+def test_only_bad_input_exits_with_2(error, status, monkeypatch, capsys):
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr(recipes, "run", run)
+    assert main(["recipes"]) == status
+    assert capsys.readouterr().err == f"llama-bidir: error: {error}\n"

@@ -211,17 +211,3 @@ def test_queries_with_unknown_documents_can_be_left_out(name, content, message, 
     kept = [row for row in BEIR_ROWS if name == "qrels.tsv" or row["query"] != "query 1"]
     assert list(load("beir", skip_bad_rows=True)) == kept
     assert caplog.records[0].message == f"beir: left out 1 bad rows:\n  beir/{name}{message}"
-
-
-def test_the_rows_follow_the_run_and_the_corpus_is_cached_once(beir, load, tmp_path):
-    load(beir)
-    write(beir / "run.bm25.trec", RUN.replace("q1 Q0 d2 2", "q1 Q0 3 2"))
-    assert load(beir)[1]["neg_doc"] == ["One first"]
-    opened = open_corpus(beir / "corpus.jsonl", tmp_path / "cache")
-    assert opened.ids([2, 0]) == ["3", "d1"]
-    assert opened.texts([2, 0]) == ["third", "One first"]
-    texts = [path for path in (tmp_path / "cache").rglob("*.arrow") if b"second" in path.read_bytes()]
-    assert [str(path) for path in texts] == [file["filename"] for file in opened.dataset.cache_files]
-    again = pickle.loads(pickle.dumps(opened))
-    assert list(again.all_ids()) == ["d1", "d2", "3", "d4"]
-    assert again.index(first=5) == {"d1": 5, "d2": 6, "3": 7, "d4": 8}

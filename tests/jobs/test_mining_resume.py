@@ -181,7 +181,8 @@ def test_two_processes_do_not_mine_into_one_output(stopped, reranker_checkpoint)
     assert mine_file(str(reranker_checkpoint), source, output).num_rows == 10
 
 
-def test_a_kill_after_the_rows_were_moved_is_made_good(stopped, tmp_path, reranker_checkpoint, monkeypatch):
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_kill_after_the_rows_were_moved_is_made_good(is_deleted, stopped, tmp_path, reranker_checkpoint, monkeypatch):
     source, output = stopped
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -189,6 +190,8 @@ def test_a_kill_after_the_rows_were_moved_is_made_good(stopped, tmp_path, rerank
             mine_file(str(reranker_checkpoint), source, output)
     mined = output.read_bytes()
     assert (tmp_path / "out.jsonl.partial").exists()
+    if is_deleted:  # by somebody who wants it again
+        output.unlink()
     result = mine_file(str(reranker_checkpoint), source, output)
     assert (result.num_rows, result.num_written) == (10, mined.count(b"\n"))
     assert names(tmp_path) == ["out.jsonl", "rows.jsonl"]

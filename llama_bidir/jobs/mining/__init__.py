@@ -1,7 +1,8 @@
 """Mining of hard negatives with a cross-encoder as the teacher."""
 
+from .result import MiningResult
 from .selection import Selected, Selection, select_negatives
-from .task import MiningResult, MiningTask, mine_file, open_mining_job
+from .task import MiningTask, mine_file, open_mining_job
 from .windows import MinedRow, mine_negatives
 
 __all__ = [

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 SHINGLE_WORDS = 3
 NEAR_PERCENT = 90
-# Their words stand without spaces, so that each character counts as a word.
+# Unicode names of the scripts that write no spaces between words. Each of their characters counts as a word.
 SPACELESS = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 Shingles = frozenset[tuple[str, ...]]
 
 
 class _WordCharacters(dict[int, str]):
-    """What each code point becomes: itself in a word, a space between words. Filled as characters are met."""
+    """Maps a code point to itself if it is part of a word, else to a space. Filled as characters occur."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -29,19 +29,19 @@ _WORD_CHARACTERS = _WordCharacters()
 
 
 def split_words(text: str) -> tuple[str, ...]:
-    """Returns the words of a text, without case, punctuation and Unicode's variants of a character (NFKC)."""
+    """Returns the words of a text, without case, punctuation or variants of characters (Unicode's NFKC)."""
     return tuple(unicodedata.normalize("NFKC", text).casefold().translate(_WORD_CHARACTERS).split())
 
 
 def make_shingles(words: Sequence[str]) -> Shingles:
-    """Returns the runs of three words of a text; a shorter text is one run."""
+    """Returns each three consecutive words of a text as a tuple. A shorter text gives one tuple."""
     return frozenset(zip(*(words[start:] for start in range(SHINGLE_WORDS)), strict=False)) or frozenset([tuple(words)])
 
 
 def are_near_duplicates(first: Shingles, second: Shingles) -> bool:
     """
-    Whether two texts share at least nine tenths of their shingles: their Jaccard similarity, the size of the
-    intersection over that of the union, is 0.9 or more (Broder, On the resemblance and containment of documents, 1997).
+    Returns whether the Jaccard similarity of two sets of shingles is at least 0.9: the size of their intersection over
+    that of their union (Broder, On the resemblance and containment of documents, 1997).
     """
     if 100 * min(len(first), len(second)) < NEAR_PERCENT * max(len(first), len(second)):
         return False

@@ -7,66 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, Self
 
 from ...configuration_llama_bidir import check_checkpoint_path
 from ...cross_encoder import CrossEncoder
 from ...data import parse_row
 from ...data.corpus import Corpus, open_corpus
-from ..job import Job, TextPath, Window, run_job
+from ..job import Job, run_job
+from ..task import TextPath, Window
 from .candidates import CandidateFinder
+from .result import MiningResult
 from .selection import DEFAULT_SELECTION, REASONS, Selection
 from .sources import MiningSource, SourceRow, describe_state, open_source
 from .windows import LOGITS, MinedRow, ParsedRow, choose_negatives
-
-SHOWN_ROWS = 10
-# What `MiningResult.format` calls the reasons.
-SAID = {
-    "empty": "empty",
-    "positive": "positives of their row",
-    "skipped": "skipped at the top",
-    "margin": "not below the margin",
-    "max_score": "above the maximum score",
-    "duplicate": "near-duplicates",
-    "surplus": "more than needed",
-}
-
-
-class MiningResult(NamedTuple):
-    """
-    What was mined.
-
-    Args:
-        num_rows: rows of the source.
-        num_written: rows of the output.
-        num_candidates: candidates of all rows.
-        num_negatives: how many of them were taken.
-        removed: how many of them were not taken, by reason (see [`select_negatives`]).
-        without_negatives: what errors call the rows of which no candidate passed.
-    """
-
-    num_rows: int
-    num_written: int
-    num_candidates: int
-    num_negatives: int
-    removed: dict[str, int]
-    without_negatives: list[str]
-
-    def format(self) -> str:
-        """Returns the result as text."""
-        removed = [f"{self.removed[reason]:,} {SAID[reason]}" for reason in REASONS if self.removed[reason]]
-        lines = [
-            f"{self.num_rows:,} rows, {self.num_written:,} written; {self.num_candidates:,} candidates, "
-            f"{self.num_negatives:,} negatives",
-            f"not taken: {', '.join(removed) or 'none'}",
-        ]
-        if num_without := len(self.without_negatives):
-            is_kept = self.num_written == self.num_rows
-            fate = "written with an empty neg_doc" if is_kept else "left out (--keep-empty writes them)"
-            more = f" and {num_without - SHOWN_ROWS:,} more" if num_without > SHOWN_ROWS else ""
-            shown = ", ".join(self.without_negatives[:SHOWN_ROWS])
-            lines.append(f"{num_without:,} rows without a negative, {fate}: {shown}{more}")
-        return "\n".join(lines)
 
 
 @dataclass(kw_only=True)

@@ -17,8 +17,9 @@ from ...evaluation.bm25 import rank_bm25
 from ...evaluation.ranking import rank_candidates
 from ...utils.extras import require
 from ...utils.validation import check_positive_int
-from ..job import Job, JobResult, TextPath, Window, open_binary, run_job
+from ..job import Job, JobResult, open_binary, run_job
 from ..scoring import check_score
+from ..task import TextPath, Window
 from .candidates import open_candidates
 
 logger = getLogger(__name__)

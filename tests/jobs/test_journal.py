@@ -1,0 +1,87 @@
+"""The state of a job on disk: what a kill leaves, and whom a lock keeps out."""
+
+import os
+import signal
+import sys
+
+import pytest
+from helpers import names
+
+from llama_bidir.jobs.journal import Journal, StateFile
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+
+
+def in_killed_process(work):
+    """Calls a function in a process of its own, which is then killed without any cleanup."""
+    child = os.fork()
+    if not child:
+        work()
+        os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_kill_within_a_transaction_loses_that_transaction_alone(tmp_path):
+    path = tmp_path / "out.partial"
+
+    def work():
+        state = StateFile(path, "rerank")
+        state.append(0, b"first" * 1000)
+        # Changed pages are written to the file before the transaction ends.
+        state._database.execute("PRAGMA cache_size = 1")
+        state._database.execute("BEGIN")
+        state._database.execute("UPDATE windows SET record = zeroblob(5000)")
+        for number in range(1, 200):
+            state.append(number, b"lost" * 1000)
+
+    in_killed_process(work)
+    assert names(tmp_path) == ["out.partial", "out.partial-journal"]
+    state = StateFile(path, "rerank")
+    assert list(state.records()) == [(0, b"first" * 1000)]
+    state.close()
+    assert names(tmp_path) == ["out.partial"]
+
+
+def test_a_journal_is_removed_with_what_a_kill_left_beside_it(tmp_path):
+    def work():
+        state = StateFile(tmp_path / "out.partial-1", "rerank")
+        state._database.execute("PRAGMA cache_size = 1")
+        state._database.execute("BEGIN")
+        for number in range(200):
+            state.append(number, b"lost" * 1000)
+
+    in_killed_process(work)
+    assert names(tmp_path) == ["out.partial-1", "out.partial-1-journal"]
+    journal = Journal(tmp_path / "out", "rerank")
+    journal.start({"depth": 1}, {}, overwrite=False)
+    assert names(tmp_path) == ["out.partial"]
+    journal.remove()
+    assert names(tmp_path) == []
+
+
+def test_a_process_that_still_writes_is_not_disturbed(tmp_path):
+    journal, straggler = Journal(tmp_path / "out", "rerank"), Journal(tmp_path / "out", "rerank", rank=1)
+    journal.start({"depth": 1}, {}, overwrite=False)
+    straggler.own.append(3, b"")
+    journal.close()  # killed, while the other process goes on
+    with pytest.raises(RuntimeError, match=r"out\.partial-1: another process is at work on this output"):
+        journal.start({"depth": 1}, {}, overwrite=False)
+    journal.close()
+    straggler.close()
+    journal.start({"depth": 1}, {}, overwrite=False)
+    assert journal.done() == {3}
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_records_of_several_processes_are_in_order_and_complete(tmp_path):
+    ranks = [Journal(tmp_path / "out", "rerank", rank=rank) for rank in range(3)]
+    ranks[0].start({}, {}, overwrite=False)
+    for number, rank in ((4, 1), (0, 0), (3, 1), (1, 2), (2, 1)):
+        ranks[rank].own.append(number, b"%d" % number)
+    for journal in ranks[1:]:
+        journal.close()
+    assert list(ranks[0].records(5)) == [b"0", b"1", b"2", b"3", b"4"]
+    with pytest.raises(RuntimeError, match=r"out\.partial: window 5 is missing"):
+        list(ranks[0].records(6))
+    ranks[0].close()
