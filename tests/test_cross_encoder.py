@@ -408,3 +408,18 @@ def test_progress_bar(reranker, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="llama_bidir.cross_encoder"):
         reranker.predict(PAIRS)
     assert "4/4" in capsys.readouterr().err
+
+
+def test_the_code_of_a_tokenizer_is_never_offered_to_run(reranker_checkpoint, tmp_path):
+    folder = tmp_path / "reranker"
+    shutil.copytree(reranker_checkpoint, folder)
+    path = folder / "tokenizer_config.json"
+    fields = {
+        **json.loads(path.read_text()),
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
+    }
+    path.write_text(json.dumps(fields))
+    (folder / "own.py").write_text("raise RuntimeError('code from a checkpoint was executed')")
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
+        CrossEncoder(folder, device="cpu")

@@ -86,9 +86,14 @@ def open_reranker(
         else:
             model, stored_dtype = _load_on(os.fspath(name), fields, devices, dtype)
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, **{**source, **tokenizer_kwargs})
+            tokenizer = load_tokenizer(name, **{**source, **tokenizer_kwargs})
     config = _configure(model.config, tokenizer, prompt_template, max_length, is_callers=is_callers)
     return OpenedReranker(model, tokenizer, config, stored_dtype)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer. transformers would offer to run the code of one with its own class, which is refused here."""
+    return AutoTokenizer.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
 
 
 def _place(model: Any, device: torch.device | None) -> Any:
@@ -265,7 +270,7 @@ def load_merged(
     else:
         adapted = load_reranker(name_or_path, {"dtype": "float32", **source}, dequantize=True)
         model = adapted.merge_and_unload(safe_merge=True)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+    tokenizer = load_tokenizer(name_or_path, **source)
     model.config.prompt_template = find_prompt_template(tokenizer, model.config)
     ensure_pad_token(tokenizer, model.config.vocab_size)
     return model.eval(), tokenizer
