@@ -109,10 +109,10 @@ def test_actors_mine_the_rows_of_one_process(reranker_checkpoint, tmp_path, monk
         {"query": f"bees {n}", "pos_doc": "clover " * (n % 5 + 1), "neg_doc": [f"hive {n * k}" for k in range(9)]}
         for n in range(120)
     ]
+    source = write(tmp_path / "rows.jsonl", lines(*rows))
+    expected = mine_file(str(reranker_checkpoint), source, tmp_path / "one.jsonl", device="cpu")
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "rows.jsonl", lines(*rows))
-    expected = mine_file(str(reranker_checkpoint), "rows.jsonl", "one.jsonl", device="cpu")
-    arguments = [f"--model={reranker_checkpoint}", "--source=rows.jsonl", "--output=two.jsonl", "--device=cpu"]
+    arguments = [f"--model={reranker_checkpoint}", f"--source={source}", "--output=two.jsonl", "--device=cpu"]
     assert main(["mine", *arguments, "--engine=ray", "--ray-actors=2"]) == 0
     assert capsys.readouterr().out == f"{expected.format()}\nrows: two.jsonl\n"
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
