@@ -263,7 +263,7 @@ class CrossEncoder(SavedReranker):
         """
         queries, groups = check_groups(queries, documents_per_query)
         check_positive_int("top_k", top_k)
-        check_one_label(self.config)
+        check_one_label(self.config, "ranking")
         pairs = [(query, document) for query, documents in zip(queries, groups, strict=True) for document in documents]
         scores = iter(self.predict(pairs, batch_size, **options).tolist())
         return [

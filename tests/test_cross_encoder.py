@@ -286,7 +286,7 @@ def test_an_existing_model_card_is_left_alone(reranker, tmp_path):
             ValueError,
             "prompt_template must be a string with exactly",
         ),
-        ({"max_length": 7}, ValueError, "rerank_max_length counts the tokens .* got 7"),
+        ({"max_length": 7}, ValueError, "rerank_max_length is the maximum number of tokens .* got 7"),
         ({"max_length": 8, "prompt_template": "long template text {query} {passage}"}, ValueError, "leaves no room"),
         ({"max_length": 257}, ValueError, r"max_position_embeddings \(256\), got 257"),
         ({"num_labels": 2}, ValueError, "num_labels is 2, but the loaded model has 1"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..cross_encoder import CrossEncoder
+from ..scoring.pipeline import check_one_label
 from ..utils.errors import ScoreError
 
 # A kill loses up to one window, and on a CPU each pair takes long. Other devices get a chunk at a time.
@@ -22,15 +23,6 @@ def check_score(name: str, score: float) -> None:
     if not math.isfinite(score):
         raise ScoreError(
             f"{name} is {score} and has no rank: check the weights of the model, or use a dtype with more range"
-        )
-
-
-def check_one_score(cross_encoder: CrossEncoder, work: str) -> None:
-    """Raises ValueError, which names the work, if the model has several labels."""
-    if cross_encoder.config.num_labels != 1:
-        raise ValueError(
-            f"{work} needs one score per pair, but the model has {cross_encoder.config.num_labels} labels: use a model "
-            "with one"
         )
 
 
@@ -69,9 +61,9 @@ def fix_scoring(
     tokens per batch. The number of tokens depends on the free memory, which would differ after a kill.
 
     Raises:
-        TypeError, ValueError: the model cannot do the work (see [`describe_scoring`] and [`check_one_score`]).
+        TypeError, ValueError: the model cannot do the work (see [`describe_scoring`]).
     """
-    check_one_score(cross_encoder, work)
+    check_one_label(cross_encoder.config, work)
     scoring, engine = describe_scoring(cross_encoder), cross_encoder.engine()
     budget = max_tokens_per_batch or cross_encoder.max_tokens_per_batch or engine.token_budget()
     window_pairs = CPU_WINDOW_PAIRS if cross_encoder.devices[0].type == "cpu" else engine.chunk_pairs

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..prompts import EncodedPairs, PromptEncoder
+from ..utils.errors import ScoreError
 from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
 
@@ -217,10 +218,13 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
             yield pending.result()
 
 
-def check_one_label(config: LlamaBidirectionalConfig) -> None:
-    """Raises ValueError unless the model gives one score per pair, which a ranking needs."""
+def check_one_label(config: LlamaBidirectionalConfig, work: str) -> None:
+    """Raises ValueError, which names the work, unless the model gives one score per pair."""
     if config.num_labels != 1:
-        raise ValueError(f"ranking needs one score per pair, but the model has {config.num_labels} labels: use predict")
+        raise ValueError(
+            f"{work} needs one score per pair, but the model has {config.num_labels} labels: use a model with one "
+            "label, or predict"
+        )
 
 
 def convert_scores(scores: torch.Tensor, *, to_numpy: bool, is_single: bool) -> Any:
@@ -241,12 +245,12 @@ def rank_documents(
         the first `top_k` results, as [`~cross_encoder.CrossEncoder.rank`] documents them.
 
     Raises:
-        ValueError: a score is NaN.
+        ScoreError: a score is NaN.
     """
     results: list[dict[str, Any]] = []
     for corpus_id, (document, score) in enumerate(zip(documents, scores, strict=True)):
         if score != score:
-            raise ValueError(
+            raise ScoreError(
                 f"the score of document {corpus_id} for query {query!r} is NaN and has no rank: check the weights of "
                 "the model, or use a dtype with more range"
             )

@@ -8,10 +8,9 @@ import torch
 
 from ...cross_encoder import CrossEncoder
 from ...data import TrainingRow, parse_row
-from ...scoring.pipeline import Pair
+from ...scoring.pipeline import Pair, check_one_label
 from ...utils.errors import ScoreError
 from ...utils.validation import describe
-from ..scoring import check_one_score
 from .selection import DEFAULT_SELECTION, Selection, select_negatives
 
 WINDOW_PAIRS = 4096
@@ -93,7 +92,7 @@ def mine_negatives(
         ValueError: a row breaks its rule, or the model has several labels.
         ScoreError: a score is NaN or infinite.
     """
-    check_one_score(cross_encoder, "mining")
+    check_one_label(cross_encoder.config, "mining")
     named = (CandidateRow(f"row {number}", row) for number, row in enumerate(rows))
     first, second = tee(_cut(map(ParsedRow.parse, named), window_pairs))
     chunks = ([pair for row in window for pair in row.pairs()] for window in first)
