@@ -91,14 +91,21 @@ def packed_logits(model: LlamaBidirectionalForSequenceClassification, batch: dic
     cos, sin = (angles.unsqueeze(2) for angles in body.rotary_emb(hidden_states, position_ids=position_ids))
     attention_options = {name: value for name, value in batch.items() if name != "input_ids"}
     for layer in body.layers:
-        normed = normalize(hidden_states, layer.input_layernorm)
-        attended = attend(normed, layer.self_attn, cos, sin, attention_options)
-        hidden_states = add_projected(hidden_states, attended, layer.self_attn.o_proj)
-        normed = normalize(hidden_states, layer.post_attention_layernorm)
-        hidden_states = add_projected(hidden_states, gate(normed, layer.mlp), layer.mlp.down_proj, overwrite=True)
+        hidden_states = decode(hidden_states, layer, cos, sin, attention_options)
     pooled = pool_packed(normalize(hidden_states, body.norm)[0], cu_seq_lens, model.config.pooling)
     logits: torch.Tensor = model.score(pooled) / model.config.temperature
     return logits
+
+
+def decode(
+    hidden_states: torch.Tensor, layer: LlamaDecoderLayer, cos: torch.Tensor, sin: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """What a decoder layer makes of hidden states of shape `(1, total_tokens, hidden_size)`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    attended = attend(normalize(hidden_states, layer.input_layernorm), attention, cos, sin, options)
+    hidden_states = add_projected(hidden_states, attended, attention.o_proj)
+    gated = gate(normalize(hidden_states, layer.post_attention_layernorm), mlp)
+    return add_projected(hidden_states, gated, mlp.down_proj, overwrite=True)
 
 
 def attend(
