@@ -18,7 +18,16 @@ from .prompts import PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
-from .scoring.pipeline import Activation, Scorer, ScoringOptions, check_one_label, convert_scores, rank_documents
+from .scoring.pipeline import (
+    Activation,
+    Scorer,
+    ScoringOptions,
+    check_limits,
+    check_ranking,
+    convert_scores,
+    rank_documents,
+    score_chunks,
+)
 from .scoring.placement import Placement
 from .utils.validation import check_groups, check_positive_int, check_text, check_texts, read_pairs
 
@@ -34,8 +43,8 @@ class CrossEncoder(SavedReranker):
 
     Args:
         model_name_or_path_or_model: a folder, the id of a Hub repository, or a loaded
-            [`LlamaBidirectionalForSequenceClassification`], which stays as it is apart from its device. A plain Llama
-            checkpoint gets a new, untrained head. An adapter (LoRA) is put on the base model that it names.
+            [`LlamaBidirectionalForSequenceClassification`], which keeps its attention, layers, mode and dtype. A plain
+            Llama checkpoint gets a new, untrained head. An adapter (LoRA) is put on the base model that it names.
         tokenizer: the model's fast tokenizer; loaded from the same place when not given. One without a pad token is
             given one (see [`~prompts.ensure_pad_token`]).
         device: such as `"cuda:1"`; the first accelerator when there is one, else the CPU. A list, such as `["cuda:0",
@@ -84,8 +93,7 @@ class CrossEncoder(SavedReranker):
     ):
         self.max_tokens_per_batch = check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
         self.long_document = check_long_document(long_document)
-        self.distributed = distributed
-        self.activation_fn = activation_fn
+        self.distributed, self.activation_fn = distributed, activation_fn
         devices = split_devices(device)
         hub = {"revision": revision, "token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
         opened = open_reranker(
@@ -102,7 +110,6 @@ class CrossEncoder(SavedReranker):
             tokenizer_kwargs=tokenizer_kwargs or {},
         )
         self.model, self.tokenizer, self._stored_dtype = opened.model, opened.tokenizer, opened.stored_dtype
-        self._configured = (opened.model, opened.config)
         self._placement = Placement(self.model, devices.workers)
 
     @classmethod
@@ -112,9 +119,8 @@ class CrossEncoder(SavedReranker):
 
     @property
     def config(self) -> LlamaBidirectionalConfig:
-        """The configuration of the model, or a copy of it where a caller's model has another prompt or length."""
-        model, config = self._configured
-        return config if model is self.model else self.model.config
+        """The configuration of the model."""
+        return self.model.config
 
     @property
     def device(self) -> torch.device:
@@ -154,8 +160,7 @@ class CrossEncoder(SavedReranker):
             show_progress_bar: shown when not given and this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
             apply_softmax: softmax over the labels, where there are several.
-            convert_to_numpy: return a numpy array; if False, a list of tensors.
-            convert_to_tensor: return one tensor instead.
+            convert_to_numpy, convert_to_tensor: return a numpy array, one tensor, or for neither a list of tensors.
             device: move the model there first; a list of devices as at construction.
             long_document, max_tokens_per_batch: for this call instead of those given at construction.
 
@@ -169,18 +174,16 @@ class CrossEncoder(SavedReranker):
             RuntimeError: a worker process failed, with its traceback.
         """
         checked_pairs, num_pairs, is_single = read_pairs(pairs)
-        if device is not None:
-            self._placement.move(self.model, device)
+        check_limits(batch_size, max_tokens_per_batch, long_document)
+        self._placement.move(self.model, device)
         is_shown = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with tqdm(total=num_pairs, desc="Scoring", unit="pair", disable=not is_shown) as progress:
             scorer = self._scorer(progress, batch_size, max_tokens_per_batch, long_document, activation_fn)
             is_distributed = self.distributed and is_shared(self.device)
             scores = score_shared(checked_pairs, scorer) if is_distributed else scorer.score(checked_pairs)
         scorer.log()
-        if apply_softmax and scores.ndim == 2:
-            scores = scores.softmax(dim=-1)
-        scores = scores[0] if is_single else scores
-        return scores if convert_to_tensor else convert_scores(scores, to_numpy=convert_to_numpy, is_single=is_single)
+        scores = scores.softmax(dim=-1) if apply_softmax and scores.ndim == 2 else scores
+        return convert_scores(scores, is_single=is_single, to_numpy=convert_to_numpy, to_tensor=convert_to_tensor)
 
     def predict_chunks(
         self,
@@ -205,11 +208,9 @@ class CrossEncoder(SavedReranker):
         Yields:
             the float32 scores of each chunk, of the shapes that [`predict`] returns.
         """
+        check_limits(batch_size, max_tokens_per_batch, long_document)
         bar = tqdm(disable=True) if progress is None else progress
-        scorer = self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn)
-        for scores in scorer.stream(chunks):
-            yield scores.float().cpu().numpy()
-        scorer.log()
+        return score_chunks(self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn), chunks)
 
     def rank(
         self,
@@ -262,8 +263,7 @@ class CrossEncoder(SavedReranker):
             TypeError, ValueError: as in [`rank`], and when the two lists differ in length.
         """
         queries, groups = check_groups(queries, documents_per_query)
-        check_positive_int("top_k", top_k)
-        check_one_label(self.config, "ranking")
+        check_ranking(self.config, top_k, options)
         pairs = [(query, document) for query, documents in zip(queries, groups, strict=True) for document in documents]
         scores = iter(self.predict(pairs, batch_size, **options).tolist())
         return [
@@ -292,8 +292,8 @@ class CrossEncoder(SavedReranker):
             self.engine(),
             progress,
             num_labels=self.model.config.num_labels,
-            max_tokens=check_positive_int("max_tokens_per_batch", max_tokens_per_batch) or self.max_tokens_per_batch,
-            max_sequences=check_positive_int("batch_size", batch_size),
-            long_document=check_long_document(long_document or self.long_document),
+            max_tokens=max_tokens_per_batch or self.max_tokens_per_batch,
+            max_sequences=batch_size,
+            long_document=long_document or self.long_document,
             activation_fn=activation_fn or self.activation_fn,
         )

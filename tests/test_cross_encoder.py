@@ -194,10 +194,10 @@ def test_chunks_are_scored_as_they_come(reranker):
     assert first.dtype == np.float32
     np.testing.assert_allclose(np.concatenate([first, *scores]), reranker.predict(PAIRS), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="batch_size must be None or an int above 0, got 0"):
-        next(reranker.predict_chunks([PAIRS], batch_size=0))
+        reranker.predict_chunks([PAIRS], batch_size=0)
 
 
-@pytest.mark.parametrize("kind", [set, frozenset, lambda pairs: dict(pairs).items(), lambda pairs: dict(pairs).keys()])
+@pytest.mark.parametrize("kind", [set, frozenset])
 def test_what_has_no_order_is_refused(reranker, kind):
     for call, name in (
         (lambda: reranker.predict(kind(PAIRS)), "pairs"),
@@ -209,6 +209,45 @@ def test_what_has_no_order_is_refused(reranker, kind):
             call()
     with pytest.raises(TypeError, match="pair 0 must be two strings"):
         reranker.predict([kind(PAIRS)])
+
+
+def test_views_of_a_dict_have_an_order(reranker):
+    passages = {passage: query for query, passage in PAIRS}
+    np.testing.assert_array_equal(
+        reranker.predict({q: p for p, q in passages.items()}.items()),
+        reranker.predict(list({q: p for p, q in passages.items()}.items())),
+    )
+    assert len(reranker.rank("bees", passages.keys())) == 4
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error", "message"),
+    [
+        ([PAIRS, [("a", None)]], TypeError, "chunk 1: the passage of pair 0 must be a string, got NoneType None"),
+        ([("ab", "cd")], TypeError, r"chunk 0 must be a list of pairs, got a single pair: tuple \('ab', 'cd'\)"),
+        (["ab"], TypeError, "chunk 0: pairs must be a .* got str 'ab'"),
+    ],
+)
+def test_wrong_chunks_are_named(reranker, chunks, error, message):
+    with pytest.raises(error, match=message):
+        list(reranker.predict_chunks(chunks))
+    with pytest.raises(ValueError, match="batch_size must be None or an int above 0, got 0"):
+        reranker.predict_chunks(chunks, batch_size=0)
+
+
+def test_wrong_arguments_change_nothing(reranker):
+    with pytest.raises(ValueError, match="batch_size must be None or an int above 0, got 0"):
+        reranker.predict(PAIRS, batch_size=0, device=["cpu", "cpu"])
+    assert reranker.devices == [torch.device("cpu")]
+    with pytest.raises(TypeError, match="rank and rank_batch take no argument 'apply_softmax', only show_progress_bar"):
+        reranker.rank("q", ["a"], apply_softmax=True)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8", "float8_e4m3fn", "cuda", torch.int32, 16])
+def test_a_wrong_dtype_is_named(model, tokenizer, reranker_checkpoint, dtype):
+    for arguments in ((model, tokenizer), (reranker_checkpoint,)):
+        with pytest.raises(ValueError, match=rf"dtype must be 'auto', 'float32', 'bfloat16', .* got {dtype!r}"):
+            CrossEncoder(*arguments, device="cpu", dtype=dtype)
 
 
 def test_processes_score_for_themselves_unless_told_otherwise(reranker, monkeypatch):

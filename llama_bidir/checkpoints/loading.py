@@ -32,16 +32,14 @@ class OpenedReranker(NamedTuple):
     A reranker that is ready to score.
 
     Args:
-        model: a [`LlamaBidirectionalForSequenceClassification`], an adapter on one, or an exported graph.
+        model: a [`LlamaBidirectionalForSequenceClassification`], an adapter on one, or an exported graph. Its
+            configuration holds the prompt template and the maximum length.
         tokenizer: with a pad token.
-        config: with the prompt template and the maximum length that hold. It is the model's own, or a copy where a
-            caller's model has others.
         stored_dtype: of the checkpoint, where the model computes in another dtype; else None.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    config: LlamaBidirectionalConfig
     stored_dtype: torch.dtype | None = None
 
 
@@ -68,6 +66,7 @@ def open_reranker(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
+    dtype = check_dtype(dtype)
     is_callers = backend == "torch" and not isinstance(model, (str, os.PathLike))
     if any(torch.device(each).type == "cpu" for each in devices.workers or [_place(model, devices.model)]):
         limit_onednn_caches()
@@ -87,8 +86,18 @@ def open_reranker(
             model, stored_dtype = _load_on(os.fspath(name), fields, devices, dtype)
         if tokenizer is None:
             tokenizer = load_tokenizer(name, **{**source, **tokenizer_kwargs})
-    config = _configure(model.config, tokenizer, prompt_template, max_length, is_callers=is_callers)
-    return OpenedReranker(model, tokenizer, config, stored_dtype)
+    _configure(model.config, tokenizer, prompt_template, max_length)
+    return OpenedReranker(model, tokenizer, stored_dtype)
+
+
+def check_dtype(dtype: Any) -> str | torch.dtype | None:
+    """Returns a dtype for scoring, None or `"auto"`; raises ValueError for anything else, with the known names."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point or named.itemsize < 2:
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or the torch.dtype, got {dtype!r}")
+    return named
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -102,11 +111,9 @@ def _place(model: Any, device: torch.device | None) -> Any:
 
 def _adopt(model: Any, device: torch.device | None, dtype: str | torch.dtype | None) -> Any:
     """The caller's model on a device, or a copy of it in another dtype."""
-    if dtype not in (None, "auto"):
-        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if wanted != model.dtype:
-            model = copy.deepcopy(model)
-            cast_parameters(model, wanted)
+    if isinstance(dtype, torch.dtype) and any(parameter.dtype != dtype for parameter in model.parameters()):
+        model = copy.deepcopy(model)
+        cast_parameters(model, dtype)
     return model if device is None else model.to(device)
 
 
@@ -138,19 +145,14 @@ def _configure(
     tokenizer: PreTrainedTokenizerBase,
     prompt_template: str | None,
     max_length: int | None,
-    *,
-    is_callers: bool,
-) -> LlamaBidirectionalConfig:
-    """Checks template and length together, then sets them; the configuration of a caller's model is copied first."""
+) -> None:
+    """Sets template and length in a configuration, after both were checked."""
     template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
     length = config.rerank_max_length if max_length is None else max_length
     length = check_rerank_max_length(length, config.max_position_embeddings)
     PromptEncoder(tokenizer, prompt_template=template, max_length=length)
     ensure_pad_token(tokenizer, config.vocab_size)
-    if is_callers and (template, length) != (config.prompt_template, config.rerank_max_length):
-        config = copy.deepcopy(config)
     config.prompt_template, config.rerank_max_length = template, length
-    return config
 
 
 def check_reranker(model: Any, num_labels: int | None) -> Any:

@@ -65,8 +65,7 @@ class SavedReranker:
             )
         model: Any = self.model
         model.save_pretrained(directory, **kwargs)
-        self.config.architectures = model.config.architectures
-        self.config.save_pretrained(directory)  # an adapter does not save it, and a copy may have another prompt
+        self.config.save_pretrained(directory)  # an adapter does not save it
         save_tokenizer(self.tokenizer, directory, self.config)
         if with_code:
             add_code(directory)

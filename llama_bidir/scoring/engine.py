@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -129,7 +130,6 @@ class LocalEngine:
         self._budgets: dict[torch.device, int] = {}
         self._tokens_that_fit: int | None = None
         self._is_short_of_memory = False
-        self._lock = threading.Lock()
 
     @property
     def tokenizes_ahead(self) -> bool:
@@ -173,7 +173,7 @@ class LocalEngine:
         elif self.is_packed and is_plain(self.model):
             yield partial(packed_logits, self.model)
         else:
-            with self._lock, _ready_to_score(self.model, packed=self.is_packed):
+            with _lock_of(self.model), _ready_to_score(self.model, packed=self.is_packed):
                 yield self._call
 
     def _call(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -270,6 +270,14 @@ class LocalEngine:
     @torch.inference_mode()
     def _forward(self, ids: list[Sequence[int]], forward: Forward) -> torch.Tensor:
         return forward(pack(ids, self.model.device) if self.is_packed else pad(ids, self.model.device))
+
+
+_locks: WeakKeyDictionary[torch.nn.Module, threading.Lock] = WeakKeyDictionary()
+
+
+def _lock_of(model: torch.nn.Module) -> threading.Lock:
+    """Returns the lock of a model, which several engines may share while they change its mode and attention."""
+    return _locks.setdefault(model, threading.Lock())
 
 
 @contextmanager

@@ -50,13 +50,19 @@ PLAIN_PARTS = {
 def is_plain(model: Any) -> bool:
     """
     Whether a model computes what its classes say and no more, so that [`packed_logits`] gives its logits. Adapters,
-    quantized or offloaded weights, hooks, compiled parts, other activations and autocast each make it False.
+    quantized or offloaded weights, hooks, compiled parts, other activations, autocast, and a configuration that was
+    changed after the layers were made, each make it False.
     """
     if type(model) is not LlamaBidirectionalForSequenceClassification:
         return False
-    weight = model.model.embed_tokens.weight
+    weight, layers = model.model.embed_tokens.weight, model.model.layers
     return (
-        weight.device.type != "meta"
+        len(layers) == model.config.num_hidden_layers
+        and all(
+            layer.self_attn.config is model.config and layer.self_attn.is_causal == model.config.is_causal
+            for layer in layers
+        )
+        and weight.device.type != "meta"
         and not torch.is_autocast_enabled(weight.device.type)
         and not torch.nn.modules.module._has_any_global_hook()
         and all(_is_plain_part(module) for module in model.modules())

@@ -1,7 +1,7 @@
 """From pairs to logits: a stream of chunks, each tokenized, scored in batches by tokens, and put back in order."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import Any, TypedDict, TypeVar
@@ -11,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
-from ..prompts import EncodedPairs, PromptEncoder
+from ..prompts import EncodedPairs, PromptEncoder, check_long_document
 from ..utils.errors import ScoreError
+from ..utils.validation import check_chunk, check_positive_int
 from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
 
@@ -218,6 +219,35 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
             yield pending.result()
 
 
+def check_limits(batch_size: Any, max_tokens_per_batch: Any, long_document: Any) -> None:
+    """Raises ValueError for an argument of a call that breaks its rule; None is the default of each."""
+    check_positive_int("batch_size", batch_size)
+    check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+    if long_document is not None:
+        check_long_document(long_document)
+
+
+def check_ranking(config: LlamaBidirectionalConfig, top_k: Any, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model or a `top_k` that cannot rank, TypeError for an unknown keyword."""
+    check_one_label(config, "ranking")
+    check_positive_int("top_k", top_k)
+    known = ScoringOptions.__annotations__
+    for name in options.keys() - known.keys():
+        raise TypeError(f"rank and rank_batch take no argument {name!r}, only {', '.join(known)}")
+
+
+def score_chunks(scorer: Scorer, chunks: Iterable[Sequence[Pair]]) -> Iterator[np.ndarray]:
+    """
+    Yields the float32 scores of each chunk, and reports at the end what happened to all pairs.
+
+    Raises:
+        TypeError, ValueError: a chunk is not a list of pairs of strings, with its number.
+    """
+    for scores in scorer.stream(check_chunk(number, chunk) for number, chunk in enumerate(chunks)):
+        yield scores.float().cpu().numpy()
+    scorer.log()
+
+
 def check_one_label(config: LlamaBidirectionalConfig, work: str) -> None:
     """Raises ValueError, which names the work, unless the model gives one score per pair."""
     if config.num_labels != 1:
@@ -227,8 +257,11 @@ def check_one_label(config: LlamaBidirectionalConfig, work: str) -> None:
         )
 
 
-def convert_scores(scores: torch.Tensor, *, to_numpy: bool, is_single: bool) -> Any:
-    """Returns scores as a float32 numpy array or as a list of tensors; those of a single pair are one value."""
+def convert_scores(scores: torch.Tensor, *, is_single: bool, to_numpy: bool, to_tensor: bool) -> Any:
+    """Returns scores as a tensor, as a float32 numpy array or as a list of tensors; those of one pair as one value."""
+    scores = scores[0] if is_single else scores
+    if to_tensor:
+        return scores
     if to_numpy:
         array = scores.float().cpu().numpy()
         return array if array.ndim else np.float32(array)

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .device import Devices, split_devices
 from .engine import Engine, LocalEngine
 from .workers import WorkerPool
@@ -19,7 +21,7 @@ class Placement:
     """
 
     def __init__(self, model: Any, worker_devices: Sequence[str]):
-        self.worker_devices = list(worker_devices)
+        self.worker_devices = _check_workers(model, worker_devices)
         self._local_engine = LocalEngine(model)
         self._pool: WorkerPool | None = None
         self._lock = threading.Lock()
@@ -36,9 +38,12 @@ class Placement:
                 self._pool = WorkerPool(model, self.worker_devices)
             return self._pool
 
-    def move(self, model: Any, device: Devices) -> None:
-        """Moves the model, and stops the workers if others are asked for."""
+    def move(self, model: Any, device: Devices | None) -> None:
+        """Moves the model, and stops the workers if others are asked for; None moves nothing."""
+        if device is None:
+            return
         workers, model_device = split_devices(device)
+        _check_workers(model, workers)
         if workers != self.worker_devices:
             self.close()
             self._pool, self.worker_devices = None, workers
@@ -48,3 +53,10 @@ class Placement:
         """Stops the worker processes, if there are any."""
         if self._pool is not None:
             self._pool.close()
+
+
+def _check_workers(model: Any, worker_devices: Sequence[str]) -> list[str]:
+    """Returns the devices; raises ValueError for an exported graph, which has no worker processes."""
+    if worker_devices and not isinstance(model, torch.nn.Module):
+        raise ValueError(f"backend 'onnx' computes on the CPU: leave device out, got {list(worker_devices)!r}")
+    return list(worker_devices)

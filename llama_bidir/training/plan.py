@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from transformers import AutoTokenizer
 
 from ..checkpoints.chat_template import find_prompt_template
+from ..checkpoints.loading import load_tokenizer
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -210,7 +210,7 @@ def _read_checkpoint(
 ) -> tuple[LlamaBidirectionalConfig, PromptEncoder]:
     name = model_args.model_name_or_path
     config = LlamaBidirectionalConfig.from_pretrained(name, **config_fields(model_args, data_args))
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.revision)
+    tokenizer = load_tokenizer(name, revision=model_args.revision)
     if data_args.prompt_template is None:
         config.prompt_template = find_prompt_template(tokenizer, config)
     return config, PromptEncoder.from_config(tokenizer, config)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import upload_folder
-from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
+from ..checkpoints.loading import load_tokenizer
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -63,7 +64,7 @@ def train(
     """
     check_recipe(model_args, data_args, training_args, lora)
     output = Path(str(training_args.output_dir))
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.revision)
     if overwrite:
         sources = map(parse_source, data_args.train + data_args.eval)
         check_removable(output, keep=[model_args.model_name_or_path, *(source.path for source in sources)])

@@ -1,11 +1,11 @@
 """Checks of what users pass in, done before any compute; each error names the position and what was expected."""
 
-from collections.abc import Iterable, Mapping, Set, Sized
+from collections.abc import Iterable, Mapping, Sized
 from itertools import chain, islice
 from typing import Any
 
-# Iterable, but not collections of texts or of pairs in an order. The views of a dict are sets.
-NOT_COLLECTIONS = (str, bytes, bytearray, Mapping, Set)
+# Iterable, but not collections of texts or of pairs in an order.
+NOT_COLLECTIONS = (str, bytes, bytearray, Mapping, set, frozenset)
 
 
 def describe(value: Any) -> str:
@@ -52,6 +52,18 @@ def _check_pair(index: int, pair: Any) -> tuple[str, str]:
     for name, member in zip(("query", "passage"), members, strict=True):
         check_text(f"the {name} of pair {index}", member)
     return members[0], members[1]
+
+
+def check_chunk(number: int, chunk: Any) -> list[tuple[str, str]]:
+    """Returns a chunk as a list of pairs; raises TypeError or ValueError, which name it, as [`read_pairs`] does."""
+    try:
+        pairs, _, is_single = read_pairs(chunk)
+        pairs = list(pairs)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"chunk {number}: {error}") from None
+    if is_single:
+        raise TypeError(f"chunk {number} must be a list of pairs, got a single pair: {describe(chunk)}")
+    return pairs
 
 
 def check_text(name: str, text: Any) -> str:

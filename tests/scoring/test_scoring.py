@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from llama_bidir.prompts import PromptEncoder
 from llama_bidir.scoring import forward
 from llama_bidir.scoring.device import cpu_dtype
 from llama_bidir.scoring.engine import LocalEngine, side_by_side
-from llama_bidir.scoring.packing import pack
+from llama_bidir.scoring.packing import PACKED_ATTENTION, pack
 from llama_bidir.scoring.pipeline import map_ahead, split_into_chunks
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
@@ -312,12 +313,11 @@ def test_a_model_is_the_same_after_it_was_used(tokenizer, attention, kind):
         ]
 
     before = state()
-    reranker = CrossEncoder(model, tokenizer, device="cpu", max_length=100, prompt_template="{query} {passage}")
+    reranker = CrossEncoder(model, tokenizer, device="cpu")
     np.testing.assert_array_equal(reranker.predict(PAIRS), reranker.predict(PAIRS))
     in_float32 = CrossEncoder(model, tokenizer, device="cpu", dtype="float32")
     assert in_float32.model.dtype == torch.float32
     in_float32.predict(PAIRS)
-    assert reranker.config.rerank_max_length == 100
     assert state() == before
 
 
@@ -337,6 +337,36 @@ def test_modules_that_do_more_than_their_class_says_are_called(tokenizer, module
     assert reranker.engine().is_packed
     np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
     assert seen
+
+
+def test_a_configuration_that_was_changed_later_is_followed(tokenizer):
+    for change in (
+        lambda model: setattr(model.config, "num_hidden_layers", 1),
+        lambda model: setattr(model.model.layers[0].self_attn, "is_causal", True),
+    ):
+        model = make_model()
+        reranker = CrossEncoder(model, tokenizer, device="cpu")
+        change(model)
+        ids = PromptEncoder.from_config(tokenizer, reranker.config).encode(PAIRS).input_ids
+        model.set_attn_implementation(PACKED_ATTENTION)
+        with torch.inference_mode():
+            expected = torch.cat([model(**pack([each])).logits for each in ids]).squeeze(-1)
+        model.set_attn_implementation("sdpa")
+        assert not forward.is_plain(model)
+        np.testing.assert_allclose(reranker.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_rerankers_on_one_model_in_threads(tokenizer):
+    model = make_model(num_hidden_layers=4, attention_dropout=0.5).train()
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: None)  # so that its own forward is used
+    rerankers = [CrossEncoder(model, tokenizer, device="cpu") for _ in range(2)]
+    expected = rerankers[0].predict(PAIRS)
+    with ThreadPoolExecutor(2) as threads:
+        scores = list(threads.map(lambda number: rerankers[number % 2].predict(PAIRS), range(40)))
+    for each in scores:
+        np.testing.assert_array_equal(each, expected)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(module.training for module in model.modules())
 
 
 def test_autocast_and_other_activations_go_through_the_model(tokenizer):
