@@ -20,7 +20,7 @@ from ..utils.validation import check_positive_int
 from .journal import Journal
 from .ranks import Ranks, check_shared_file
 from .scoring import fix_scoring
-from .task import Limits, Task, TextPath
+from .task import Limits, NothingToWriteError, Task, TextPath
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Job:
         Raises:
             FileExistsError: something has appeared at an output, and `overwrite` is not set.
             RuntimeError: another process ended too early.
-            ValueError: there is nothing to write.
+            NothingToWriteError: the output would be empty.
         """
         if self.ranks.rank:
             self.close()  # the first process reads it
@@ -150,8 +150,8 @@ class Job:
         settings = self.journal.start(arguments, settings, overwrite=self.overwrite)
         if self._is_whole():
             return settings, None
-        made = [working for name, (working, _) in self._moves.items() if name != "output"]
-        if not self.journal.own.get("prepared") or not all(path.exists() for path in made):
+        if not (self.journal.own.get("prepared") and all(path.exists() for path in self.task.working_files())):
+            self.journal.own.note("prepared", False)  # a kill may leave a part of a file
             self.task.prepare()
             self.journal.own.note("prepared", True)
         return settings, self.journal.done()
@@ -162,8 +162,8 @@ class Job:
             try:
                 with open_binary(working, is_compressed=self.output.suffix.lower() == ".gz") as file:
                     summary = self.task.write(self.windows, self.journal.records(len(self.windows)), file)
-            except ValueError:
-                self.journal.remove()  # all is scored, and a further start would come to the same end
+            except NothingToWriteError:
+                self.journal.remove()
                 raise
             self.journal.own.note("finished", summary)
         summary = self.journal.own.get("finished")

@@ -45,6 +45,9 @@ class StateFile:
             self.is_new = not self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             is_ours = self._database.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
             is_known = self.is_new or (is_ours and self.get("verb") == verb)
+        except sqlite3.OperationalError:  # such as a failing disk
+            self.close()
+            raise
         except sqlite3.DatabaseError:
             is_known = False
         if not is_known:

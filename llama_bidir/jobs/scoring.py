@@ -14,8 +14,9 @@ from ..utils.errors import ScoreError
 
 # A kill loses up to one window, and on a CPU each pair takes long. Other devices get a chunk at a time.
 CPU_WINDOW_PAIRS = 256
-# Values of each weight that its fingerprint covers.
 FINGERPRINT_VALUES = 64
+# By size in bytes, to read the bits of a weight.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_score(name: str, score: float) -> None:
@@ -37,11 +38,12 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         raise TypeError("a job that resumes needs backend 'torch': load the checkpoint that was exported")
     config, activation, devices = cross_encoder.config, cross_encoder.activation_fn, cross_encoder.devices
     name = config.name_or_path or ""
-    vocabulary = sorted(cross_encoder.tokenizer.get_vocab().items())
+    tokenizer = json.loads(cross_encoder.tokenizer.backend_tokenizer.to_str())
+    settings = {part: value for part, value in tokenizer.items() if part not in ("padding", "truncation")}
     return {
         "model": os.path.abspath(name) if os.path.isdir(name) else name,
         "weights": fingerprint(cross_encoder.model),
-        "vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16],
+        "tokenizer": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
         "dtype": str(cross_encoder.model.dtype).removeprefix("torch."),
         "device": devices[0].type if len(devices) == 1 else f"{len(devices)} x {devices[0].type}",
         "pooling": config.pooling,
@@ -71,11 +73,12 @@ def fix_scoring(
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Returns a digest of the shape, the dtype and the first values of each weight."""
+    """Returns a digest of the shape, the dtype, the first values and the sum of all bits of each weight."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if type(parameter.data) is torch.Tensor and not parameter.is_meta:  # neither quantized nor offloaded
-            values = parameter.detach().flatten()[:FINGERPRINT_VALUES].cpu().contiguous()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            bits = parameter.detach().contiguous().flatten().view(INTEGERS[parameter.dtype.itemsize])
+            # A sum of integers does not depend on its order, so it is the same for any number of threads.
+            digest.update(f"{bits[:FINGERPRINT_VALUES].tolist()} {bits.sum(dtype=torch.int64).item()}".encode())
     return digest.hexdigest()[:16]

@@ -24,6 +24,10 @@ class Window(NamedTuple):
     source: Any
 
 
+class NothingToWriteError(ValueError):
+    """All windows are scored, and no record gives a line of the output. A further start would end the same way."""
+
+
 class Task(Protocol):
     """
     A kind of work: which windows of pairs there are, what is recorded of each, and how records become the output.
@@ -55,8 +59,11 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """Returns what decides the output, by name, in values of JSON."""
 
+    def working_files(self) -> list[Path]:
+        """Returns the files that [`prepare`] makes."""
+
     def prepare(self) -> None:
-        """Makes the working files that the windows need. The first process calls it once per job."""
+        """Makes the working files that the windows need. The first process calls it when one of them is missing."""
 
     def cut(self, window_pairs: int) -> list[range]:
         """Returns the windows, in every process the same: ranges of queries or rows with about `window_pairs` pairs."""
@@ -74,7 +81,7 @@ class Task(Protocol):
         """Returns what the journal keeps of a window. Raises ScoreError for a score that is NaN or infinite."""
 
     def write(self, windows: Sequence[range], records: Iterator[bytes], file: IO[bytes]) -> dict[str, Any]:
-        """Writes the output and returns a summary in values of JSON. Raises ValueError if there is nothing to write."""
+        """Writes the output and returns a summary in values of JSON. Raises NothingToWriteError if it is empty."""
 
     def for_actors(self) -> Self:
         """Returns a copy, not open, for processes that may have another working folder."""

@@ -14,7 +14,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import command, count_windows, lines, names, read_lines_of, write, write_collection
+from tokenizers.normalizers import Lowercase
 
 pytest.importorskip("datasets")
 
@@ -23,6 +25,7 @@ from llama_bidir.cli import main
 from llama_bidir.jobs import scoring
 from llama_bidir.jobs.journal import StateFile
 from llama_bidir.jobs.rerank import RerankTask, rerank_run
+from llama_bidir.jobs.rerank import task as rerank_task
 from llama_bidir.scoring import pipeline
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -124,6 +127,43 @@ def test_a_stop_at_any_step_is_made_good(reranker, files, tmp_path, monkeypatch)
             if not is_stopped:
                 break  # all calls were tried
         assert num_calls > 0
+
+
+@pytest.mark.parametrize("change", ["removed", "write_run", "partial"])
+def test_the_run_of_bm25_is_made_again_when_it_is_missing(change, reranker, files, tmp_path, monkeypatch):
+    pytest.importorskip("bm25s")
+    inputs = {"corpus": files.corpus, "queries": files.queries, "depth": 6}
+    expected = rerank_run(reranker, **inputs, output=tmp_path / "whole.trec").output.read_bytes()
+    output = tmp_path / "out.trec"
+    keep = {"write_run": tmp_path / "kept.trec.gz"} if change == "write_run" else {}
+    with monkeypatch.context() as patch:
+        stop_after(patch, pipeline.Scorer, "_score_chunk", 1)
+        with pytest.raises(StopError):
+            rerank_run(reranker, **inputs, **keep, output=output)
+    working = output.with_name("out.trec.partial-bm25")
+    if change != "write_run":
+        working.unlink()
+    if change == "partial":  # as after a kill while it is made again
+        with monkeypatch.context() as patch:
+            stop_after(patch, rerank_task, "run_lines", 2)
+            with pytest.raises(StopError):
+                rerank_run(reranker, **inputs, output=output)
+        assert working.exists()
+    rerank_run(reranker, **inputs, output=output)
+    assert output.read_bytes() == expected
+    assert not list(tmp_path.glob("out.trec.partial*"))
+
+
+def test_a_change_of_any_weight_or_of_the_tokenizer_is_noticed(reranker):
+    before = scoring.describe_scoring(reranker)
+    weight = reranker.model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[-1, -1] += 1e-3
+    assert scoring.describe_scoring(reranker)["weights"] != before["weights"]
+    with torch.no_grad():
+        weight[-1, -1] -= 1e-3
+    reranker.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    assert scoring.describe_scoring(reranker)["tokenizer"] != before["tokenizer"]
 
 
 def test_changed_arguments_are_refused_with_what_changed(reranker, files, tmp_path, monkeypatch, capsys):

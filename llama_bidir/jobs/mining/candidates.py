@@ -61,14 +61,14 @@ class CandidateFinder:
             ValueError: a row or the run breaks its rule, with file and line, or no row has a candidate.
         """
         num_rows = num_own = 0
-        seen, repeated, query_ids = set[int](), set[int](), set[str]()
+        seen, repeated, query_ids = set[int](), set[int](), dict[str, None]()
         for row in self._source.read():
             num_rows += 1
             num_own += bool(as_list(row.fields.get("neg_doc")))
             query_hash = hash(parse_row(row.fields, row.where).query)
             (repeated if query_hash in seen else seen).add(query_hash)
             if self.kind == "run":
-                query_ids.add(row.query_id)
+                query_ids[row.query_id] = None
         if not num_rows:
             raise no_rows(name)
         if not num_own and (self._corpus is None or self.kind == "neg_doc"):

@@ -14,7 +14,7 @@ from ...cross_encoder import CrossEncoder
 from ...data import parse_row
 from ...data.corpus import Corpus, open_corpus
 from ..job import Job, run_job
-from ..task import TextPath, Window
+from ..task import NothingToWriteError, TextPath, Window
 from .candidates import CandidateFinder
 from .result import MiningResult
 from .selection import DEFAULT_SELECTION, REASONS, Selection
@@ -94,6 +94,9 @@ class MiningTask:
             "keep_empty": self.keep_empty,
         }
 
+    def working_files(self) -> list[Path]:
+        return []
+
     def prepare(self) -> None:
         """Nothing is needed."""
 
@@ -151,7 +154,7 @@ class MiningTask:
             without_negatives,
         )
         if not result.num_written:
-            raise ValueError(
+            raise NothingToWriteError(
                 f"{os.fspath(self.source)}: no candidate of any row passed, and nothing was written: "
                 f"{result.format()}. Lower the margins, or give other candidates"
             )

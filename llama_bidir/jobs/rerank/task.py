@@ -94,6 +94,9 @@ class RerankTask:
         }
         return {"run.path": None, **stamps, "depth": self.depth, "tag": self.tag}
 
+    def working_files(self) -> list[Path]:
+        return [] if self.run is not None else [self._working_run]
+
     def prepare(self) -> None:
         """Makes the run if none is given. Raises ValueError if BM25 finds nothing."""
         if self.run is not None:
@@ -106,6 +109,7 @@ class RerankTask:
                 file.writelines(line.encode() for line in run_lines(query_id, ids, scores, BM25_TAG))
                 num_documents += len(rows)
         if not num_documents:
+            self._working_run.unlink()
             raise ValueError(
                 f"{self.queries}: no query shares a word with a document of {self.corpus}, so BM25 finds nothing to "
                 "rerank: give a run (--run), or the corpus that the queries are about"
