@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates the runs, writes the requested outputs and prints the table."""
     _check_paths(arguments)
+    from ..data.trec import no_common_query
     from ..evaluation import System, compare, evaluate_queries, make_report, read_qrels, read_run
     from ..evaluation.measures import parse_measures
 
@@ -59,9 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         entries = read_run(path)
         judged = {query_id: entries[query_id] for query_id in qrels if query_id in entries}
         if not judged:
-            raise ValueError(
-                f"{path}: the run has no entry for a query of {arguments.qrels}; they must be about the same queries"
-            )
+            raise no_common_query(f"{path}: the run", arguments.qrels)
         print(_coverage(path, qrels, entries))
         name = Path(path).name if has_short_names else path
         systems.append(System(name, judged, evaluate_queries(qrels, judged, measures)))
