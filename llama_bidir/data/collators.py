@@ -9,7 +9,7 @@ import torch
 
 from ..losses import IGNORED
 from ..prompts import PromptEncoder
-from ..scoring.packing import pack
+from ..scoring.packing import pack, pad
 from .groups import Group
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,7 @@ class GroupCollator:
         # The labels come first: the Trainer takes the size of a batch from its first tensor.
         batch: dict[str, Any] = {"labels": _fill([group["labels"] for group in groups])}
         batch["teacher_scores"] = _fill([self._teacher_scores(group) for group in groups])
-        if self.packed:
-            return {**batch, **pack(encoded.input_ids)}
-        padded = self.prompt_encoder.tokenizer.pad({"input_ids": encoded.input_ids}, return_tensors="pt")
-        return {**batch, "input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+        return {**batch, **(pack if self.packed else pad)(encoded.input_ids)}
 
     def _teacher_scores(self, group: Group) -> list[float]:
         if group["teacher_scores"] is not None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..utils.sharing import deal
-from .pipeline import Pair, Scorer, Tally, split_into_chunks
+from .pipeline import Pair, Scorer, Tally, distinct, split_into_chunks
 
 Result = TypeVar("Result")
 
@@ -61,15 +61,14 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
             )
         if chunk is None:
             break
-        unique = list(dict.fromkeys(chunk))
+        unique, positions = distinct(chunk)
         # By characters, which need no tokenizer.
         shares = deal([sum(map(len, pair)) for pair in unique], world_size)
         mine = _together(partial(scorer.logits, [unique[index] for index in shares[rank]]))
         scores = torch.empty(len(unique), scorer.num_labels)
         for share, part in zip(shares, _gather(mine), strict=True):
             scores[share] = part
-        positions = {pair: position for position, pair in enumerate(unique)}
-        logits.append(scores[[positions[pair] for pair in chunk]])
+        logits.append(scores[positions])
         num_done += len(chunk)
         scorer.progress.update(num_done - scorer.progress.n)
     tallies = _gather(scorer.tally)

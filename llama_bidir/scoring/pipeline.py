@@ -90,6 +90,13 @@ def split_into_chunks(
         yield chunk
 
 
+def distinct(pairs: Iterable[Pair]) -> tuple[list[Pair], list[int]]:
+    """Returns each pair once, in the order of its first occurrence, and the position of every pair among them."""
+    positions: dict[Pair, int] = {}
+    found = [positions.setdefault(pair, len(positions)) for pair in pairs]
+    return list(positions), found
+
+
 class Scorer:
     """
     Scores pairs as they come, chunk by chunk, on an engine.
@@ -175,9 +182,8 @@ class Scorer:
 
     def _encode_chunk(self, chunk: Sequence[Pair]) -> EncodedChunk:
         """Equal pairs are encoded once, so their scores tie."""
-        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(chunk))}
-        encoded = self.encoder.encode(list(numbers), long_document=self.long_document)
-        return EncodedChunk(encoded, [numbers[pair] for pair in chunk])
+        pairs, positions = distinct(chunk)
+        return EncodedChunk(self.encoder.encode(pairs, long_document=self.long_document), positions)
 
     def _score_chunk(self, chunk: EncodedChunk) -> torch.Tensor:
         """The best window of a pair counts, label by label."""
