@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints.loading import open_reranker
 from .checkpoints.saving import SavedReranker
-from .configuration_llama_bidir import LlamaBidirectionalConfig
 from .prompts import PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
@@ -116,11 +115,6 @@ class CrossEncoder(SavedReranker):
     def from_pretrained(cls, model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Same as `CrossEncoder(model_name_or_path, ...)`."""
         return cls(model_name_or_path, **kwargs)
-
-    @property
-    def config(self) -> LlamaBidirectionalConfig:
-        """The configuration of the model."""
-        return self.model.config
 
     @property
     def device(self) -> torch.device:

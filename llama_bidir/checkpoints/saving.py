@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavedReranker:
-    """Saving and sharing, for a class that holds a model, its tokenizer and the configuration that it scores by."""
+    """Saving and sharing, for a class that holds a model and its tokenizer."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -27,8 +27,9 @@ class SavedReranker:
 
     @property
     def config(self) -> LlamaBidirectionalConfig:
-        """The configuration that is saved."""
-        raise NotImplementedError
+        """The configuration of the model, which is saved with it."""
+        config: LlamaBidirectionalConfig = self.model.config
+        return config
 
     def save_pretrained(
         self,
