@@ -125,8 +125,13 @@ class CrossEncoderTrainingArguments(TrainingArguments):
         # accelerate would dispatch a batch by cutting its rows, but a packed batch is one row. Each process thus reads
         # its own groups.
         config: Any = self.accelerator_config
-        if config.dispatch_batches is None:
-            config.dispatch_batches = False
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"accelerator_config.{name} would split a batch between processes, but each process reads its own "
+                    "groups: leave it out"
+                )
+        config.dispatch_batches = False
         if self.global_batch_size is None:
             return
         if self.deepspeed or self.auto_find_batch_size:

@@ -23,6 +23,7 @@ from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArgume
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
 from .run import check_recipe, load_usable_rows
+from .steps import Steps
 
 T = TypeVar("T")
 
@@ -139,12 +140,17 @@ def plan(
 
 def count_steps(num_groups: int, args: CrossEncoderTrainingArguments) -> tuple[int, int]:
     """
-    Returns the optimizer steps per epoch and in total, as the Trainer counts them: every process has the same number
-    of batches, and the batches that are left over make a step.
+    Returns the optimizer steps per epoch and in total.
+
+    Raises:
+        ValueError: `dataloader_drop_last` would leave out all groups.
     """
-    divide = math.floor if args.dataloader_drop_last else math.ceil
-    batches = divide(divide(num_groups / args.train_batch_size) / args.world_size)
-    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    per_epoch = Steps(
+        batch_size=args.train_batch_size,
+        processes=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        drop_last=args.dataloader_drop_last,
+    ).count(num_groups)
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 

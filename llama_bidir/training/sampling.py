@@ -20,8 +20,7 @@ class EpochSampler(Sampler[int]):
     Args:
         dataset: the groups, whose `epoch` decides the order.
         seed: of the shuffle.
-        batch_size: groups per batch over all processes, to make batches of groups with similar lengths. None ignores
-            lengths.
+        batch_size: groups per optimizer step, to make batches of groups with similar lengths. None ignores lengths.
     """
 
     def __init__(self, dataset: GroupDataset, *, seed: int, batch_size: int | None = None):
