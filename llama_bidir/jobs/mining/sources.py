@@ -66,9 +66,9 @@ class MiningSource(NamedTuple):
 
 
 def describe_state(path: str | os.PathLike[str]) -> str:
-    """Returns the path, the size and the time of change of a file, by which two states of it differ."""
+    """Returns what [`stamp`] finds, by which two states of a file differ."""
     state = stamp(path)
-    return f"{state.path} ({state.size} bytes, changed at {state.mtime_ns} ns)"
+    return f"{state.path} ({state.size} bytes, changed at {state.mtime_ns} ns, content {state.content})"
 
 
 def open_source(
