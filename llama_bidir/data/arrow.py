@@ -32,8 +32,8 @@ class FileStamp(NamedTuple):
         path: absolute.
         size: in bytes.
         mtime_ns: time of change in nanoseconds.
-        content: a digest of the bytes, because tar, rsync and others give different files of one size the same time. For
-            a file above `MOST_HASHED_BYTES`, the inode and the time of its last change, which users cannot set.
+        content: a digest of the bytes, because tar, rsync and others give different files of one size the same time.
+            For a file above `MOST_HASHED_BYTES`, the inode and the time of its last change, which users cannot set.
     """
 
     path: str
