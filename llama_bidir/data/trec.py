@@ -296,7 +296,7 @@ def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
 
 def _read_int(text: str, where: str) -> int:
     try:
-        value = int(text)
+        value = int(_check_digits(text))
     except ValueError:
         raise ValueError(f"{where} must be a whole number, got {text!r}; correct or remove the line") from None
     if abs(value) >= 2**31:
@@ -306,9 +306,16 @@ def _read_int(text: str, where: str) -> int:
 
 def _read_float(text: str, where: str) -> float:
     try:
-        value = float(text)
+        value = float(_check_digits(text))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {text!r}; correct or remove the line")
     return value
+
+
+def _check_digits(text: str) -> str:
+    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` as 10, and digits of other scripts."""
+    if "_" in text or not text.isascii():
+        raise ValueError
+    return text
