@@ -315,7 +315,7 @@ def _read_float(text: str, where: str) -> float:
 
 
 def _check_digits(text: str) -> str:
-    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` as 10, and digits of other scripts."""
+    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10) and digits of other scripts."""
     if "_" in text or not text.isascii():
         raise ValueError
     return text
