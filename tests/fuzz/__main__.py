@@ -1,15 +1,5 @@
 """Runs the targets and prints a table: `python -m tests.fuzz --help`."""
 
-import os
-import tempfile
-
-# Before transformers and datasets are imported: no network, and no cache that outlives the run.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-_cache = tempfile.TemporaryDirectory(prefix="llama-bidir-fuzz-cache-")
-os.environ["HF_DATASETS_CACHE"] = _cache.name
-
 import argparse
 import logging
 import sys
@@ -49,11 +39,11 @@ def main() -> int:
         num_failures += outcome.failure is not None
         failed = str(int(outcome.failure is not None))
         rows.append((target.name, f"{outcome.cases:,}", f"{outcome.seconds:.1f}", f"{outcome.slowest:.2f}", failed))
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+        sys.stderr.write("  ".join(rows[-1]) + "\n")
         if outcome.failure is not None:
             traceback.print_exception(outcome.failure)
     rows.append(("all", f"{num_cases:,}", f"{sum(float(row[2]) for row in rows[1:]):.1f}", "", str(num_failures)))
-    print("\n".join(format_table(rows, "<>>>>")))
+    sys.stdout.write("\n".join(format_table(rows, "<>>>>")) + "\n")
     return 1 if num_failures else 0
 
 

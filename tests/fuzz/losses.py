@@ -83,9 +83,7 @@ def kl_div(scores: Sequence[float], labels: Sequence[float], teacher: Sequence[f
     if not scores:
         return 0.0
     student, other = log_sum_exp(scores), log_sum_exp(teacher)
-    return math.fsum(
-        math.exp(t - other) * ((t - other) - (s - student)) for s, t in zip(scores, teacher, strict=True)
-    )
+    return math.fsum(math.exp(t - other) * ((t - other) - (s - student)) for s, t in zip(scores, teacher, strict=True))
 
 
 SLOW = {

@@ -44,9 +44,7 @@ SLOW: dict[str, Callable[[Gains, Gains], float]] = {
     ),
     f"Success@{CUTOFF}": lambda ranked, judged: float(any(gain > 0 for gain in ranked[:CUTOFF])),
     "AP": lambda ranked, judged: (
-        sum(
-            sum(gain > 0 for gain in ranked[:rank]) / rank for rank, gain in enumerate(ranked, start=1) if gain > 0
-        )
+        sum(sum(gain > 0 for gain in ranked[:rank]) / rank for rank, gain in enumerate(ranked, start=1) if gain > 0)
         / sum(gain > 0 for gain in judged)
         if max(judged) > 0
         else 0.0
@@ -163,7 +161,9 @@ TARGETS: list[Any] = [
         check_against_ir_measures,
         {
             "qrels": qrels,
-            "run": st.dictionaries(identifiers, st.lists(st.sampled_from("abcdef"), min_size=1, unique=True), max_size=4),
+            "run": st.dictionaries(
+                identifiers, st.lists(st.sampled_from("abcdef"), min_size=1, unique=True), max_size=4
+            ),
             "scores": st.permutations(range(6)).map(lambda values: dict(zip("abcdef", values, strict=True))),
         },
         weight=0.5,

@@ -24,8 +24,9 @@ BROKEN = ["{", "}", "{query}", "{passage}", "{x}", "{0}", "{}", "{query!r}", "{q
 PART = re.compile(r"[^{}]|\{\{|\}\}|\{(query|passage):?\}", re.DOTALL)
 
 templates = st.builds(
-    lambda parts, swap: f"{parts[0]}{{{'passage' if swap else 'query'}}}{parts[1]}"
-    f"{{{'query' if swap else 'passage'}}}{parts[2]}",
+    lambda parts, swap: (
+        f"{parts[0]}{{{'passage' if swap else 'query'}}}{parts[1]}{{{'query' if swap else 'passage'}}}{parts[2]}"
+    ),
     st.lists(st.lists(st.sampled_from(LITERALS), max_size=3).map("".join), min_size=3, max_size=3),
     st.booleans(),
 )
@@ -108,9 +109,10 @@ def _check_windows(
     end = before.index("\ue001") + (len(query) - 1 if before.index("\ue001") > before.index("\ue000") else 0)
     offsets = tokenizer()(encoder.render(*pair), return_offsets_mapping=True)["offset_mapping"]
     in_query = [start <= left and right <= start + len(query) for left, right in offsets]
-    in_passage = [end <= left and right <= end + len(passage) and not inside for (left, right), inside in zip(
-        offsets, in_query, strict=True
-    )]
+    in_passage = [
+        end <= left and right <= end + len(passage) and not inside
+        for (left, right), inside in zip(offsets, in_query, strict=True)
+    ]
     fixed = [not (one or other) for one, other in zip(in_query, in_passage, strict=True)]
     room = MAX_LENGTH - sum(fixed)
     query_room = sum(in_query) if 4 * sum(in_query) <= 3 * room else 3 * max(room, 0) // 4
@@ -185,7 +187,5 @@ TARGETS = [
         weight=0.3,
         test_cases=40,
     ),
-    Target(
-        "chat template", check_chat_template, {"template": templates, "query": texts, "passage": texts}, weight=0.5
-    ),
+    Target("chat template", check_chat_template, {"template": templates, "query": texts, "passage": texts}, weight=0.5),
 ]

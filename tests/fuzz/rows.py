@@ -121,7 +121,7 @@ def check_groups(
         for index in range(rank, len(groups), num_processes):
             assert other[index] == groups[index] == dataset.group(index, epoch)
     start = 0
-    for (rows, weight), size in zip(sources, sizes, strict=True):
+    for (rows, _), size in zip(sources, sizes, strict=True):
         _check_groups(rows, groups[start : start + size], how)
         entries = {row["query"]: len(row["pos_doc"]) if how.expands else 1 for row in rows}
         all_epochs = (dataset.group(index, each) for each in range(epoch + 1) for index in range(start, start + size))
