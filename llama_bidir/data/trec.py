@@ -340,7 +340,7 @@ def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
 
 def _read_int(text: str, where: str) -> int:
     try:
-        value = int(_plain_number(text))
+        value = int(_check_digits(text))
     except ValueError:
         raise ValueError(f"{where} must be a whole number, got {text!r}; correct or remove the line") from None
     if abs(value) >= 2**31:
@@ -350,7 +350,7 @@ def _read_int(text: str, where: str) -> int:
 
 def _read_float(text: str, where: str) -> float:
     try:
-        value = float(_plain_number(text))
+        value = float(_check_digits(text))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
@@ -358,8 +358,8 @@ def _read_float(text: str, where: str) -> float:
     return value
 
 
-def _plain_number(text: str) -> str:
-    """Returns the text of a number; raises ValueError for what Python alone would read, such as 1_0."""
+def _check_digits(text: str) -> str:
+    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10) and digits of other scripts."""
     if "_" in text or not text.isascii():
         raise ValueError
     return text

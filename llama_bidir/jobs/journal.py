@@ -10,7 +10,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,18 @@ from ..utils.resume import as_recorded, can_resume, lock
 # Marks a SQLite file as one of ours, so that no other one is overwritten.
 APPLICATION_ID = int.from_bytes(b"lbj1")
 WORKING_FILES = ("output", "bm25", "bm25.gz")
+# Errors of SQLite that do not come from the content of a file, such as those of a full disk.
+OTHER_ERRORS = (
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_CONSTRAINT,
+)
 
 
 class StateFile:
@@ -33,7 +45,7 @@ class StateFile:
 
     Raises:
         RuntimeError: another process has the file open.
-        ValueError: the file is something else.
+        ValueError: the file is something else. Every method raises it, too, if the content of the file is damaged.
     """
 
     def __init__(self, path: Path, verb: str):
@@ -41,14 +53,15 @@ class StateFile:
         self._lock = lock(path)
         self._database = sqlite3.connect(f"{path.absolute().as_uri()}?nolock=1", uri=True, isolation_level=None)
         try:
-            # A kill during the first transaction leaves a file without tables.
-            self.is_new = not self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            is_ours = self._database.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+            with self._named_errors():
+                # A kill during the first transaction leaves a file without tables.
+                self.is_new = not self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+                is_ours = self._database.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
             is_known = self.is_new or (is_ours and self.get("verb") == verb)
-        except sqlite3.OperationalError:  # such as a failing disk
+        except sqlite3.Error:  # such as a failing disk
             self.close()
             raise
-        except sqlite3.DatabaseError:
+        except ValueError:
             is_known = False
         if not is_known:
             self.close()
@@ -58,7 +71,7 @@ class StateFile:
 
     def reset(self, notes: Mapping[str, Any]) -> None:
         """Drops all records and notes and makes new notes, in one transaction."""
-        with self._database as database:
+        with self._named_errors(), self._database as database:
             database.execute("BEGIN")
             database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             database.execute("DROP TABLE IF EXISTS notes")
@@ -70,25 +83,52 @@ class StateFile:
 
     def note(self, name: str, value: Any) -> None:
         """Keeps a JSON value under a name."""
-        self._database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+        with self._named_errors():
+            self._database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
 
     def get(self, name: str) -> Any:
         """Returns the value of a note, or None if there is none."""
-        row = self._database.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        with self._named_errors():
+            row = self._database.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+        try:
+            return None if row is None else json.loads(row[0])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self.damaged(f"the note {name!r} is not JSON") from error
 
     def append(self, number: int, record: bytes) -> None:
         """Keeps the record of a window, which is safe from a kill when this returns."""
-        self._database.execute("INSERT INTO windows VALUES (?, ?)", (number, record))
+        with self._named_errors():
+            self._database.execute("INSERT INTO windows VALUES (?, ?)", (number, record))
 
     def numbers(self) -> set[int]:
         """Returns the numbers of the windows that have records."""
-        return {number for (number,) in self._database.execute("SELECT number FROM windows")}
+        with self._named_errors():
+            numbers = {number for (number,) in self._database.execute("SELECT number FROM windows")}
+        if not all(isinstance(number, int) for number in numbers):
+            raise self.damaged("the number of a window is not a whole number")
+        return numbers
 
     def records(self) -> Iterator[tuple[int, bytes]]:
         """Yields the number and the record of each window, by number."""
-        # Not the cursor itself: a generator that reads from it would close it, which fails after the file is closed.
-        return map(tuple, self._database.execute("SELECT number, record FROM windows ORDER BY number"))
+        with self._named_errors():
+            rows = self._database.execute("SELECT number, record FROM windows ORDER BY number")
+            for number, record in rows:
+                if not isinstance(record, bytes):
+                    raise self.damaged(f"the record of window {number} is not bytes")
+                yield number, record
+
+    def damaged(self, reason: object) -> ValueError:
+        """The error of a file whose content has changed since it was written."""
+        return ValueError(f"{self.path}: the journal is damaged: {reason}; remove it to start over")
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the message of an error may be damaged, too
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in OTHER_ERRORS:
+                raise
+            raise self.damaged(error) from error
 
     def close(self) -> None:
         """Closes the file and releases its lock."""
@@ -151,11 +191,13 @@ class Journal:
             RuntimeError: another process is at work on the same output.
         """
         arguments = as_recorded(arguments)
-        former = self.own.get("arguments")
+        former, kept = self.own.get("arguments"), self.own.get("settings")
         if former is not None:
+            if not isinstance(former, dict) or not isinstance(kept, dict):
+                raise self.own.damaged("its arguments and settings are not objects of JSON")
             is_empty = self.own.get("finished") is None and not self.done()  # then nothing is lost
             if can_resume(self.path, former, arguments, overwrite=overwrite or is_empty):
-                return self.own.get("settings")
+                return kept
         self._remove_parts()
         self.own.reset({"verb": self.verb, "arguments": arguments, "settings": settings})
         return dict(settings)

@@ -168,7 +168,16 @@ def remove_run(output: Path) -> None:
 
 
 def _read_run(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+    """Returns the content of the record of a run. Raises ValueError, which names the file, if it is something else."""
+    try:
+        content = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("arguments"), dict) or "finished" not in content:
+        raise ValueError(
+            f"{output / RUN_NAME}: is not the record of a training run: move it away, or choose another "
+            "training.output_dir"
+        )
     return content
 
 

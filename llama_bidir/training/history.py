@@ -58,14 +58,20 @@ def _history_path(args: TrainingArguments) -> Path:
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the logs of a run; an empty list if there is no file. Incomplete lines are ignored with a warning."""
+    """
+    Reads the logs of a run; an empty list if there is no file. A line that is not a whole JSON object with a `step` is
+    ignored with a warning.
+    """
     entries = []
-    if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                logger.warning(f"{os.fspath(path)}: ignored a line that is not JSON: {line[:80]!r}")
+    for line in filter(None, Path(path).read_bytes().split(b"\n") if Path(path).is_file() else ()):
+        try:
+            entry = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float)):
+            entries.append(entry)
+        else:
+            logger.warning(f"{os.fspath(path)}: ignored a line that is not the log of a step: {line[:80]!r}")
     return entries
 
 

@@ -158,6 +158,7 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
             + REMOVE,
         ),
         ("qrels.tsv", "q1 0 d1 NaN\n", ":1: score must be a whole number, got 'NaN'" + CORRECT),
+        ("qrels.tsv", "q1 0 d1 1_0\n", ":1: score must be a whole number, got '1_0'" + CORRECT),
         ("qrels.tsv", "q1 0 d1 99999999999\n", ":1: score must be a whole number of 32 bits, got '99999999999'"),
         ("qrels.tsv", "q1 0 d1 0\n", ": no query has a relevant document, one with a score of 1 or more"),
         (
@@ -173,6 +174,8 @@ def test_missing_files_of_a_beir_folder_are_named(name, beir, load):
             + REMOVE,
         ),
         ("run.bm25.trec", RUN + "q1 Q0 d1 4 nan t\n", ":6: score must be a finite number, got 'nan'" + CORRECT),
+        ("run.bm25.trec", RUN + "q1 Q0 d1 4 1_0 t\n", ":6: score must be a finite number, got '1_0'" + CORRECT),
+        ("run.bm25.trec", RUN + "q1 Q0 d1 ٤ 1 t\n", ":6: rank must be a whole number, got '٤'" + CORRECT),
         ("run.bm25.trec", RUN + "q1 Q0 d1 1.5 4 t\n", ":6: rank must be a whole number, got '1.5'" + CORRECT),
         (
             "run.bm25.trec",

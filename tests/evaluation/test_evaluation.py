@@ -76,6 +76,7 @@ def test_a_run_without_a_judged_query_is_all_zero():
         ("nDCG@99999999999", "measure 'nDCG@99999999999': the cutoff must be an int from 1 to 2147483647"),
         ("nDCG@x", "measure 'nDCG@x' must be written like nDCG@10 or AP(rel=2)@100"),
         ("@10", "measure '@10' must be written like nDCG@10 or AP(rel=2)@100"),
+        ("AP" + "(" * 200, f"measure 'AP{'(' * 200}' must be written like nDCG@10 or AP(rel=2)@100"),
         (
             "RR(k=3)",
             "measure 'RR(k=3)': unsupported params found: ['k']; the parameters of RR are cutoff, rel, judged_only",

@@ -85,3 +85,44 @@ def test_records_of_several_processes_are_in_order_and_complete(tmp_path):
     with pytest.raises(RuntimeError, match=r"out\.partial: window 5 is missing"):
         list(ranks[0].records(6))
     ranks[0].close()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("UPDATE notes SET value = '{' WHERE name = 'arguments'", "the note 'arguments' is not JSON"),
+        ("UPDATE notes SET value = NULL WHERE name = 'settings'", "the note 'settings' is not JSON"),
+        ("UPDATE notes SET value = '[]' WHERE name = 'settings'", "its arguments and settings are not objects of JSON"),
+        ("UPDATE windows SET record = 7", "the record of window 0 is not bytes"),
+        ("DROP TABLE windows", "no such table: windows"),
+    ],
+)
+def test_damaged_content_is_named(tmp_path, change, reason):
+    journal = Journal(tmp_path / "out", "rerank")
+    journal.start({"depth": 1}, {}, overwrite=False)
+    journal.own.append(0, b"record")
+    journal.own._database.execute(change)
+    journal.close()
+
+    def resume():
+        journal.start({"depth": 1}, {}, overwrite=False)
+        list(journal.records(1))
+
+    with pytest.raises(ValueError, match=rf"out\.partial: the journal is damaged: {reason}; remove it to start over$"):
+        resume()
+    journal.close()
+
+
+def test_damaged_pages_are_named(tmp_path):
+    journal = Journal(tmp_path / "out", "rerank")
+    journal.start({"depth": 1}, {}, overwrite=False)
+    journal.own.append(0, b"record")
+    (page,) = journal.own._database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'windows'").fetchone()
+    journal.close()
+    with journal.path.open("r+b") as file:
+        file.seek(4096 * (page - 1))
+        file.write(b"\xff" * 4096)
+    message = r"out\.partial: the journal is damaged: database disk image is malformed; remove it to start over$"
+    with pytest.raises(ValueError, match=message):
+        journal.start({"depth": 1}, {}, overwrite=False)
+    journal.close()
