@@ -6,6 +6,7 @@ package.
 """
 
 import math
+import operator
 import os
 import string
 from collections.abc import Callable
@@ -58,22 +59,32 @@ def check_prompt_template(prompt_template: Any) -> str:
     return prompt_template
 
 
+def as_int(value: Any) -> int | None:
+    """Returns a whole number of any integer type, such as numpy's, as an int; None for anything else and for a bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int) -> int:
     """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to `max_position_embeddings`."""
-    is_int = isinstance(rerank_max_length, int) and not isinstance(rerank_max_length, bool)
+    length = as_int(rerank_max_length)
     lowest = min(MIN_RERANK_MAX_LENGTH, max_position_embeddings)
-    if not (is_int and lowest <= rerank_max_length <= max_position_embeddings):
+    if length is None or not lowest <= length <= max_position_embeddings:
         raise ValueError(
             "rerank_max_length is the maximum number of tokens of a rendered pair and must be an int from "
             f"{lowest} to max_position_embeddings ({max_position_embeddings}), got {rerank_max_length!r}"
         )
-    return rerank_max_length
+    return length
 
 
-def check_num_labels(num_labels: Any) -> None:
-    """Raises ValueError unless `num_labels` is None or an int above 0."""
-    if num_labels is not None and (not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1):
+def check_num_labels(num_labels: Any) -> int | None:
+    """Returns `num_labels`. Raises ValueError unless it is None or an int above 0."""
+    number = as_int(num_labels)
+    if num_labels is not None and (number is None or number < 1):
         raise ValueError(f"num_labels must be an int above 0 (the outputs of the score head), got {num_labels!r}")
+    return number
 
 
 def check_model_type(model_type: Any, source: str = "the configuration") -> None:
@@ -152,7 +163,8 @@ class LlamaBidirectionalConfig(LlamaConfig):
             # An `auto_map` names code files, which this class neither runs nor saves. Only a class registered by
             # `register_for_auto_class` writes an `auto_map` of its own.
             kwargs.pop("auto_map", None)
-        check_num_labels(kwargs.get("num_labels"))
+        if "num_labels" in kwargs:
+            kwargs["num_labels"] = check_num_labels(kwargs["num_labels"])
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
         if self.sentence_transformers is None:

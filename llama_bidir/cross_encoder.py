@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints.loading import open_reranker
 from .checkpoints.saving import SavedReranker
+from .configuration_llama_bidir import check_num_labels
 from .prompts import PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
@@ -28,7 +29,7 @@ from .scoring.pipeline import (
     score_chunks,
 )
 from .scoring.placement import Placement
-from .utils.validation import check_groups, check_positive_int, check_text, check_texts, read_pairs
+from .utils.validation import check_chunks, check_groups, check_positive_int, check_text, check_texts, read_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class CrossEncoder(SavedReranker):
         distributed: bool = False,
     ):
         self.max_tokens_per_batch = check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+        check_num_labels(num_labels)
         self.long_document = check_long_document(long_document)
         self.distributed, self.activation_fn = distributed, activation_fn
         devices = split_devices(device)
@@ -148,8 +150,9 @@ class CrossEncoder(SavedReranker):
         Scores pairs.
 
         Args:
-            pairs: one (query, passage) pair, or an iterable of them. A generator is read and checked chunk by chunk, so
-                memory stays bounded. Anything else is checked before any compute.
+            pairs: one (query, passage) pair, an iterable of them, or a table of two columns, the query first unless
+                their names say otherwise. A generator is read and checked chunk by chunk, so memory stays bounded.
+                Anything else is checked before any compute.
             batch_size: maximum pairs of a forward pass.
             show_progress_bar: shown when not given and this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
@@ -168,7 +171,7 @@ class CrossEncoder(SavedReranker):
             RuntimeError: a worker process failed, with its traceback.
         """
         checked_pairs, num_pairs, is_single = read_pairs(pairs)
-        check_limits(batch_size, max_tokens_per_batch, long_document)
+        batch_size, max_tokens_per_batch = check_limits(batch_size, max_tokens_per_batch, long_document)
         self._placement.move(self.model, device)
         is_shown = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with tqdm(total=num_pairs, desc="Scoring", unit="pair", disable=not is_shown) as progress:
@@ -202,9 +205,10 @@ class CrossEncoder(SavedReranker):
         Yields:
             the float32 scores of each chunk, of the shapes that [`predict`] returns.
         """
-        check_limits(batch_size, max_tokens_per_batch, long_document)
+        batch_size, max_tokens_per_batch = check_limits(batch_size, max_tokens_per_batch, long_document)
         bar = tqdm(disable=True) if progress is None else progress
-        return score_chunks(self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn), chunks)
+        scorer = self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn)
+        return score_chunks(scorer, check_chunks(chunks))
 
     def rank(
         self,
@@ -257,7 +261,7 @@ class CrossEncoder(SavedReranker):
             TypeError, ValueError: as in [`rank`], and when the two lists differ in length.
         """
         queries, groups = check_groups(queries, documents_per_query)
-        check_ranking(self.config, top_k, options)
+        top_k = check_ranking(self.config, top_k, options)
         pairs = [(query, document) for query, documents in zip(queries, groups, strict=True) for document in documents]
         scores = iter(self.predict(pairs, batch_size, **options).tolist())
         return [
