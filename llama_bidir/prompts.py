@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
 from .utils.errors import InputTypeError
-from .utils.tokenization import PrivateTokenizer, control_tokens, find_any, is_sampling, private_tokenizer
+from .utils.tokenization import PrivateTokenizer, control_tokens, find_any, is_sampling, largest_id, private_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class PromptEncoder:
         prompt_template (`str`): text with one `{query}` and one `{passage}`.
         max_length (`int`): the maximum number of tokens of a rendered pair, including special tokens.
         parse_special_tokens (`bool`): read control tokens in queries and passages too, as the tokenizer itself does.
+        vocab_size (`int`, *optional*): the number of embeddings of the model, for a check of every id.
 
     Raises:
         TypeError: the tokenizer is not a fast tokenizer.
@@ -76,6 +77,7 @@ class PromptEncoder:
         prompt_template: str,
         max_length: int,
         parse_special_tokens: bool = False,
+        vocab_size: int | None = None,
     ):
         if not tokenizer.is_fast:
             raise InputTypeError(
@@ -86,6 +88,8 @@ class PromptEncoder:
         self.prompt_template = check_prompt_template(prompt_template)
         self.max_length = max_length
         self.parse_special_tokens = parse_special_tokens
+        # Most tokenizers have no id beyond the embeddings, so that no batch needs a check.
+        self._limit = None if vocab_size is None or largest_id(tokenizer) < vocab_size else vocab_size
         control = [] if parse_special_tokens else control_tokens(tokenizer)
         self._control_token = find_any(*(token.content for token in control))
         # A normalizer may turn other characters into a control token.
@@ -110,6 +114,7 @@ class PromptEncoder:
             prompt_template=config.prompt_template,
             max_length=config.rerank_max_length,
             parse_special_tokens=parse_special_tokens,
+            vocab_size=config.vocab_size,
         )
 
     def render(self, query: str, passage: str) -> str:
@@ -130,7 +135,8 @@ class PromptEncoder:
             [`EncodedPairs`]. None of its sequences is longer than `max_length`.
 
         Raises:
-            ValueError: in some pair, the template and the tokens that it shares with a text exceed `max_length`.
+            ValueError: in some pair, the template and the tokens that it shares with a text exceed `max_length`, or a
+                token has an id for which the model has no embedding.
         """
         if not pairs:
             return EncodedPairs([], [], [])
@@ -141,7 +147,18 @@ class PromptEncoder:
             encoded.input_ids.extend(sequences)
             encoded.num_windows.append(len(sequences))
             encoded.is_truncated.append(is_truncated)
+        if self._limit is not None:
+            self._check_ids(encoded.input_ids, self._limit)
         return encoded
+
+    def _check_ids(self, sequences: list[list[int]], vocab_size: int) -> None:
+        largest = max(map(max, sequences))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model has "
+                f"{vocab_size} embeddings: pass the tokenizer that belongs to the model, or give the model more with "
+                "model.resize_token_embeddings(len(tokenizer)) and train them"
+            )
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Returns the token ids of whole rendered pairs, however long they are."""

@@ -3,9 +3,13 @@
 import shutil
 
 import pytest
-from helpers import make_tokenizer
-from transformers import AutoTokenizer
+import torch
+from helpers import PAIRS, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llama_bidir import CrossEncoder
+from llama_bidir.data.collators import GroupCollator
 from llama_bidir.prompts import PromptEncoder, ensure_pad_token
 
 TEMPLATE = "question:{query} \n \n passage:{passage}"
@@ -121,3 +125,46 @@ def test_tokenizers_survive_saving_with_their_pad_token(llama2_checkpoint, tmp_p
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert reloaded.pad_token == "<unk>"
     assert reloaded(LONG).input_ids == tokenizer(LONG).input_ids
+
+
+def test_a_token_beyond_the_embeddings_is_named(model, caplog):
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    expected = CrossEncoder(model, tokenizer).predict(PAIRS)
+    tokenizer.add_tokens(["garden", "beehive"])
+    reranker = CrossEncoder(model, tokenizer)
+    rule = r"token 'beehive' has id 321, but the model has 320 embeddings: pass the tokenizer that belongs to the model"
+    with pytest.raises(ValueError, match=rule):
+        reranker.predict([("a", "the garden and the beehive")])
+    with pytest.raises(ValueError, match=rule):
+        reranker.rank("beehive", ["a", "b"])
+    assert reranker.predict(PAIRS[:2]).tolist() == pytest.approx(expected[:2].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_beyond_the_embeddings_is_named_in_training(model, packed):
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.add_tokens(["beehive"])
+    collator = GroupCollator(PromptEncoder.from_config(tokenizer, model.config), packed=packed)
+    group = {"query": "a", "passages": ["beehive", "b"], "labels": [1.0, 0.0], "teacher_scores": None}
+    with pytest.raises(ValueError, match="token 'beehive' has id 320, but the model has 320 embeddings"):
+        collator([group])
+
+
+@pytest.mark.parametrize(("index", "named"), [(320, 320), (-1, -1), (5000, 5000)])
+def test_the_model_names_an_id_without_an_embedding(model, index, named):
+    with pytest.raises(
+        ValueError, match=f"from 0 to 319, the model has 320 embeddings, got {named}: use the tokenizer"
+    ):
+        model(input_ids=torch.tensor([[1, index]]), labels=torch.tensor([1.0]))
+    model.resize_token_embeddings(5001)
+    assert index < 0 or model(input_ids=torch.tensor([[1, index]])).logits.isfinite().all()
+
+
+def test_a_vocabulary_with_gaps_is_checked_too(model):
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "z": 999, "<u>": 2}, unk_token="<u>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<u>")
+    encoder = PromptEncoder(tokenizer, prompt_template="{query} {passage}", max_length=9, vocab_size=320)
+    assert encoder.encode([("a", "b")]).input_ids == [[0, 1]]
+    with pytest.raises(ValueError, match="token 'z' has id 999, but the model has 320 embeddings"):
+        encoder.encode([("a", "b"), ("a", "z")])

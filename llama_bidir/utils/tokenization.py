@@ -22,6 +22,18 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[AddedToken]:
     return [token for token in tokenizer.added_tokens_decoder.values() if token.special or token.content in named]
 
 
+_largest_ids: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]]" = WeakKeyDictionary()
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the largest id that the tokenizer can give; it is found again when the tokenizer has grown."""
+    size, largest = _largest_ids.get(tokenizer, (-1, -1))
+    if size != len(tokenizer):
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        _largest_ids[tokenizer] = (len(tokenizer), largest)
+    return largest
+
+
 def is_sampling(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer draws ids at random (BPE dropout, Unigram sampling), so that no two calls agree."""
     model = tokenizer.backend_tokenizer.model
