@@ -61,6 +61,8 @@ class CrossEncoder(SavedReranker):
             `model_kwargs={"file_name": "model_int8.onnx"}` chooses another graph of the folder.
         long_document: `"truncate"` cuts the end of a passage that does not fit into `max_length`. `"max"` and
             `"first_max"` score it in windows and keep the best score (see [`~prompts.PromptEncoder.encode`]).
+        parse_special_tokens: read control tokens that a query or a passage spells, such as `<|eot_id|>`. By default
+            they are text.
         max_tokens_per_batch: maximum tokens of a forward pass; chosen for the device and the model when not given.
         distributed: under torchrun or accelerate, share the pairs of each call among the processes. Every process must
             then make the same calls, and gets all scores. By default each process scores for itself.
@@ -88,6 +90,7 @@ class CrossEncoder(SavedReranker):
         tokenizer_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
         long_document: str = "truncate",
+        parse_special_tokens: bool = False,
         max_tokens_per_batch: int | None = None,
         distributed: bool = False,
     ):
@@ -95,6 +98,7 @@ class CrossEncoder(SavedReranker):
         check_num_labels(num_labels)
         self.long_document = check_long_document(long_document)
         self.distributed, self.activation_fn = distributed, activation_fn
+        self.parse_special_tokens = parse_special_tokens
         devices = split_devices(device)
         hub = {"revision": revision, "token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
         opened = open_reranker(
@@ -286,7 +290,7 @@ class CrossEncoder(SavedReranker):
         activation_fn: Activation | None,
     ) -> Scorer:
         return Scorer(
-            PromptEncoder.from_config(self.tokenizer, self.config),
+            PromptEncoder.from_config(self.tokenizer, self.config, parse_special_tokens=self.parse_special_tokens),
             self.engine(),
             progress,
             num_labels=self.model.config.num_labels,

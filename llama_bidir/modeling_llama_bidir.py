@@ -61,6 +61,19 @@ def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling:
     return torch.segment_reduce(hidden_states.float(), "mean", lengths=cu_seq_lens.diff(), axis=0, unsafe=True)
 
 
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless every id has an embedding. Does not read ids on a GPU, which would wait."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    smallest, largest = (int(index) for index in input_ids.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"input_ids must be from 0 to {vocab_size - 1}, the model has {vocab_size} embeddings, got "
+            f"{smallest if smallest < 0 else largest}: use the tokenizer that belongs to the model, or give the model "
+            "more with resize_token_embeddings"
+        )
+
+
 def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_tokens: int) -> None:
     """Raises ValueError unless the lengths add up to the stream. Does not read lengths on a GPU, which would wait."""
     if cu_seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
@@ -219,6 +232,7 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)  # type: ignore[arg-type]
             inputs_embeds = self.embed_tokens(input_ids)
         cu_seq_lens = kwargs.get("cu_seq_lens_q")
         if cu_seq_lens is not None:

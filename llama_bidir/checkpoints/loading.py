@@ -17,6 +17,7 @@ from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
+from ..utils.tokenization import is_sampling, stop_sampling
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
@@ -101,8 +102,15 @@ def check_dtype(dtype: Any) -> str | torch.dtype | None:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer. transformers would offer to run the code of one with its own class, which is refused here."""
-    return AutoTokenizer.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
+    """
+    Loads a tokenizer that gives a text the same ids at each call. transformers would offer to run the code of one with
+    its own class, which is refused here.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
+    if tokenizer.is_fast and is_sampling(tokenizer):
+        logger.warning(f"the tokenizer of {name_or_path} draws tokens at random (dropout): switched off")
+        stop_sampling(tokenizer)
+    return tokenizer
 
 
 def _place(model: Any, device: torch.device | None) -> Any:

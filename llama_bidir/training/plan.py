@@ -98,8 +98,7 @@ def plan(
     indices = random.Random(training_args.seed).sample(range(len(groups)), min(SAMPLE_GROUPS, len(groups)))
     pairs = [(group["query"], text) for group in map(groups.__getitem__, indices) for text in group["passages"]]
     num_cut = encoder.encode(pairs).num_truncated
-    uncut = encoder.tokenizer([encoder.render(*pair) for pair in pairs], verbose=False)["input_ids"]
-    lengths = [len(ids) for ids in uncut]
+    lengths = [len(ids) for ids in encoder.tokenize(pairs)]
     first = encoder.encode([(groups[0]["query"], groups[0]["passages"][0])])
     at_once, accumulated = training_args.train_batch_size, training_args.gradient_accumulation_steps
     step = training_args.world_size * at_once * accumulated
