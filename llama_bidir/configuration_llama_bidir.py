@@ -1,24 +1,34 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the bidirectional Llama reranker.
 
-This file and `modeling_llama_bidir.py` can be saved beside a checkpoint. They therefore import nothing else from this
-package.
+This file, `modeling_llama_bidir.py` and `weights_llama_bidir.py` can be saved beside a checkpoint. They therefore
+import nothing else from this package.
 """
 
 import math
 import operator
 import os
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
 from transformers import LlamaConfig
 
+from .weights_llama_bidir import check_score, read_weights
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 POOLINGS = ("avg", "cls", "last")
 DEFAULT_PROMPT_TEMPLATE = "question:{query} \n \n passage:{passage}"
 DEFAULT_RERANK_MAX_LENGTH = 512
 MIN_RERANK_MAX_LENGTH = 8
+MAX_NUM_LABELS = 65_536  # transformers names each label, which takes gigabytes for absurd numbers
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 
 
 def check_pooling(pooling: Any) -> str:
@@ -80,11 +90,39 @@ def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int
 
 
 def check_num_labels(num_labels: Any) -> int | None:
-    """Returns `num_labels`. Raises ValueError unless it is None or an int above 0."""
+    """Returns `num_labels`. Raises ValueError unless it is None or an int from 1 to 65,536."""
     number = as_int(num_labels)
     if num_labels is not None and (number is None or number < 1):
         raise ValueError(f"num_labels must be an int above 0 (the outputs of the score head), got {num_labels!r}")
+    if number is not None and number > MAX_NUM_LABELS:
+        raise ValueError(
+            f"num_labels must be at most {MAX_NUM_LABELS} (the outputs of the score head), got {num_labels}"
+        )
     return number
+
+
+def check_size(field: str, size: Any) -> Any:
+    """
+    Returns `size`. Raises ValueError unless it is an int above 0. A model may have 0 layers, and `head_dim` and
+    `num_key_value_heads` may be None.
+    """
+    lowest = 0 if field == "num_hidden_layers" else 1
+    if size is None and field in ("head_dim", "num_key_value_heads"):
+        return size
+    if not isinstance(size, int) or isinstance(size, bool) or size < lowest:
+        raise ValueError(f"{field} must be an int of at least {lowest}, got {size!r}")
+    return size
+
+
+def check_heads(config: LlamaConfig) -> None:
+    """Raises ValueError unless the attention heads divide what they share, and RoPE can rotate pairs of their sizes."""
+    heads, shared, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if config.hidden_size % heads:
+        raise ValueError(f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads ({heads})")
+    if shared is not None and heads % shared:
+        raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})")
+    if head_dim is not None and head_dim % 2:
+        raise ValueError(f"head_dim must be even, because RoPE rotates pairs, got {head_dim}")
 
 
 def check_model_type(model_type: Any, source: str = "the configuration") -> None:
@@ -108,6 +146,35 @@ def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"{name!r} is not a checkpoint: there is no such folder. Pass a folder that holds a config.json, or the id "
             "of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
+        )
+
+
+def is_stock(config_dict: Mapping[str, Any]) -> bool:
+    """Returns whether a `config.json` is of a plain Llama, not of a reranker or of one of its exports."""
+    return config_dict.get("model_type") == "llama" and "pooling" not in config_dict
+
+
+def check_stock_head(
+    config_dict: Mapping[str, Any], given: Mapping[str, Any], source: str, *, has_score: bool = False
+) -> None:
+    """
+    Raises ValueError for a plain Llama with a trained head, unless the caller says how to use it.
+
+    Args:
+        config_dict: the content of `config.json`.
+        given: what the caller passes. `is_causal` or `pooling` says how to use the head.
+        source: the name of the checkpoint.
+        has_score: its weights include `score.weight`.
+    """
+    if not is_stock(config_dict) or given.keys() & {"is_causal", "pooling"}:
+        return
+    names = [name for name in map(str, config_dict.get("architectures") or ()) if _HEADS.search(name)]
+    if names or has_score:
+        raise ValueError(
+            f"{source} holds a {names[0] if names else 'score.weight of a plain Llama'}, whose head was trained under "
+            "a causal mask. To score as transformers' LlamaForSequenceClassification does, pass is_causal=True and "
+            "pooling='last'. To train the head further in a bidirectional model, pass is_causal=False and "
+            "pooling='avg'. CrossEncoder takes both in model_kwargs"
         )
 
 
@@ -174,6 +241,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
 
     def validate(self) -> None:
         """Checks fields that depend on each other. transformers calls it when a config is built and before a save."""
+        check_heads(self)
         super().validate()  # type: ignore[misc]  # added by `@strict`
         check_rerank_max_length(self.rerank_max_length, self.max_position_embeddings)
 
@@ -198,15 +266,23 @@ class LlamaBidirectionalConfig(LlamaConfig):
                 f"{os.fspath(pretrained_model_name_or_path)!r} is not a checkpoint: it has no config.json. Pass the "
                 "folder that `save_pretrained` wrote, or the id of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
             )
-        check_model_type(config_dict.get("model_type"), source=repr(os.fspath(pretrained_model_name_or_path)))
+        source = repr(os.fspath(pretrained_model_name_or_path))
+        check_model_type(config_dict.get("model_type"), source=source)
+        check_stock_head(config_dict, kwargs, source)
+        labels = {"num_labels", "id2label"} & (config_dict.keys() | kwargs.keys())
+        if config_dict.get("architectures") == ["LlamaForSequenceClassification"] and not labels:
+            config_dict["num_labels"] = 2  # the default of transformers, which it does not store
         # Changed here because `from_pretrained` compares the two types and warns about a difference.
         config_dict["model_type"] = cls.model_type
-        return config_dict, kwargs
+        return config_dict, {**kwargs, "name_or_path": os.fspath(pretrained_model_name_or_path)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlamaBidirectionalConfig":
         # Pass keyword fields to the constructor, which validates all fields together, not to setattr afterwards.
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
+        num_labels, folder = kwargs.get("num_labels", config_dict.get("num_labels")), kwargs.get("name_or_path")
+        if isinstance(num_labels, int) and num_labels > MAX_NUM_LABELS and folder is not None and os.path.isdir(folder):
+            check_score(num_labels, read_weights(folder) or {})
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -215,11 +291,16 @@ class LlamaBidirectionalConfig(LlamaConfig):
         return {**super().to_diff_dict(), **labels}
 
 
+# Architectures with a trained head. Those of this package, which vLLM's layout names too, say how they pool.
+_HEADS = re.compile(r"^(?!LlamaBidirectional).*(Classification|QuestionAnswering|Reward|Score|Regress|ValueHead)")
+
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
     "pooling": check_pooling,
     "temperature": check_temperature,
     "is_causal": check_is_causal,
     "prompt_template": check_prompt_template,
+    "num_labels": check_num_labels,
+    **{field: partial(check_size, field) for field in SIZES},
 }
 
 __all__ = ["LlamaBidirectionalConfig"]

@@ -46,7 +46,7 @@ class SavedReranker:
         Args:
             directory: made when missing.
             model_id: the name that the card's code loads; `directory` when not given.
-            with_code: put the two model files beside the weights, for people without this package, who load them with
+            with_code: put the model files beside the weights, for people without this package, who load them with
                 `trust_remote_code=True`.
             evaluation: what `llama-bidir evaluate --json` wrote, for the measures of the card, which is then rewritten.
             kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
