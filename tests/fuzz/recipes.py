@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llama_bidir.training.recipes import Recipe, load_recipe, parse_overrides
 from llama_bidir.training.recipes.recipe import block_hints
 
-from .damage import altered, damaged, odd_values
+from .damage import altered, damaged
 from .readers import write_file
 from .target import Target, attempt, check_message
 from .texts import any_texts
@@ -118,7 +118,7 @@ def check_recipe(recipe: Any) -> None:
 
 
 def check_overrides(arguments: list[tuple[str, list[str]]], joined: bool) -> None:
-    """Options give values of keys that exist, or an error that names the option; the recipe takes them or names itself."""
+    """Options give values of keys that exist, or an error that names one; the recipe takes them or names itself."""
     words = []
     for option, values in arguments:
         words += [f"--{option}={values[0]}", *values[1:]] if joined and values else [f"--{option}", *values]

@@ -1,6 +1,6 @@
 """All targets."""
 
-from . import command_line, jobs, losses, measures, prompts, readers, recipes, rows
+from . import checkpoints, command_line, jobs, losses, measures, prompts, readers, recipes, rows
 from .target import Target
 
 TARGETS: list[Target] = [
@@ -11,5 +11,6 @@ TARGETS: list[Target] = [
     *jobs.TARGETS,
     *losses.TARGETS,
     *measures.TARGETS,
+    *checkpoints.TARGETS,
     *command_line.TARGETS,
 ]
