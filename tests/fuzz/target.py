@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 # Cases of a round, after which a run looks at the clock.
@@ -82,6 +82,7 @@ def run_target(target: Target, cases: int, *, first_seed: int | None = None, end
             database=None,
             derandomize=first_seed is None,
             suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],  # the others trace every line, which is slow
         )(test)
         test = test if first_seed is None else seed(f"{first_seed} {number}")(test)
         try:

@@ -174,6 +174,9 @@ def test_values_fit_their_fields(tmp_path):
         ("model: {pooling: avg}", "model: model_name_or_path is required"),
         ("- 1", "a recipe holds the blocks model, data, training, lora, got list"),
         ("a: [", "a recipe is a YAML file: while parsing"),
+        ("a: " + "[" * 2000, "a recipe is a YAML file: maximum recursion depth exceeded"),
+        ("a: 2001-99-99", "a recipe is a YAML file: month must be in 1..12"),
+        ("a: 0x_", "a recipe is a YAML file: invalid literal for int() with base 16: ''"),
         ("training: 5", "training must be a mapping of keys to values, got 5"),
         ("training: {learning_rate: x}", "training: learning_rate must be a number, got 'x'"),
         ("training: {learning_rate: true}", "training: learning_rate must be a number, got True"),
@@ -248,6 +251,7 @@ def test_overrides_replace_the_values_of_a_recipe(tmp_path):
         ("--training.seed", "--training.seed needs a value"),
         ("--training.seed 1 2", "--training.seed takes one value, got 2: 1 2"),
         ("--training.seed {", "--training.seed: '{' is not a value in YAML: while parsing"),
+        ("--training.seed 2001-99-99", "--training.seed: '2001-99-99' is not a value in YAML: month must be in 1..12"),
         ("x --training.seed 1", "unexpected argument 'x': write --block.key before a value"),
     ],
 )

@@ -8,7 +8,7 @@ import yaml
 
 from ...utils.names import nearest
 from .recipe import Recipe, block_hints
-from .values import element_kinds, kinds_of
+from .values import YAML_ERRORS, element_kinds, kinds_of
 
 
 def parse_overrides(arguments: Sequence[str], *, options: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -87,5 +87,5 @@ def _parse_value(text: str, kinds: set[type], where: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ValueError(f"{where}: {text!r} is not a value in YAML: {' '.join(str(error).split())}") from error

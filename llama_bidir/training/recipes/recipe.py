@@ -15,7 +15,7 @@ from ...utils.extras import require
 from ...utils.launch import launch_number
 from ...utils.names import nearest
 from .. import CrossEncoderTrainingArguments, DataArguments, ModelArguments
-from .values import convert, field_hints
+from .values import YAML_ERRORS, convert, field_hints
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _find(name: str) -> Traversable:
 def _read(name: str) -> Mapping[Any, Any]:
     try:
         content = yaml.safe_load(_find(name).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except YAML_ERRORS as error:
         raise ValueError(f"{name}: a recipe is a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{name}: a recipe holds the blocks {', '.join(Recipe._fields)}, got {type(content).__name__}")
