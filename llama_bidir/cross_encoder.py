@@ -18,6 +18,7 @@ from .prompts import PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
+from .scoring.forks import leave_threads_of_parent
 from .scoring.pipeline import (
     Activation,
     Scorer,
@@ -100,6 +101,7 @@ class CrossEncoder(SavedReranker):
         self.distributed, self.activation_fn = distributed, activation_fn
         self.parse_special_tokens = parse_special_tokens
         devices = split_devices(device)
+        leave_threads_of_parent()
         hub = {"revision": revision, "token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
         opened = open_reranker(
             model_name_or_path_or_model,
@@ -135,6 +137,13 @@ class CrossEncoder(SavedReranker):
     def __repr__(self) -> str:
         fields = f"device={str(self.device)!r}, dtype={self.model.dtype}, max_length={self.config.rerank_max_length}"
         return f"{type(self).__name__}({self.config.name_or_path or type(self.model).__name__!r}, {fields})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model travels to another process. Locks, worker processes and what is known about a device do not.
+        return {**vars(self), "_placement": self._placement.worker_devices}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _placement=Placement(state["model"], state["_placement"]))
 
     def predict(
         self,
