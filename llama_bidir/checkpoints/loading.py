@@ -3,7 +3,8 @@
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +176,14 @@ def check_reranker(model: Any, num_labels: int | None) -> Any:
     return model
 
 
+@contextmanager
+def _cpu_by_default() -> Iterator[None]:
+    """Loads on the CPU even if `torch.set_default_device` names another device: the caller moves the model."""
+    with torch.device("cpu"):
+        yield
+
+
+@_cpu_by_default()
 def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize: bool = False) -> Any:
     """
     Loads a checkpoint, or an adapter (PEFT) on its base model with the configuration that was saved beside the adapter.

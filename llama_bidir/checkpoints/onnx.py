@@ -181,6 +181,8 @@ class _Logits(torch.nn.Module):
 def _example(vocab_size: int, padding_side: str) -> dict[str, torch.Tensor]:
     """A padded batch. Its shape equals no size of the model, so the export cannot confuse the two."""
     generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (13, 5, 9)]
+    sequences = [
+        torch.randint(vocab_size, (length,), generator=generator, device="cpu").tolist() for length in (13, 5, 9)
+    ]
     inputs = pad(sequences, torch.device("cpu"))
     return inputs if padding_side == "right" else {name: value.flip(1) for name, value in inputs.items()}

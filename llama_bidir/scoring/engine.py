@@ -19,6 +19,7 @@ from .packing import (
     SMALLEST_BATCH,
     balanced_batches,
     batches_by_tokens,
+    empty_logits,
     pack,
     pad,
     token_budget,
@@ -220,7 +221,7 @@ class LocalEngine:
                         order += batch
                         outputs.append(output)
                         on_tokens(sum(lengths[index] for index in batch))
-        logits = torch.empty(len(sequences), self.model.config.num_labels)
+        logits = empty_logits(len(sequences), self.model.config.num_labels)
         if outputs:
             logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
         return logits

@@ -16,6 +16,7 @@ from ..utils.errors import ScoreError
 from ..utils.validation import check_chunk, check_positive_int
 from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
+from .packing import empty_logits
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Scorer:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
         first = FIRST_CHUNK_PAIRS if self.engine.tokenizes_ahead else None
         chunks = split_into_chunks(pairs, self.engine.chunk_pairs, first_chunk_pairs=first)
-        return torch.cat([torch.empty(0, self.num_labels), *self._logits_of_chunks(chunks)])
+        return torch.cat([empty_logits(0, self.num_labels), *self._logits_of_chunks(chunks)])
 
     def stream(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
         """Yields the scores of each chunk, as [`score`] returns them."""

@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing
 
 from .engine import CHUNK_PAIRS, LocalEngine
 from .forks import Lock, register, scoring_threads
-from .packing import batches_by_tokens
+from .packing import batches_by_tokens, empty_logits
 
 # A worker computes one batch while its next one waits in the pipe.
 BATCHES_IN_FLIGHT = 2
@@ -114,7 +115,7 @@ class WorkerPool:
             )
         )
         in_flight: list[deque[list[int]]] = [deque() for _ in self.devices]
-        logits = torch.empty(len(sequences), self._config.num_labels)
+        logits = empty_logits(len(sequences), self._config.num_labels)
         try:
             for number in [*range(len(self.devices))] * BATCHES_IN_FLIGHT:
                 self._send_next(number, waiting, in_flight[number], sequences)
@@ -181,7 +182,7 @@ def _work(connection: Any, model: Any, device: str, num_threads: int) -> None:
     try:
         torch.set_num_threads(num_threads)
         engine = LocalEngine(model.to(device))
-        connection.send(torch.tensor(engine.token_budget()).numpy())
+        connection.send(np.array(engine.token_budget()))
         # A thread reads, so neither side ever waits in `send` for the other to read.
         batches: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=_read, args=(connection, batches), daemon=True).start()

@@ -33,11 +33,13 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
-        if self.batch_size is None:
-            yield from torch.randperm(len(self.dataset), generator=generator).tolist()
-        else:
-            lengths = self.dataset.num_characters()
-            yield from LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator)
+        with torch.device("cpu"):  # where the generator is, whatever torch's default device
+            if self.batch_size is None:
+                order = torch.randperm(len(self.dataset), generator=generator).tolist()
+            else:
+                lengths = self.dataset.num_characters()
+                order = list(LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator))
+        yield from order
 
 
 class EpochCallback(TrainerCallback):
