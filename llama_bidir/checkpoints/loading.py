@@ -3,11 +3,12 @@
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 BACKENDS = ("torch", "onnx")
+MISSING_IN_ADAPTER = "Found missing adapter keys while loading the checkpoint"
 
 
 class OpenedReranker(NamedTuple):
@@ -191,6 +193,11 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model = LlamaBidirectionalForSequenceClassification.from_pretrained(
             name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}, head_follows=True
         )
+        if weight.shape != model.score.weight.shape:
+            raise ValueError(
+                f"hidden_size is {model.config.hidden_size}, but the head of {name_or_path!r} has shape "
+                f"{list(weight.shape)}"
+            )
         model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
@@ -206,7 +213,7 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
-        stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
+        stored, _ = PreTrainedConfig.get_config_dict(base, **base_source)
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None and "quantization_config" not in stored:
             # It says how training loaded the base, not how the files of the base are stored.
@@ -219,7 +226,21 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
-    return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+    return _load_adapter(model, name_or_path, source)
+
+
+def _load_adapter(model: Any, name_or_path: str, source: Mapping[str, Any]) -> Any:
+    """Puts a stored adapter on its base model. Raises ValueError if it lacks weights: PEFT would leave them random."""
+    peft = require("peft", "train")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=MISSING_IN_ADAPTER)
+        try:
+            return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+        except KeyError as error:
+            missing = str(error)
+        except UserWarning as warning:
+            missing = str(warning).removeprefix(MISSING_IN_ADAPTER)
+    raise ValueError(f"the adapter {name_or_path!r} lacks weights, which would be random: {missing.strip(' .:')}")
 
 
 def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:
