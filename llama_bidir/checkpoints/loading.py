@@ -219,8 +219,9 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             # It says how training loaded the base, not how the files of the base are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
+    brings_head = adapter.task_type == "SEQ_CLS" or "score" in (adapter.modules_to_save or ())
     model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-        base, dtype=dtype, **base_source, **fields, head_follows=True
+        base, dtype=dtype, **base_source, **fields, head_follows=brings_head
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.

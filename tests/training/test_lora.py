@@ -86,6 +86,18 @@ def test_an_adapter_without_some_of_its_weights_is_refused(adapter, tmp_path, pa
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_without_a_head_says_that_the_head_is_new(adapter, tmp_path, caplog):
+    path, _, _ = adapter
+    CrossEncoder(path)
+    assert "score.weight is new" not in caplog.text
+    folder = shutil.copytree(path, tmp_path / "headless")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    headless = {**config, "modules_to_save": None, "task_type": "FEATURE_EXTRACTION"}
+    (folder / "adapter_config.json").write_text(json.dumps(headless))
+    CrossEncoder(folder)
+    assert "score.weight is new" in caplog.text
+
+
 def test_a_base_without_some_of_its_weights_is_refused(adapter, base_checkpoint, tmp_path):
     path, _, _ = adapter
     base = shutil.copytree(base_checkpoint, tmp_path / "base")
