@@ -3,12 +3,13 @@
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 BACKENDS = ("torch", "onnx")
+MISSING_IN_ADAPTER = "Found missing adapter keys while loading the checkpoint"
 
 
 class OpenedReranker(NamedTuple):
@@ -208,6 +210,11 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model = LlamaBidirectionalForSequenceClassification.from_pretrained(
             name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}, head_follows=True
         )
+        if weight.shape != model.score.weight.shape:
+            raise ValueError(
+                f"hidden_size is {model.config.hidden_size}, but the head of {name_or_path!r} has shape "
+                f"{list(weight.shape)}"
+            )
         model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
@@ -223,20 +230,35 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
-        stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
+        stored, _ = PreTrainedConfig.get_config_dict(base, **base_source)
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None and "quantization_config" not in stored:
             # It says how training loaded the base, not how the files of the base are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
+    brings_head = adapter.task_type == "SEQ_CLS" or "score" in (adapter.modules_to_save or ())
     model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-        base, dtype=dtype, **base_source, **fields, head_follows=True
+        base, dtype=dtype, **base_source, **fields, head_follows=brings_head
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
-    return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+    return _load_adapter(model, name_or_path, source)
+
+
+def _load_adapter(model: Any, name_or_path: str, source: Mapping[str, Any]) -> Any:
+    """Puts a stored adapter on its base model. Raises ValueError if it lacks weights: PEFT would leave them random."""
+    peft = require("peft", "train")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=MISSING_IN_ADAPTER)
+        try:
+            return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+        except KeyError as error:
+            missing = str(error)
+        except UserWarning as warning:
+            missing = str(warning).removeprefix(MISSING_IN_ADAPTER)
+    raise ValueError(f"the adapter {name_or_path!r} lacks weights, which would be random: {missing.strip(' .:')}")
 
 
 def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:

@@ -1,6 +1,7 @@
 """The sentence-transformers layout: a Llama without its causal mask, pooling, and a linear head."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,14 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             f"{name_or_path!r}: pooling must be one of {', '.join(known)}, and the Dense head linear without bias, got "
             f"{mode!r} and {dense}"
         )
-    weights = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
-    return known[mode], load_file(weights)["linear.weight"]
+    file = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
+    weight = load_file(file).get("linear.weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        held = None if weight is None else f"{weight.dtype} of shape {list(weight.shape)}"
+        raise ValueError(
+            f"{os.fspath(file)!r} must hold linear.weight as a matrix of floating-point numbers, got {held}"
+        )
+    return known[mode], weight
 
 
 def _find(name_or_path: str, file: str, source: Mapping[str, Any]) -> Path | None:

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..data import GroupDataset
+from ..utils.extras import require
 from ..utils.outputs import write_whole
 from ..utils.resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
@@ -71,6 +74,33 @@ def last_whole_checkpoint(output: Path) -> Path | None:
             )
         return path
     return None
+
+
+def check_complete(checkpoint: Path, model: Any) -> None:
+    """
+    Checks that a checkpoint holds every weight of the model that resumes from it. The Trainer would only warn.
+
+    Args:
+        checkpoint: a folder that [`last_whole_checkpoint`] returned. FSDP and DeepSpeed check their own states.
+        model: a reranker, or an adapter on one.
+
+    Raises:
+        ValueError: a weight is missing.
+    """
+    files = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
+    if not files or list(checkpoint.glob("global_step*")):
+        return
+    held = set[str]()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            held.update(opened.keys())
+    if hasattr(model, "peft_config"):
+        names = require("peft", "train").get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    else:
+        names = model.state_dict().keys()
+    if missing := sorted(names - held):
+        listed = f"{', '.join(missing[:3])}{' and others' if missing[3:] else ''}"
+        raise ValueError(f"{os.fspath(checkpoint)!r} lacks {listed}: remove it to resume from the checkpoint before it")
 
 
 def run_arguments(

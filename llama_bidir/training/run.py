@@ -19,6 +19,7 @@ from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
 from .checkpoints import (
     SAVING_NAME,
+    check_complete,
     check_removable,
     check_same_run,
     describe_groups,
@@ -100,6 +101,8 @@ def train(
     checkpoint = last_whole_checkpoint(output)
     if checkpoint is not None:
         check_same_run(output, arguments)
+        if not trainer.is_fsdp_enabled:
+            check_complete(checkpoint, trainer.model)
         logger.warning(f"resuming from {checkpoint}")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
