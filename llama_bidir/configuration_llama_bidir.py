@@ -5,19 +5,47 @@ This file and `modeling_llama_bidir.py` can be saved beside a checkpoint. They t
 package.
 """
 
+import json
 import math
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.hub import cached_file
 
 POOLINGS = ("avg", "cls", "last")
 DEFAULT_PROMPT_TEMPLATE = "question:{query} \n \n passage:{passage}"
 DEFAULT_RERANK_MAX_LENGTH = 512
 MIN_RERANK_MAX_LENGTH = 8
+# The fields of each type of rotary embedding that have no default.
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+OPTIONAL_ROPE_FIELDS = (
+    "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+)  # fmt: skip
+# The types whose frequencies follow the longest sequence of a batch, beyond [`longest_sequence`].
+ROPE_OF_A_BATCH = ("dynamic", "longrope")
+# The attention that a config.json may choose. transformers may fetch others from the Hub and run them.
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+ATTENTION_OF_A_FILE = (None, "eager", "sdpa", "flex_attention")
+# Fields that make transformers replace layers or read weights from other files.
+REFUSED_IN_A_FILE = ("fusion_config", "per_layer_config", "transformers_weights")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+MAX_JSON_DEPTH = 50
+LFS_BEGIN = b"version https://git-lfs"
 
 
 def check_pooling(pooling: Any) -> str:
@@ -58,14 +86,81 @@ def check_prompt_template(prompt_template: Any) -> str:
     return prompt_template
 
 
-def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int) -> int:
-    """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to `max_position_embeddings`."""
+def check_dtype(dtype: Any) -> Any:
+    """Returns `dtype`. Raises ValueError unless it is None, or a floating-point `torch.dtype` or its name."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    is_usable = isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize >= 2
+    if dtype is not None and not is_usable:
+        raise ValueError(f"dtype must be 'float32', 'bfloat16', 'float16' or None, got {dtype!r}")
+    return dtype
+
+
+def check_hidden_act(hidden_act: Any) -> str:
+    """Returns `hidden_act`. Raises ValueError unless it names an activation of transformers."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act must name an activation of transformers, such as 'silu', got {hidden_act!r}")
+    return hidden_act
+
+
+def check_rope_parameters(rope_parameters: Any) -> Any:
+    """Returns `rope_parameters`. Raises ValueError unless it is None, or a complete type that transformers knows."""
+    rope = {} if rope_parameters is None else rope_parameters
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters must be a mapping with a rope_type, got {rope!r}")
+    rope_type, known = rope.get("rope_type", rope.get("type", "default")), ("default", *ROPE_INIT_FUNCTIONS)
+    if rope_type not in known:
+        raise ValueError(f"rope_parameters: rope_type must be one of {', '.join(known)}, got {rope_type!r}")
+    optional = [
+        name for name in OPTIONAL_ROPE_FIELDS if name in rope and (rope[name] is not None or name == "rope_theta")
+    ]
+    for name in (*ROPE_FIELDS.get(rope_type, ()), *optional):
+        value = rope.get(name)
+        numbers: Any = value if name in ("short_factor", "long_factor") else [value]
+        # A rope_theta of 0 gives scores that are NaN, which scoring reports.
+        if not isinstance(numbers, list | tuple) or not all(
+            _is_number(each) and (each > 0 or name == "rope_theta") for each in numbers
+        ):
+            raise ValueError(f"rope_parameters: rope_type {rope_type!r} needs {name} to be above 0, got {value!r}")
+    return rope_parameters
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def longest_sequence(config: Any) -> int:
+    """
+    Returns the most tokens of a sequence: `max_position_embeddings`, or `original_max_position_embeddings` where
+    `longrope` changes the frequencies of a whole batch beyond it.
+    """
+    rope, longest = config.rope_parameters or {}, int(config.max_position_embeddings)
+    if rope.get("rope_type") != "longrope":
+        return longest
+    original = rope.get("original_max_position_embeddings", longest)
+    return min(longest, getattr(config, "original_max_position_embeddings", original))
+
+
+def check_length(config: Any, length: int) -> None:
+    """Raises ValueError for a sequence so long that the rotary embedding of its whole batch would follow it."""
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in ROPE_OF_A_BATCH and length > longest_sequence(config):
+        raise ValueError(
+            f"rope_type {rope_type!r} changes the scores of a whole batch when one pair has more than "
+            f"{longest_sequence(config)} tokens, and one has {length}: pass shorter pairs"
+        )
+
+
+def check_rerank_max_length(rerank_max_length: Any, config: Any) -> int:
+    """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to [`longest_sequence`]."""
+    longest, limit, why = longest_sequence(config), "max_position_embeddings", ""
+    if longest != config.max_position_embeddings:
+        limit, why = "original_max_position_embeddings", "; beyond it, rope_type 'longrope' changes the whole batch"
     is_int = isinstance(rerank_max_length, int) and not isinstance(rerank_max_length, bool)
-    lowest = min(MIN_RERANK_MAX_LENGTH, max_position_embeddings)
-    if not (is_int and lowest <= rerank_max_length <= max_position_embeddings):
+    lowest = min(MIN_RERANK_MAX_LENGTH, longest)
+    if not (is_int and lowest <= rerank_max_length <= longest):
         raise ValueError(
             "rerank_max_length is the maximum number of tokens of a rendered pair and must be an int from "
-            f"{lowest} to max_position_embeddings ({max_position_embeddings}), got {rerank_max_length!r}"
+            f"{lowest} to {limit} ({longest}{why}), got {rerank_max_length!r}"
         )
     return rerank_max_length
 
@@ -83,6 +178,74 @@ def check_model_type(model_type: Any, source: str = "the configuration") -> None
             f"{source} has model_type {model_type!r}, but only Llama checkpoints can be made bidirectional: pass one "
             f"with model_type 'llama' or '{LlamaBidirectionalConfig.model_type}'"
         )
+
+
+def read_json(path: str | os.PathLike[str], kind: type[dict[str, Any]] | type[list[Any]] = dict) -> Any:
+    """
+    Reads a JSON file of a checkpoint.
+
+    Args:
+        path: of the file, which errors name.
+        kind: the type of its content.
+
+    Raises:
+        ValueError: it is a git-lfs pointer, is not JSON in UTF-8, is nested too deep, or holds another type.
+    """
+    name = os.fspath(path)
+    check_is_downloaded(name)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{name!r} is nested too deep to be read: get the file again") from None
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise ValueError(f"{name!r} is not a JSON file in UTF-8: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(
+            f"{name!r} must hold a JSON {'object' if kind is dict else 'array'}, got {type(content).__name__}"
+        )
+    check_depth(content, name)
+    return content
+
+
+def find_file(name_or_path: str, file: str, source: Mapping[str, Any]) -> str | None:
+    """Returns the path of a file of a folder or of a Hub repository, fetched when needed. None if there is none."""
+    flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found: str | None = cached_file(name_or_path, file, **flags, **source)
+    return found
+
+
+def check_is_downloaded(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a git-lfs pointer, which git leaves in place of a large file that it has not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_BEGIN)) == LFS_BEGIN:
+            raise ValueError(
+                f"{os.fspath(path)!r} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+            )
+
+
+def check_depth(content: Any, name: str) -> None:
+    """Raises ValueError for JSON that is nested so deep that copying it would exceed Python's recursion limit."""
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in nested for value in values]
+    if level:
+        raise ValueError(f"{name!r} is nested deeper than {MAX_JSON_DEPTH} levels: get the file again")
+
+
+def check_fields_of_file(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field that a config.json must not decide, because it runs code or reads other files."""
+    for name in ATTENTION_FIELDS:
+        if fields.get(name) not in ATTENTION_OF_A_FILE:
+            raise ValueError(
+                f"{name} {fields[name]!r} is refused in a checkpoint, because transformers may fetch the code of an "
+                f"attention and run it: pass {name.removeprefix('_')}='sdpa' or the one that you trust"
+            )
+    for name, value in fields.items():
+        if name in REFUSED_IN_A_FILE and value is not None:
+            raise ValueError(f"{name} is refused in a checkpoint, because it replaces layers or files: remove it")
+        if name.startswith("__") or callable(getattr(LlamaBidirectionalConfig, name, None)):
+            raise ValueError(f"{name} is not a field of a configuration, and would replace a method: remove it")
 
 
 def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
@@ -157,45 +320,102 @@ class LlamaBidirectionalConfig(LlamaConfig):
             kwargs.setdefault("num_labels", 1)
         if self.sentence_transformers is None:
             self.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        length = self.rerank_max_length
+        is_early = length == min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings) and "rope_scaling" in kwargs
         super().__post_init__(**kwargs)
+        if is_early:  # the default was chosen before `rope_scaling`, the older name of `rope_parameters`, was read
+            self.rerank_max_length = min(length, longest_sequence(self))
         self.validate()
 
     def validate(self) -> None:
         """Checks fields that depend on each other. transformers calls it when a config is built and before a save."""
-        super().validate()  # type: ignore[misc]  # added by `@strict`
-        check_rerank_max_length(self.rerank_max_length, self.max_position_embeddings)
+        rope = check_rope_parameters(self.rope_parameters) or {}
+        rotated = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+        for name in ("short_factor", "long_factor") if rope.get("rope_type") == "longrope" else ():
+            if len(rope[name]) != rotated // 2:
+                raise ValueError(f"rope_parameters: {name} must hold {rotated // 2} numbers, got {len(rope[name])}")
+        try:
+            super().validate()  # type: ignore[misc]  # added by `@strict`
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from None
+        check_rerank_max_length(self.rerank_max_length, self)
+        if not -self.vocab_size <= (self.pad_token_id or 0) < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The validators of `@strict` would raise a StrictDataclassError, not a ValueError.
         if check := _FIELD_CHECKS.get(name):
             value = check(value)
         elif name == "rerank_max_length":
-            # `max_position_embeddings` is already set: the fields of LlamaConfig come first.
-            default = min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings)
-            value = default if value is None else check_rerank_max_length(value, self.max_position_embeddings)
-        super().__setattr__(name, value)
+            # The fields that limit it are already set: those of LlamaConfig come first.
+            default = min(DEFAULT_RERANK_MAX_LENGTH, longest_sequence(self))
+            value = default if value is None else check_rerank_max_length(value, self)
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from None
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         check_checkpoint_path(pretrained_model_name_or_path)
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        name = os.fspath(pretrained_model_name_or_path)
+        source = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            _read_config_again(name, source)  # raises an error that names the file, if the file is the cause
+            if isinstance(error, (ValueError, OSError)):
+                raise
+            raise ValueError(f"{name}: config.json cannot be used: {type(error).__name__}: {error}") from error
         if not config_dict:
+            _read_config_again(name, source)
             raise FileNotFoundError(
-                f"{os.fspath(pretrained_model_name_or_path)!r} is not a checkpoint: it has no config.json. Pass the "
+                f"{name!r} is not a checkpoint: it has no config.json. Pass the "
                 "folder that `save_pretrained` wrote, or the id of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
             )
-        check_model_type(config_dict.get("model_type"), source=repr(os.fspath(pretrained_model_name_or_path)))
+        if not isinstance(config_dict, dict):
+            _read_config_again(name, source)
+        check_model_type(config_dict.get("model_type"), source=repr(name))
         # Changed here because `from_pretrained` compares the two types and warns about a difference.
         config_dict["model_type"] = cls.model_type
-        return config_dict, kwargs
+        return config_dict, {**kwargs, "name_or_path": name}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlamaBidirectionalConfig":
         # Pass keyword fields to the constructor, which validates all fields together, not to setattr afterwards.
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        chosen = [name for name in ATTENTION_FIELDS if kwargs.get(name.removeprefix("_")) is not None]
+        stored = {name: value for name, value in config_dict.items() if name not in {*given, *chosen}}
+        file = f"{kwargs.get('name_or_path') or 'the checkpoint'}: config.json"
+        try:
+            check_depth(stored, file)
+            check_fields_of_file(stored)
+            return super().from_dict({**stored, **given}, **kwargs)
+        except Exception as error:
+            field = cls._wrong_field(stored, given)
+            if field is None and isinstance(error, (ValueError, OSError)):
+                raise
+            named = f"{file}: {field or 'a field'} cannot be used: {type(error).__name__}: {error}"
+            raise ValueError(named if field is None or field not in str(error) else f"{file}: {error}") from None
+
+    @classmethod
+    def _wrong_field(cls, stored: dict[str, Any], given: dict[str, Any]) -> str | None:
+        """Returns the name of the stored field without which a configuration can be built, or None."""
+
+        def can_be_built(fields: dict[str, Any]) -> bool:
+            try:
+                check_fields_of_file(fields)
+                cls(**fields, **given)
+            except Exception:
+                return False
+            return True
+
+        if can_be_built(stored):
+            return None
+        others = ({other: stored[other] for other in stored if other != name} for name in stored)
+        return next((name for name, fields in zip(stored, others, strict=True) if can_be_built(fields)), None)
 
     def to_diff_dict(self) -> dict[str, Any]:
         # transformers leaves out its own default, a map of two labels. Read back, its absence would mean one label.
@@ -203,7 +423,16 @@ class LlamaBidirectionalConfig(LlamaConfig):
         return {**super().to_diff_dict(), **labels}
 
 
+def _read_config_again(name: str, source: Mapping[str, Any]) -> None:
+    path = name if os.path.isfile(name) else find_file(name, "config.json", source)
+    if path is not None:
+        read_json(path)
+
+
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "dtype": check_dtype,
+    "hidden_act": check_hidden_act,
+    "rope_parameters": check_rope_parameters,
     "pooling": check_pooling,
     "temperature": check_temperature,
     "is_causal": check_is_causal,

@@ -2,21 +2,34 @@
 """Llama with bidirectional attention, and a linear score head on its pooled hidden states."""
 
 import logging
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import LlamaModel
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_pooling
+from .configuration_llama_bidir import (
+    HUB_ARGUMENTS,
+    ROPE_OF_A_BATCH,
+    LlamaBidirectionalConfig,
+    check_checkpoint_path,
+    check_is_downloaded,
+    check_length,
+    check_pooling,
+    find_file,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -118,6 +131,80 @@ def sequence_classification_loss(
     )
 
 
+def check_weights(
+    name_or_path: str, source: Mapping[str, Any], *, use_safetensors: bool | None = None, variant: str | None = None
+) -> None:
+    """
+    Checks the files of a checkpoint's weights before transformers reads them.
+
+    Args:
+        name_or_path (`str`): a folder or the id of a Hub repository.
+        source (`dict`): arguments of the Hub, such as `revision`.
+        use_safetensors (`bool`, *optional*): `False` allows pickled weights, for torch's safe loader.
+        variant (`str`, *optional*): as in [`PreTrainedModel.from_pretrained`].
+
+    Raises:
+        ValueError: the weights are a pickle and `use_safetensors` is not `False`, an index names a file outside of the
+            folder, or a file is not whole. The message names the file.
+    """
+
+    def find(stem: str, suffix: str) -> tuple[str | None, bool]:
+        """Returns the file of the weights, or of the index of their shards, and whether it is an index."""
+        name = stem if variant is None else f"{stem}.{variant}"
+        if (file := find_file(name_or_path, f"{name}{suffix}", source)) is not None:
+            return file, False
+        name = f"{stem}{suffix}.index" if variant is None else f"{stem}{suffix}.index.{variant}"
+        return find_file(name_or_path, f"{name}.json", source), True
+
+    suffix = ".bin" if use_safetensors is False else ".safetensors"
+    file, is_index = find("pytorch_model" if use_safetensors is False else "model", suffix)
+    if file is None and use_safetensors is not False:
+        pickled, _ = find("pytorch_model", ".bin")
+        if pickled is not None:
+            raise ValueError(
+                f"{name_or_path!r} holds its weights as a pickle ({os.path.basename(pickled)}), a format that can run "
+                "code: pass use_safetensors=False (model_kwargs={'use_safetensors': False} to a CrossEncoder) to read "
+                "it with torch's safe loader, and save it as safetensors"
+            )
+    if file is None:
+        return  # transformers says so
+    if not is_index:
+        check_weights_file(file)
+        return
+    for shard in read_shards(file, suffix):
+        if os.path.isdir(name_or_path):  # the shards of a repository are not fetched yet
+            check_weights_file(os.path.join(os.path.dirname(file), shard))
+
+
+def read_shards(index: str, suffix: str) -> list[str]:
+    """Returns the file names in the index of a sharded checkpoint. Raises ValueError for one outside of its folder."""
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(content.get("metadata"), dict) or not isinstance(weight_map, dict):
+        raise ValueError(f"{index!r} must hold the objects weight_map and metadata: get the file again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard.endswith(suffix):
+            raise ValueError(f"{index!r} must name {suffix} files, got {shard!r}")
+        if os.path.isabs(shard) or "\\" in shard or ".." in Path(shard).parts:
+            raise ValueError(f"{index!r} names a file outside of its folder, which is refused: {shard!r}")
+    return sorted(set(weight_map.values()))
+
+
+def check_weights_file(path: str) -> None:
+    """Raises ValueError, naming the file, for weights that are not whole, or that torch's safe loader refuses."""
+    check_is_downloaded(path)
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt"):
+                return
+        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path!r} is not a whole safetensors file: {error}. Get the file again") from None
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path!r} cannot be read by torch's safe loader: {why}") from None
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32, whatever the dtype of its weight and its input."""
 
@@ -149,13 +236,26 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             check_checkpoint_path(pretrained_model_name_or_path)
         if gguf_file is not None:
             return cls._from_gguf(pretrained_model_name_or_path, *model_args, gguf_file=gguf_file, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if kwargs.get("weights_only") is False:
+            raise ValueError("weights_only=False would run code from the file of the weights: leave it out")
+        if pretrained_model_name_or_path is not None:
+            name = os.fspath(pretrained_model_name_or_path)
+            source = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+            safety = {key: kwargs[key] for key in ("use_safetensors", "variant") if key in kwargs}
+            if kwargs.get("config") is None and find_file(name, "config.json", source) is not None:
+                LlamaBidirectionalConfig.get_config_dict(name, **source)  # refuses other models before their weights
+            check_weights(name, source, **safety)
+            kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: the weights are not whole: {error}") from error
 
     @classmethod
     def _from_gguf(cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str, **kwargs: Any) -> Any:
         # transformers maps the names of GGUF tensors by `config.model_type`, and GGUF only knows "llama". So a plain
         # Llama reads the file and passes its weights on.
-        source = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        source = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         llama = LlamaModel.from_pretrained(
             pretrained_model_name_or_path, gguf_file=gguf_file, dtype=kwargs.get("dtype", "auto"), **source
         )
@@ -182,6 +282,12 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
 
     def __init__(self, config: LlamaBidirectionalConfig):
+        try:
+            LlamaRotaryEmbedding(config)  # before the layers, for an error that names the field
+        except Exception as error:
+            raise ValueError(
+                f"rope_parameters {config.rope_parameters} cannot be used: {type(error).__name__}: {error}"
+            ) from None
         super().__init__(config)
         for layer in self.layers:
             layer.self_attn.is_causal = config.is_causal  # type: ignore[union-attr]
@@ -246,6 +352,9 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                 "position_ids restart, so the input is packed: pass cu_seq_lens_q and cu_seq_lens_k too, as "
                 "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
             )
+        if self.rotary_emb.rope_type in ROPE_OF_A_BATCH and not torch.compiler.is_compiling():
+            last = inputs_embeds.shape[1] - 1 if position_ids is None else position_ids.max()
+            check_length(self.config, int(last) + 1)
         # Only generation needs a key-value cache.
         kwargs["use_cache"] = False
         return super().forward(

@@ -149,7 +149,7 @@ def _configure(
     """Sets template and length in a configuration, after both were checked."""
     template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
     length = config.rerank_max_length if max_length is None else max_length
-    length = check_rerank_max_length(length, config.max_position_embeddings)
+    length = check_rerank_max_length(length, config)
     PromptEncoder(tokenizer, prompt_template=template, max_length=length)
     ensure_pad_token(tokenizer, config.vocab_size)
     config.prompt_template, config.rerank_max_length = template, length
