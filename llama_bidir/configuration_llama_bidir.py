@@ -214,6 +214,12 @@ def find_file(name_or_path: str, file: str, source: Mapping[str, Any]) -> str | 
     return found
 
 
+def is_inside(path: Any) -> bool:
+    """Whether a path that a file of a checkpoint names stays in the folder of the checkpoint."""
+    is_path = isinstance(path, str) and "\\" not in path
+    return is_path and not os.path.isabs(path) and ".." not in Path(path).parts
+
+
 def check_is_downloaded(path: str | os.PathLike[str]) -> None:
     """Raises ValueError for a git-lfs pointer, which git leaves in place of a large file that it has not fetched."""
     with open(path, "rb") as file:

@@ -5,7 +5,6 @@ import logging
 import os
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from .configuration_llama_bidir import (
     check_length,
     check_pooling,
     find_file,
+    is_inside,
     read_json,
 )
 
@@ -185,7 +185,7 @@ def read_shards(index: str, suffix: str) -> list[str]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or not shard.endswith(suffix):
             raise ValueError(f"{index!r} must name {suffix} files, got {shard!r}")
-        if os.path.isabs(shard) or "\\" in shard or ".." in Path(shard).parts:
+        if not is_inside(shard):
             raise ValueError(f"{index!r} names a file outside of its folder, which is refused: {shard!r}")
     return sorted(set(weight_map.values()))
 

@@ -1,6 +1,5 @@
 """The sentence-transformers layout: a Llama without its causal mask, pooling, and a linear head."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
+from ..configuration_llama_bidir import find_file, is_inside, read_json
+from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, check_weights_file
 from .chat_template import make_chat_template, save_tokenizer
 from .files import fold_temperature, llama_config, write_json
 
@@ -116,7 +115,12 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
     modules_file = _find(name_or_path, MODULES_FILE, source)
     if modules_file is None:
         return None
-    modules = json.loads(modules_file.read_text(encoding="utf-8"))
+    modules = read_json(modules_file, list)
+    for module in modules:
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str) or not is_inside(module.get("path")):
+            raise ValueError(
+                f"{str(modules_file)!r} must list modules with a type and a path in its folder, got {module}"
+            )
     names = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if names == ["Transformer"]:
         return None
@@ -126,8 +130,7 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             "Pooling and Dense make a reranker of this package"
         )
     pooling, dense = (
-        json.loads(_require(name_or_path, f"{module['path']}/config.json", source).read_text(encoding="utf-8"))
-        for module in modules[1:]
+        read_json(_require(name_or_path, f"{module['path']}/config.json", source)) for module in modules[1:]
     )
     known = {mode: name for name, mode in POOLING_MODES.items()}
     mode = pooling.get("pooling_mode")
@@ -138,11 +141,15 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             f"{mode!r} and {dense}"
         )
     weights = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
-    return known[mode], load_file(weights)["linear.weight"]
+    check_weights_file(str(weights))
+    head = load_file(weights).get("linear.weight")
+    if head is None or head.ndim != 2:
+        raise ValueError(f"{str(weights)!r} must hold the matrix linear.weight, the weight of the score head")
+    return known[mode], head
 
 
 def _find(name_or_path: str, file: str, source: Mapping[str, Any]) -> Path | None:
-    found = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **source)
+    found = find_file(name_or_path, file, source)
     return None if found is None else Path(found)
 
 
