@@ -2,26 +2,18 @@
 """Llama with bidirectional attention, and a linear score head on its pooled hidden states."""
 
 import logging
-import os
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaModel, PreTrainedConfig
+from transformers import LlamaModel
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_llama_bidir import (
-    HUB_ARGUMENTS,
-    LlamaBidirectionalConfig,
-    check_checkpoint_path,
-    check_pooling,
-    check_stock_head,
-    is_stock,
-)
-from .weights_llama_bidir import check_weights, read_weights
+from .configuration_llama_bidir import ROPE_OF_A_BATCH, LlamaBidirectionalConfig, check_length, check_pooling
+from .pretrained_llama_bidir import LlamaBidirectionalPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -138,133 +130,12 @@ def sequence_classification_loss(
     )
 
 
-def _check_missing(info: dict[str, Any], source: Any) -> None:
-    """Raises ValueError if weights other than the score head's are missing or were replaced by random ones."""
-    replaced = {key[0] for key in info["mismatched_keys"]} - {"score.weight"}
-    if missing := sorted({*info["missing_keys"], *replaced}):
-        raise ValueError(
-            f"{source or 'the state_dict'} lacks {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, or "
-            "holds other shapes. They would be random, and only score.weight may be new: pass a complete checkpoint"
-        )
-
-
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32, whatever the dtype of its weight and its input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Not a matrix product: autocast would change its dtype, and its rounding depends on the size of the batch.
         return (input.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
-
-
-class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
-    """Loads `llama` and `llama_bidirec` checkpoints, including GGUF files, under a [`LlamaBidirectionalConfig`]."""
-
-    config: LlamaBidirectionalConfig
-    config_class = LlamaBidirectionalConfig
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
-
-    def __init__(self, config: LlamaBidirectionalConfig):
-        if not hasattr(config, "pooling"):
-            raise TypeError(
-                f"{type(self).__name__} needs a LlamaBidirectionalConfig, got {type(config).__name__}: build one with "
-                "LlamaBidirectionalConfig.from_pretrained(checkpoint)"
-            )
-        super().__init__(config)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        gguf_file: str | None = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        r"""
-        Loads a checkpoint, as [`PreTrainedModel.from_pretrained`] does.
-
-        Raises:
-            ValueError: a weight other than `score.weight` is missing or does not fit the configuration, or a plain
-                Llama has a trained head and neither `is_causal` nor `pooling` says how to use it.
-        """
-        if pretrained_model_name_or_path is not None:
-            check_checkpoint_path(pretrained_model_name_or_path)
-        if gguf_file is not None:
-            model, info = cls._from_gguf(pretrained_model_name_or_path, *model_args, gguf_file=gguf_file, **kwargs)
-        else:
-            if pretrained_model_name_or_path is not None:
-                cls._check_weights(pretrained_model_name_or_path, **kwargs)
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-            model, info = loaded
-            _check_missing(info, pretrained_model_name_or_path)
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _check_weights(cls, name: str | os.PathLike[str], *, config: Any = None, **kwargs: Any) -> None:
-        # Before a module is made: a wrong size may take all memory.
-        if not {"state_dict", "key_mapping", "variant"}.isdisjoint(kwargs) or kwargs.get("use_safetensors") is False:
-            return
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
-        is_given = isinstance(config, PreTrainedConfig)
-        if not is_given:
-            if config is None and not stored:
-                return  # an adapter, whose base model transformers loads
-            fields = {*LlamaBidirectionalConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
-            config = LlamaBidirectionalConfig.from_pretrained(
-                name if config is None else config, **hub, **{key: kwargs[key] for key in fields & kwargs.keys()}
-            )
-        if (weights := read_weights(name, **hub)) is None:
-            return
-        if not is_given:
-            has_score = "score.weight" in weights
-            check_stock_head(stored, kwargs, repr(os.fspath(name)), has_score=has_score)
-            if has_score and is_stock(stored) and "is_causal" not in kwargs and kwargs["pooling"] != "last":
-                logger.warning(
-                    f"score.weight of {name} was trained under a causal mask: with pooling={config.pooling!r} and "
-                    "without that mask, it needs training before its scores mean anything. Pass is_causal too, to say "
-                    "which mask you want"
-                )
-        if hasattr(config, "quantization_config"):
-            return
-        check_weights(
-            config,
-            weights,
-            has_head=issubclass(cls, LlamaBidirectionalForSequenceClassification),
-            # The caller of an Auto class has changed the configuration before it gets here.
-            drops_layers="num_hidden_layers" in kwargs or config.num_hidden_layers != stored.get("num_hidden_layers"),
-            replaces_head=bool(kwargs.get("ignore_mismatched_sizes")),
-        )
-
-    @classmethod
-    def _from_gguf(cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str, **kwargs: Any) -> Any:
-        # transformers maps the names of GGUF tensors by `config.model_type`, and GGUF only knows "llama". So a plain
-        # Llama reads the file and passes its weights on.
-        source = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        loaded: Any = LlamaModel.from_pretrained(
-            pretrained_model_name_or_path,
-            gguf_file=gguf_file,
-            dtype=kwargs.get("dtype", "auto"),
-            output_loading_info=True,
-            **source,
-        )
-        llama, info = loaded
-        _check_missing(info, gguf_file)
-        if kwargs.get("dtype") == "auto":
-            kwargs["dtype"] = llama.dtype
-        if not isinstance(config := kwargs.pop("config", None), LlamaBidirectionalConfig):
-            config, kwargs = LlamaBidirectionalConfig.from_pretrained(
-                pretrained_model_name_or_path, gguf_file=gguf_file, return_unused_kwargs=True, **source, **kwargs
-            )
-            kwargs.pop("gguf_file", None)
-        loaded = super().from_pretrained(
-            None, *model_args, config=config, state_dict=llama.state_dict(), output_loading_info=True, **kwargs
-        )
-        model, info = loaded
-        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
-        return model, info
 
 
 class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
@@ -277,6 +148,12 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
 
     def __init__(self, config: LlamaBidirectionalConfig):
+        try:
+            LlamaRotaryEmbedding(config)  # before the layers, for an error that names the field
+        except Exception as error:
+            raise ValueError(
+                f"rope_parameters {config.rope_parameters} cannot be used: {type(error).__name__}: {error}"
+            ) from None
         super().__init__(config)
         for layer in self.layers:
             layer.self_attn.is_causal = config.is_causal  # type: ignore[union-attr]
@@ -342,6 +219,9 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                 "position_ids restart, so the input is packed: pass cu_seq_lens_q and cu_seq_lens_k too, as "
                 "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
             )
+        if self.rotary_emb.rope_type in ROPE_OF_A_BATCH and not torch.compiler.is_compiling():
+            last = inputs_embeds.shape[1] - 1 if position_ids is None else position_ids.max()
+            check_length(self.config, int(last) + 1)
         # Only generation needs a key-value cache.
         kwargs["use_cache"] = False
         return super().forward(
@@ -355,6 +235,7 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
     # The loss is a mean over the batch, so the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_missing = [r"^score\.weight$"]
+    _has_score_head = True
 
     def __init__(self, config: LlamaBidirectionalConfig):
         super().__init__(config)
@@ -424,8 +305,6 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
                 "initialized at random. It needs training before its scores mean anything"
             )
         return (model, info) if output_loading_info else model
-
-    _score_is_new = False
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers marks the parameters that it has loaded, then initializes the others.

@@ -12,7 +12,7 @@ from .chat_template import save_tokenizer
 from .files import write_json
 from .model_card import SCORE_WITH_TRANSFORMERS
 
-CODE = ("configuration_llama_bidir.py", "modeling_llama_bidir.py", "weights_llama_bidir.py")
+CODE = tuple(f"{part}_llama_bidir.py" for part in ("configuration", "files", "modeling", "pretrained", "weights"))
 AUTO_MAP = {
     "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
     "AutoModel": "modeling_llama_bidir.LlamaBidirectionalModel",

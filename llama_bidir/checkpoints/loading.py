@@ -9,20 +9,22 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_rerank_max_length
+from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
-from ..utils.tokenization import is_sampling, stop_sampling
+from .adapter import check_adapter
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
+from .source import check_source, naming_the_repository
+from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -104,18 +106,6 @@ def check_dtype(dtype: Any) -> str | torch.dtype | None:
     return named
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
-    """
-    Loads a tokenizer that gives a text the same ids at each call. transformers would offer to run the code of one with
-    its own class, which is refused here.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
-    if tokenizer.is_fast and is_sampling(tokenizer):
-        logger.warning(f"the tokenizer of {name_or_path} draws tokens at random (dropout): switched off")
-        stop_sampling(tokenizer)
-    return tokenizer
-
-
 def _place(model: Any, device: torch.device | None) -> Any:
     return device or getattr(model, "device", default_device())
 
@@ -160,7 +150,7 @@ def _configure(
     """Sets template and length in a configuration, after both were checked."""
     template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
     length = config.rerank_max_length if max_length is None else max_length
-    length = check_rerank_max_length(length, config.max_position_embeddings)
+    length = check_rerank_max_length(length, config)
     PromptEncoder(tokenizer, prompt_template=template, max_length=length)
     ensure_pad_token(tokenizer, config.vocab_size)
     config.prompt_template, config.rerank_max_length = template, length
@@ -195,8 +185,13 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model_kwargs: for `from_pretrained`, those of the Hub included.
         dequantize: load the base of an adapter that was trained on quantized weights (QLoRA) in full precision.
     """
-    check_checkpoint_path(name_or_path)
     source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
+    check_source(name_or_path, source)
+    with naming_the_repository(name_or_path):
+        return _load_reranker(name_or_path, model_kwargs, source, dequantize=dequantize)
+
+
+def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict[str, Any], *, dequantize: bool) -> Any:
     if find_adapter_config_file(name_or_path, **source) is None:
         head = read_head(name_or_path, source)
         if head is None:
@@ -218,11 +213,13 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
+    check_adapter(name_or_path, source, use_safetensors=model_kwargs.get("use_safetensors"))
     adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
     base = adapter.base_model_name_or_path
+    check_source(base, base_source)
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
     if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **source):
@@ -282,7 +279,7 @@ def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, d
     source = {name: value for name, value in model_kwargs.items() if name in HUB_ARGUMENTS}
     if unknown := model_kwargs.keys() - source.keys() - {"file_name"}:
         raise ValueError(f"backend 'onnx' takes no {', '.join(sorted(unknown))}: it is for backend 'torch'")
-    check_checkpoint_path(name_or_path)
+    check_source(name_or_path, source)
     return OnnxReranker(name_or_path, model_kwargs.get("file_name", MODEL_FILE), source)
 
 
@@ -304,6 +301,7 @@ def load_merged(
         ValueError: the weights of the checkpoint are quantized.
     """
     source: dict[str, Any] = {} if revision is None else {"revision": revision}
+    check_source(name_or_path, source)
     if find_adapter_config_file(name_or_path, **source) is None:
         model = load_reranker(name_or_path, {"dtype": dtype, **source})
         if getattr(model, "is_quantized", False):

@@ -11,7 +11,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..checkpoints.chat_template import save_tokenizer
 from ..checkpoints.loading import cast_parameters, load_merged
 from ..checkpoints.model_card import write_model_card
-from ..configuration_llama_bidir import check_checkpoint_path
+from ..checkpoints.source import check_source
 from ..utils.extras import require
 from ..utils.outputs import whole_folder
 
@@ -82,7 +82,7 @@ def merge_adapter(
         ValueError: `adapter` is not an adapter, or it lies in `output`.
     """
     name = os.fspath(adapter)
-    check_checkpoint_path(name)
+    check_source(name)
     if find_adapter_config_file(name) is None:
         raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
     with whole_folder(output, overwrite=overwrite, keep=name, marker="config.json") as folder:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..checkpoints.chat_template import find_prompt_template
-from ..checkpoints.loading import load_tokenizer
+from ..checkpoints.source import check_source
+from ..checkpoints.tokenizer import load_tokenizer
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -214,6 +215,7 @@ def _read_checkpoint(
     model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[LlamaBidirectionalConfig, PromptEncoder]:
     name = model_args.model_name_or_path
+    check_source(name, {"revision": model_args.revision})
     config = LlamaBidirectionalConfig.from_pretrained(name, **config_fields(model_args, data_args))
     tokenizer = load_tokenizer(name, revision=model_args.revision)
     if data_args.prompt_template is None:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, set_seed
 
-from ..checkpoints.loading import load_tokenizer
+from ..checkpoints.tokenizer import load_tokenizer
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ...checkpoints.model_card import write_model_card
-from ...configuration_llama_bidir import check_checkpoint_path
+from ...checkpoints.source import check_source
 from ...cross_encoder import CrossEncoder
 from ...data import load_rows
 from ...evaluation import (
@@ -80,7 +80,7 @@ def run_quickstart(
         ImportError: an extra is not installed.
     """
     if model is not None:
-        check_checkpoint_path(model)
+        check_source(model)
     for module in ("bm25s", "ir_measures", "matplotlib", "scipy"):
         require(module, "eval")
     with whole_folder(output, overwrite=overwrite) as folder:
