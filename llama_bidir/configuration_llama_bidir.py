@@ -18,6 +18,7 @@ POOLINGS = ("avg", "cls", "last")
 DEFAULT_PROMPT_TEMPLATE = "question:{query} \n \n passage:{passage}"
 DEFAULT_RERANK_MAX_LENGTH = 512
 MIN_RERANK_MAX_LENGTH = 8
+INTERRUPTED_SAVE = ".interrupted-save"  # the folder of new files while they replace old ones
 
 
 def check_pooling(pooling: Any) -> str:
@@ -86,7 +87,10 @@ def check_model_type(model_type: Any, source: str = "the configuration") -> None
 
 
 def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises OSError for a local path without a checkpoint. Otherwise transformers would look for it on the Hub."""
+    """
+    Raises OSError for a local path without a checkpoint, or with half of one. Otherwise transformers would look for it
+    on the Hub.
+    """
     name = os.fspath(name_or_path)
     looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     if os.path.isfile(name) and not name.endswith(".json"):
@@ -97,6 +101,12 @@ def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"{name!r} is not a checkpoint: there is no such folder. Pass a folder that holds a config.json, or the id "
             "of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
+        )
+    interrupted = os.path.join(name, INTERRUPTED_SAVE)
+    if os.path.isdir(interrupted) and not os.path.exists(os.path.join(name, "config.json")):
+        raise FileNotFoundError(
+            f"{name!r} is not a checkpoint: a save into it was interrupted or has not finished. Save into it again, or "
+            f"move the new files that are still in {interrupted!r} up into {name!r} to finish that save"
         )
 
 

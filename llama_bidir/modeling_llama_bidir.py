@@ -1,7 +1,14 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
 """Llama with bidirectional attention, and a linear score head on its pooled hidden states."""
 
+import copy
+import json
 import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +18,9 @@ from transformers.masking_utils import create_bidirectional_mask, packed_sequenc
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_peft_available
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_pooling
+from .configuration_llama_bidir import INTERRUPTED_SAVE, LlamaBidirectionalConfig, check_checkpoint_path, check_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +134,77 @@ class Float32Linear(nn.Linear):
         return (input.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
 
 
+# Everything that a loader may take for the weights of a model, or for a head that replaces its own.
+_WEIGHTS = re.compile(
+    r"(adapter_model|model|pytorch_model)([.-][\w.-]+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
+    r"|adapter_config\.json|modules\.json|model(_\w+)?\.onnx([._]data)?"
+)
+
+
+def _replace_weights(folder: Path, staged: Path) -> None:
+    """Moves saved files into a folder, in place of the weights in it. The configuration goes first and comes last."""
+    names = os.listdir(staged)
+    if not names:  # another process saves
+        return
+    last = [name for name in ("config.json", "adapter_config.json") if name in names]
+    mode = (staged / last[0]).stat().st_mode
+    moving = folder / INTERRUPTED_SAVE
+    shutil.rmtree(moving, ignore_errors=True)
+    staged.rename(moving)
+    for name in [*last, *(name for name in os.listdir(folder) if _WEIGHTS.fullmatch(name))]:
+        (folder / name).unlink(missing_ok=True)
+    for name in [*(name for name in names if name not in last), *last]:
+        (moving / name).chmod(mode)  # safetensors writes private files
+        (moving / name).replace(folder / name)
+    moving.rmdir()
+
+
+def is_adapter_folder(path: Any) -> bool:
+    """Whether a path is a folder that holds an adapter (PEFT) and no weights of a whole model."""
+    if not isinstance(path, (str, os.PathLike)) or not Path(path, "adapter_config.json").is_file():
+        return False
+    return not any(Path(path, name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def find_base(adapter: str | os.PathLike[str], base: Any) -> str:
+    """
+    Returns the path or the Hub id of an adapter's base model.
+
+    A relative path that does not exist here is looked for from the folder of the adapter and from those above it, since
+    it may be relative to where training ran.
+
+    Args:
+        adapter (`str` or `os.PathLike`): The folder or the Hub id of the adapter.
+        base (`str`): What `base_model_name_or_path` says in its `adapter_config.json`.
+
+    Raises:
+        FileNotFoundError: The adapter names no base model, or a folder that does not exist.
+    """
+    where, fix = os.fspath(adapter), "write its path or Hub id into base_model_name_or_path in adapter_config.json"
+    if not isinstance(base, str) or not base:
+        raise FileNotFoundError(f"{where!r} is an adapter that does not name its base model: {fix}")
+    if os.path.exists(base):
+        return base
+    if os.path.isdir(where) and not os.path.isabs(base):
+        for folder in (Path(where).resolve(), *Path(where).resolve().parents):
+            if (folder / base / "config.json").is_file():
+                logger.warning(f"{where}: its base model {base!r} is taken from {folder / base}")
+                return os.fspath(folder / base)
+    try:
+        check_checkpoint_path(base)
+    except OSError:
+        raise FileNotFoundError(
+            f"{where!r} is an adapter, and the folder {base!r} of its base model does not exist here: {fix}"
+        ) from None
+    return base
+
+
 class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
     """Loads `llama` and `llama_bidirec` checkpoints, including GGUF files, under a [`LlamaBidirectionalConfig`]."""
 
     config: LlamaBidirectionalConfig
     config_class = LlamaBidirectionalConfig
+    _score_is_new = False
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: LlamaBidirectionalConfig):
@@ -149,6 +223,8 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             check_checkpoint_path(pretrained_model_name_or_path)
         if gguf_file is not None:
             return cls._from_gguf(pretrained_model_name_or_path, *model_args, gguf_file=gguf_file, **kwargs)
+        if is_adapter_folder(pretrained_model_name_or_path):
+            return cls._from_adapter(pretrained_model_name_or_path, *model_args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
@@ -170,6 +246,77 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         return loaded
+
+    @classmethod
+    def _from_adapter(cls, folder: str | os.PathLike[str], *model_args: Any, **kwargs: Any) -> Any:
+        # transformers takes the config.json beside an adapter for that of a complete model.
+        if not is_peft_available():
+            raise ImportError(f'{os.fspath(folder)!r} is an adapter: pip install "llama-bidir[train]"')
+        for name in ("adapter_kwargs", "revision", "subfolder"):  # of the adapter, whose folder this is
+            kwargs.pop(name, None)
+        adapter = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        if Path(folder, "config.json").is_file() and not isinstance(kwargs.get("config"), LlamaBidirectionalConfig):
+            config, kwargs = LlamaBidirectionalConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+            kwargs["config"] = config
+        base = find_base(folder, adapter.get("base_model_name_or_path"))
+        if adapter.get("revision") is not None:
+            kwargs["revision"] = adapter["revision"]
+        follows = {"head_follows": True} if issubclass(cls, LlamaBidirectionalForSequenceClassification) else {}
+        model = cls.load_base(base, *model_args, adapter=folder, **follows, **kwargs)
+        if follows:
+            model.score.float()  # a base in half precision would round the saved head
+        model.load_adapter(os.fspath(folder))
+        model._score_is_new &= not any("score.modules_to_save" in name for name, _ in model.named_parameters())
+        return model.eval()
+
+    @classmethod
+    def load_base(cls, base: str, *args: Any, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """
+        Loads the base model of an adapter, with the vocabulary that the adapter's configuration gives it.
+
+        Args:
+            base (`str`): The folder or the Hub id of the base model.
+            adapter (`str` or `os.PathLike`): The folder or the Hub id of the adapter, for messages.
+            kwargs: For `from_pretrained`. `config` is the adapter's, where it has one.
+
+        Raises:
+            OSError: The base model cannot be loaded. The message names it and the adapter.
+        """
+        config = kwargs.get("config")
+        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        try:
+            if config is None:
+                return cls.from_pretrained(base, *args, **kwargs)
+            stored = LlamaBidirectionalConfig.get_config_dict(base, **source)[0].get("vocab_size", config.vocab_size)
+            if stored == config.vocab_size:
+                return cls.from_pretrained(base, *args, **kwargs)
+            first = copy.deepcopy(config)
+            first.vocab_size, first.pad_token_id = stored, None  # which may be one of the added tokens
+            model = cls.from_pretrained(base, *args, **{**kwargs, "config": first})
+        except OSError as error:
+            raise type(error)(
+                f"{os.fspath(adapter)!r} is an adapter, and its base model {base!r} cannot be loaded: {error}"
+            ) from error
+        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+        model.config.pad_token_id = config.pad_token_id
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Saves as [`PreTrainedModel.save_pretrained`] does, in place of the weights of any kind that the folder holds.
+
+        The files are written into a subfolder first, and `config.json` moves last. All have the mode of the umask.
+        """
+        if kwargs.get("distributed_checkpoint") or os.path.isfile(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as workspace:
+            staged = Path(workspace, "new")
+            super().save_pretrained(staged, *args, **kwargs)
+            _replace_weights(Path(save_directory), staged)
 
 
 class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
@@ -324,8 +471,6 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
                 "initialized at random. It needs training before its scores mean anything"
             )
         return loaded
-
-    _score_is_new = False
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers marks the parameters that it has loaded, then initializes the others.

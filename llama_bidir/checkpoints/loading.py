@@ -13,10 +13,11 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_rerank_max_length
-from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
+from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, find_base
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
+from .adapters import WEIGHTS_FILE, absolute_base, check_weights, read_names
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
@@ -198,28 +199,43 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
-    base = adapter.base_model_name_or_path
+    names = read_names(cached_file(name_or_path, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False, **source))
+    base = find_base(name_or_path, adapter.base_model_name_or_path)
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
+    try:
+        stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
+    except OSError as error:
+        raise type(error)(
+            f"{name_or_path!r} is an adapter, and its base model {base!r} cannot be loaded: {error}"
+        ) from error
     if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **source):
         config, fields = LlamaBidirectionalConfig.from_pretrained(
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
-        stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None and "quantization_config" not in stored:
             # It says how training loaded the base, not how the files of the base are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
-    model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-        base, dtype=dtype, **base_source, **fields, head_follows=True
+    model = LlamaBidirectionalForSequenceClassification.load_base(
+        base,
+        adapter=name_or_path,
+        dtype=dtype,
+        **base_source,
+        **fields,
+        head_follows=names is None or any(".score." in name for name in names),
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
-    return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+    adapter.base_model_name_or_path = absolute_base(base)
+    # The adapter can be trained further. Scoring computes no gradients.
+    adapted = peft.PeftModel.from_pretrained(model, name_or_path, is_trainable=True, config=adapter, **source).eval()
+    check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))
+    return adapted
 
 
 def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:
