@@ -109,7 +109,7 @@ def whole_folder(
     check_free(path, overwrite=overwrite)
     if target.is_file():
         raise NotADirectoryError(f"{os.fspath(path)!r} is a file: name a folder")
-    with _explained(path), _workspace(target) as workspace:
+    with _workspace(target) as workspace, _explained(path):
         new = workspace / "new"
         new.mkdir()  # follows the umask, which the private folder of mkdtemp does not
         yield new
@@ -130,6 +130,8 @@ def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         in_text = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+        if "inline_container" in str(error):  # torch gives no reason
+            number = errno.ENOSPC if shutil.disk_usage(Path(path).absolute().parent).free < 2**20 else errno.EIO
         if number not in WRITE_ERRORS:
             raise
         at = getattr(error, "filename", None)
@@ -146,7 +148,8 @@ def _workspace(target: Path) -> Iterator[Path]:
     is_inside = target.is_dir() and (must_stay(target) or not os.access(target.parent, os.W_OK))
     home, prefix = (target, SAVING) if is_inside else (target.parent, f".{target.name}-")
     _remove_abandoned(home, prefix)
-    workspace = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    with _explained(target):
+        workspace = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
     try:
         with (workspace / LOCK_NAME).open("ab") as file:
             _try_lock(file)
