@@ -3,23 +3,24 @@
 import copy
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
+from ..files_llama_bidir import find_file, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
+from ..pretrained_llama_bidir import find_base
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
-from .adapter import check_adapter
+from .adapters import WEIGHTS_FILE, absolute_base, check_adapter, check_weights, read_names
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 BACKENDS = ("torch", "onnx")
-MISSING_IN_ADAPTER = "Found missing adapter keys while loading the checkpoint"
 
 
 class OpenedReranker(NamedTuple):
@@ -218,44 +218,48 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
-    base = adapter.base_model_name_or_path
-    check_source(base, base_source)
+    names = read_names(find_file(name_or_path, WEIGHTS_FILE, source))
+    base = find_base(name_or_path, adapter.base_model_name_or_path)
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
+    try:
+        check_source(base, base_source)
+        config_file = find_file(base, "config.json", base_source)
+        stored = {} if config_file is None else read_json(config_file)
+    except OSError as error:
+        raise type(error)(
+            f"{name_or_path!r} is an adapter, and its base model {base!r} cannot be loaded: {error}"
+        ) from error
     if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **source):
         config, fields = LlamaBidirectionalConfig.from_pretrained(
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
-        stored, _ = PreTrainedConfig.get_config_dict(base, **base_source)
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None and "quantization_config" not in stored:
             # It says how training loaded the base, not how the files of the base are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
-    brings_head = adapter.task_type == "SEQ_CLS" or "score" in (adapter.modules_to_save or ())
-    model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-        base, dtype=dtype, **base_source, **fields, head_follows=brings_head
+    model = LlamaBidirectionalForSequenceClassification.load_base(
+        base,
+        adapter=name_or_path,
+        dtype=dtype,
+        **base_source,
+        **fields,
+        head_follows=names is None or any(".score." in name for name in names),
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
-    return _load_adapter(model, name_or_path, source)
-
-
-def _load_adapter(model: Any, name_or_path: str, source: Mapping[str, Any]) -> Any:
-    """Puts a stored adapter on its base model. Raises ValueError if it lacks weights: PEFT would leave them random."""
-    peft = require("peft", "train")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=MISSING_IN_ADAPTER)
-        try:
-            return peft.PeftModel.from_pretrained(model, name_or_path, **source)
-        except KeyError as error:
-            missing = str(error)
-        except UserWarning as warning:
-            missing = str(warning).removeprefix(MISSING_IN_ADAPTER)
-    raise ValueError(f"the adapter {name_or_path!r} lacks weights, which would be random: {missing.strip(' .:')}")
+    adapter.base_model_name_or_path = absolute_base(base)
+    try:
+        # The adapter can be trained further. Scoring computes no gradients.
+        adapted = peft.PeftModel.from_pretrained(model, name_or_path, is_trainable=True, config=adapter, **source)
+    except KeyError as error:
+        raise ValueError(f"the adapter {name_or_path!r} lacks weights, which would be random: {error}") from None
+    check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))
+    return adapted.eval()
 
 
 def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from ..data import GroupDataset
 from ..utils.extras import require
-from ..utils.outputs import write_whole
+from ..utils.outputs import INTERRUPTED, SAVING, write_whole
 from ..utils.resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
@@ -22,7 +22,6 @@ from .history import HISTORY_NAME, PLOT_NAME
 logger = logging.getLogger(__name__)
 
 RUN_NAME = "training_run.json"
-SAVING_NAME = ".saving"
 
 # The training arguments that change what is learned. A resumed run may have different values of the others.
 DECISIVE = (
@@ -191,7 +190,7 @@ def remove_run(output: Path) -> None:
         return
     for name in (*_read_run(output).get("files", []), HISTORY_NAME, PLOT_NAME):
         (output / name).unlink(missing_ok=True)
-    for folder in (*output.glob("checkpoint-*"), output / SAVING_NAME):
+    for folder in (*output.glob("checkpoint-*"), *output.glob(f"{SAVING}*"), output / INTERRUPTED):
         if folder.is_dir():
             shutil.rmtree(folder)
     (output / RUN_NAME).unlink()

@@ -14,7 +14,9 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..checkpoints.adapters import complete_adapter
 from ..checkpoints.chat_template import find_prompt_template, save_tokenizer
+from ..checkpoints.files import replaced_by_checkpoint
 from ..checkpoints.model_card import write_model_card
 from ..configuration_llama_bidir import check_prompt_template
 from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
@@ -22,6 +24,7 @@ from ..losses import IGNORED, LOSSES, TEACHER_LOSSES, Loss, binary_cross_entropy
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
+from ..utils.outputs import whole_folder
 from .arguments import CrossEncoderTrainingArguments
 from .history import HistoryCallback
 from .liger import register_with_liger
@@ -64,6 +67,7 @@ class CrossEncoderTrainer(Trainer):
 
     Attributes:
         save_dtype: the dtype of the saved weights. None saves them as they are trained.
+        saved_files: the names in the folder that this process saved last.
 
     Raises:
         ValueError: an argument breaks its rule.
@@ -73,6 +77,7 @@ class CrossEncoderTrainer(Trainer):
     # `loss` is a mean over the groups of a batch, so the Trainer must divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
     save_dtype: torch.dtype | None = None
+    saved_files: list[str] = []
     args: CrossEncoderTrainingArguments
 
     def __init__(
@@ -303,21 +308,28 @@ class CrossEncoderTrainer(Trainer):
             plugin.set_state_dict_type(sharded)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        config = copy.deepcopy(self.accelerator.unwrap_model(self.model).config)
+        model = self.accelerator.unwrap_model(self.model)
+        config = copy.deepcopy(model.config)
         config.architectures = [LlamaBidirectionalForSequenceClassification.__name__]  # an adapter keeps its base's
         if self.save_dtype is not None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict  # type: ignore[union-attr]
             state_dict = {name: weight.to(self.save_dtype) for name, weight in state_dict.items()}
             config.dtype = self.save_dtype
-        super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
         if directory is None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
             return
-        # PEFT saves no configuration of the model with an adapter.
-        config.save_pretrained(directory)
-        save_tokenizer(self.processing_class, directory, config)  # type: ignore[arg-type]
-        if not os.path.exists(os.path.join(directory, "README.md")):
-            self.write_card(directory, directory)
+        has_card = os.path.exists(os.path.join(directory, "README.md"))
+        replaces = replaced_by_checkpoint(directory)
+        # The other processes of a run write their own files into a checkpoint.
+        with whole_folder(directory, overwrite=True, replaces=replaces, is_shared=self.args.world_size > 1) as folder:
+            super()._save(os.fspath(folder), state_dict)
+            complete_adapter(model, folder)
+            config.save_pretrained(folder)  # PEFT saves no configuration of the model with an adapter
+            save_tokenizer(self.processing_class, folder, config)  # type: ignore[arg-type]
+            if not has_card:
+                self.write_card(folder, directory)
+            self.saved_files = sorted(path.name for path in folder.iterdir())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
