@@ -35,8 +35,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from llama_bidir.checkpoints.export import export_reranker
+from llama_bidir.files_llama_bidir import INTERRUPTED_SAVE
 from llama_bidir.training import merge_adapter
-from llama_bidir.utils.outputs import INTERRUPTED
 
 MB = 2**20
 PERSONAL = {"notes.txt": "mine", "checkpoint-3/model.safetensors": "mine"}
@@ -140,7 +140,7 @@ def try_kills(first: Save, second: Save, home: Path, kills: int, generator: rand
         content = {name: value for name, value in read(folder).items() if not name.startswith(".saving-")}
         if content in (old, new):
             outcomes["old" if content == old else "new"] += 1
-        elif (folder / INTERRUPTED).is_dir() and not (folder / "config.json").exists():
+        elif (folder / INTERRUPTED_SAVE).is_dir() and not (folder / "config.json").exists():
             outcomes["says interrupted"] += 1
         else:
             outcomes["WRONG"] += 1

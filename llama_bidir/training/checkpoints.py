@@ -13,8 +13,9 @@ from typing import Any
 from safetensors import safe_open
 
 from ..data import GroupDataset
+from ..files_llama_bidir import INTERRUPTED_SAVE
 from ..utils.extras import require
-from ..utils.outputs import INTERRUPTED, SAVING, write_whole
+from ..utils.outputs import SAVING, write_whole
 from ..utils.resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
@@ -190,7 +191,7 @@ def remove_run(output: Path) -> None:
         return
     for name in (*_read_run(output).get("files", []), HISTORY_NAME, PLOT_NAME):
         (output / name).unlink(missing_ok=True)
-    for folder in (*output.glob("checkpoint-*"), *output.glob(f"{SAVING}*"), output / INTERRUPTED):
+    for folder in (*output.glob("checkpoint-*"), *output.glob(f"{SAVING}*"), output / INTERRUPTED_SAVE):
         if folder.is_dir():
             shutil.rmtree(folder)
     (output / RUN_NAME).unlink()

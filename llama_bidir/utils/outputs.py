@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO
 
+from ..files_llama_bidir import INTERRUPTED_SAVE
 from .exchange import NO_SPACE, exchange, must_stay
 
 try:
@@ -22,7 +23,6 @@ except ImportError:  # Windows has no such locks
 logger = logging.getLogger(__name__)
 
 SAVING = ".saving-"
-INTERRUPTED = ".interrupted-save"
 ENTRY_POINTS = ("config.json", "adapter_config.json")
 LOCK_NAME = "in_use"
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -260,14 +260,14 @@ def _take_its_place(target: Path, new: Path, replaces: Callable[[PurePath], bool
 
 def _move_into(target: Path, new: Path, replaces: Callable[[PurePath], bool]) -> None:
     """Moves the files of a new folder into an existing one. The entry points go first and come last."""
-    moving = target / INTERRUPTED
+    moving = target / INTERRUPTED_SAVE
     shutil.rmtree(moving, ignore_errors=True)
     new.rename(moving)
     files = sorted(_files(moving), key=lambda path: (path.name in ENTRY_POINTS, path.name != ENTRY_POINTS[0], path))
     for name in ENTRY_POINTS:
         (target / name).unlink(missing_ok=True)
     for path in [*_files(target)]:
-        if path.parts[0] != INTERRUPTED and not path.parts[0].startswith(SAVING) and replaces(path):
+        if path.parts[0] != INTERRUPTED_SAVE and not path.parts[0].startswith(SAVING) and replaces(path):
             _remove(target, path)
     for path in files:
         if _is_folder(moving / path):
@@ -291,7 +291,7 @@ def _remove(folder: Path, path: PurePath) -> None:
 def _holds(folder: Path, marker: str) -> bool:
     """Whether a folder holds a file, or is empty, or is what an interrupted save has left."""
     names = os.listdir(folder)
-    return not names or INTERRUPTED in names or (folder / marker).is_file()
+    return not names or INTERRUPTED_SAVE in names or (folder / marker).is_file()
 
 
 def _is_folder(path: Path) -> bool:

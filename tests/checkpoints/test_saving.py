@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
 from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.checkpoints.files import replaced_by_checkpoint
-from llama_bidir.configuration_llama_bidir import INTERRUPTED_SAVE
+from llama_bidir.files_llama_bidir import INTERRUPTED_SAVE
 from llama_bidir.utils import outputs
-from llama_bidir.utils.outputs import INTERRUPTED
 
 SAVED = {
     "README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -285,14 +284,13 @@ def load_all(folder):
 @pytest.mark.parametrize("save", [save_full, lambda reranker, folder: reranker.model.save_pretrained(folder)])
 def test_a_save_that_is_interrupted_between_two_files_says_so_and_can_be_finished(tmp_path, monkeypatch, save):
     """Where folders cannot be exchanged, each moment between two moved files leaves a folder that does not load."""
-    assert INTERRUPTED == INTERRUPTED_SAVE
     monkeypatch.setattr(outputs, "exchange", lambda first, second: False)
     replace = Path.replace
     moves = []
 
     def stop_after(count, folder):
         def move(path, target):
-            if path.parent == folder / INTERRUPTED:
+            if path.parent == folder / INTERRUPTED_SAVE:
                 if len(moves) == count:
                     raise KeyboardInterrupt
                 moves.append(target)
@@ -315,16 +313,16 @@ def test_a_save_that_is_interrupted_between_two_files_says_so_and_can_be_finishe
         for error in errors[:3]:
             assert error == (
                 f"{str(folder)!r} is not a checkpoint: a save into it was interrupted or has not finished. Save into "
-                f"it again, or move the new files that are still in {str(folder / INTERRUPTED)!r} up into "
+                f"it again, or move the new files that are still in {str(folder / INTERRUPTED_SAVE)!r} up into "
                 f"{str(folder)!r} to finish that save"
             )
         finished = tmp_path / f"{count}-finished"
         shutil.copytree(folder, finished)
-        for path in (finished / INTERRUPTED).iterdir():
+        for path in (finished / INTERRUPTED_SAVE).iterdir():
             path.replace(finished / path.name)
         assert CrossEncoder(finished).predict(PAIRS).tolist() == new.predict(PAIRS).tolist()
         new.save_pretrained(folder)
         assert CrossEncoder(folder).predict(PAIRS).tolist() == new.predict(PAIRS).tolist()
-        assert not (folder / INTERRUPTED).exists()
+        assert not (folder / INTERRUPTED_SAVE).exists()
     assert count >= 2
     assert moves[-1].name == "config.json"
