@@ -4,7 +4,7 @@ from compositions import BOUND, LAYOUTS, compare
 
 
 def test_a_pair_scores_as_it_does_alone():
-    found = compare(144, seed=1)
+    found = compare(72, seed=1)
     assert {name: difference <= BOUND for name, (_, difference) in found.items()} == dict.fromkeys(LAYOUTS, True), found
     assert {count for count, _ in found.values()} == {found["by the engine"][0]}
-    assert found["by the engine"][0] > 1000
+    assert found["by the engine"][0] > 500
