@@ -11,6 +11,7 @@ from ...data import TrainingRow, parse_row
 from ...scoring.pipeline import Pair, check_one_label
 from ...utils.errors import ScoreError
 from ...utils.validation import describe
+from ..scoring import naming_the_cause
 from .selection import DEFAULT_SELECTION, Selection, select_negatives
 
 WINDOW_PAIRS = 4096
@@ -98,7 +99,9 @@ def mine_negatives(
     chunks = ([pair for row in window for pair in row.pairs()] for window in first)
     scores = cross_encoder.predict_chunks(chunks, batch_size, activation_fn=LOGITS)
     for window, window_scores in zip(second, scores, strict=True):
-        yield from choose_negatives(window, window_scores.tolist(), selection)
+        with naming_the_cause(cross_encoder):
+            mined = list(choose_negatives(window, window_scores.tolist(), selection))
+        yield from mined
 
 
 def choose_negatives(window: Sequence[ParsedRow], scores: Sequence[float], selection: Selection) -> Iterator[MinedRow]:
