@@ -14,6 +14,7 @@ import yaml
 from ...utils.extras import require
 from ...utils.names import nearest
 from .. import CrossEncoderTrainingArguments, DataArguments, ModelArguments
+from .loader import load_yaml
 from .values import convert, field_hints
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _find(name: str) -> Traversable:
 
 def _read(name: str) -> Mapping[Any, Any]:
     try:
-        content = yaml.safe_load(_find(name).read_text(encoding="utf-8"))
+        content = load_yaml(_find(name).read_text(encoding="utf-8"), name)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: a recipe is a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
