@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..utils.extras import require
 from .files import check_file
 from .rows import COLUMNS, PASSAGE_COLUMNS, TrainingRow
@@ -226,6 +228,19 @@ def iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:
     """Yields a column as Arrow arrays of at most 1,000 rows, as it is stored."""
     for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
         yield batch.column(name).combine_chunks()
+
+
+def have_negatives(rows: Any) -> Any:
+    """Returns, as a `np.ndarray` of bools, which rows have a negative that is not also one of their positives."""
+    columns = zip(iterate_column(rows, "pos_doc"), iterate_column(rows, "neg_doc"), strict=True)
+    return np.array(
+        [
+            not set(negatives) <= set(positives)
+            for column in columns
+            for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
+        ],
+        dtype=bool,
+    )
 
 
 class DocumentTexts:

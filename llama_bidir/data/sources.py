@@ -12,7 +12,7 @@ import numpy as np
 
 from ..utils.names import nearest
 from ..utils.validation import check_positive_int, describe
-from .arrow import DocumentTexts, iterate_column, split_errors
+from .arrow import DocumentTexts, have_negatives, iterate_column, split_errors
 from .beir_folder import load_beir
 from .corpus_id import load_corpus_id
 from .hub import PREFIX, load_hub
@@ -145,14 +145,7 @@ def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> 
     Raises:
         ValueError: a row has no such negative.
     """
-    columns = zip(iterate_column(rows, "pos_doc"), iterate_column(rows, "neg_doc"), strict=True)
-    has_negative = np.array(
-        [
-            not set(negatives) <= set(positives)
-            for column in columns
-            for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
-        ]
-    )
+    has_negative = have_negatives(rows)
     if has_negative.all():
         return rows
     others = np.flatnonzero(~has_negative)
