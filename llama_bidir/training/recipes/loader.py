@@ -13,14 +13,12 @@ TRAPS = {
 INT, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, whose dates stay text. Its errors name the file and the line."""
+class RecipeError(ValueError):
+    """A rule that recipes add to YAML is broken; the message names file and line."""
 
-    # `name` is the attribute by which PyYAML's own errors name the file.
-    yaml_implicit_resolvers = {  # PyYAML declares it so
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose dates stay text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Not when the mapping is constructed: merged keys (<<) have joined it by then, and they may be replaced.
@@ -30,28 +28,31 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if (key.tag, key.value) in lines:
                 first = lines[key.tag, key.value]
-                raise ValueError(
+                raise RecipeError(
                     f"{self.name}:{line}: the key {key.value!r} is there already, in line {first}; keep one of them"
                 )
             lines[key.tag, key.value] = line
         return node
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Reads a number; raises ValueError for one that YAML 1.1 reads in another base than it seems to have."""
+        """Reads a number; raises RecipeError for one that YAML 1.1 reads in another base than it seems to have."""
         for pattern, reason in TRAPS.items():
             if pattern.fullmatch(node.value):
-                raise ValueError(
+                raise RecipeError(
                     f"{self.name}:{node.start_mark.line + 1}: {node.value} is not a plain number in YAML: {reason}; "
                     "write a plain number, or put text in quotes"
                 )
-        try:
-            return self.construct_yaml_int(node) if node.tag == INT else self.construct_yaml_float(node)
-        except ValueError as error:  # thousands of digits
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+        return self.construct_yaml_int(node) if node.tag == INT else self.construct_yaml_float(node)
+
+    def construct_date(self, node: yaml.ScalarNode) -> str:
+        """Returns a date as it is written; raises ValueError for one that does not exist."""
+        self.construct_yaml_timestamp(node)
+        return str(node.value)
 
 
-for _tag in (INT, FLOAT):
-    _Loader.add_constructor(_tag, _Loader.construct_number)
+_Loader.add_constructor(INT, _Loader.construct_number)
+_Loader.add_constructor(FLOAT, _Loader.construct_number)
+_Loader.add_constructor(TIMESTAMP, _Loader.construct_date)
 
 
 def load_yaml(text: str, name: str) -> Any:
@@ -63,15 +64,12 @@ def load_yaml(text: str, name: str) -> Any:
         name: what errors call it, such as the path of its file.
 
     Raises:
-        ValueError: a key is repeated, a number is not what it seems to be, or the document is nested too deep, with the
-            line.
-        yaml.YAMLError: the text is not one document of plain values.
+        RecipeError: a key is repeated, or a number is not what it seems to be, with the line.
+        yaml.YAMLError, ValueError, RecursionError: the text is not one document of plain values.
     """
     loader = _Loader(text)
-    loader.name = name
+    loader.name = name  # in the messages of PyYAML, too
     try:
         return loader.get_single_data()
-    except RecursionError:
-        raise ValueError(f"{name}: the document is nested too deep") from None
     finally:
         loader.dispose()

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import yaml
-
 from ...utils.names import nearest
-from .loader import load_yaml
+from .loader import RecipeError, load_yaml
 from .recipe import Recipe, block_hints
-from .values import element_kinds, kinds_of
+from .values import YAML_ERRORS, element_kinds, kinds_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,5 +91,7 @@ def _parse_value(text: str, kinds: set[type], where: str) -> Any:
         return text
     try:
         return load_yaml(text, where)
-    except yaml.YAMLError as error:
+    except RecipeError:
+        raise
+    except YAML_ERRORS as error:
         raise ValueError(f"{where}: {text!r} is not a value in YAML: {' '.join(str(error).split())}") from error

@@ -9,6 +9,10 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+import yaml
+
+# What PyYAML raises for text that is not YAML, for a date or a number that does not exist, and for deep nesting.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
