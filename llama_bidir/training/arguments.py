@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..data import Grouping
 from ..losses import get_loss
 from ..utils.extras import require
+from ..utils.launch import check_launch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -118,6 +119,7 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     packing: bool | None = None
 
     def __post_init__(self) -> None:
+        check_launch()
         super().__post_init__()
         get_loss(self.loss)
         # accelerate would dispatch a batch by cutting its rows, but a packed batch is one row. Each process thus reads
