@@ -4,17 +4,18 @@ Qrels and runs: BEIR's TSV with its header or TREC's four columns, and TREC's si
 Readers decompress `.gz`, and their errors name file and line. Each rule of these files stands here and nowhere else.
 """
 
+import logging
 import math
 import os
 from array import array
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..utils.validation import describe
-from .corpus import Corpus, Numbers, read_documents, read_queries
+from .corpus import Corpus, Numbers, join_title, read_queries, read_titled_documents
 from .files import BLANKS, check_file, read_lines
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -23,6 +24,9 @@ QRELS_RULES = {
     False: "4 columns (query-id, 0, doc-id, relevance), or 3 separated by tabs under a line query-id, corpus-id, score",
 }
 UNKNOWN = -1
+EXAMPLES = 5
+
+logger = logging.getLogger(__name__)
 
 
 class Judgement(NamedTuple):
@@ -99,7 +103,7 @@ def write_qrels(path: str | os.PathLike[str], qrels: Mapping[str, Mapping[str, i
             )
     lines = ["\t".join(QRELS_HEADER)]
     lines += [f"{query_id}\t{doc_id}\t{value}" for query_id, docs in qrels.items() for doc_id, value in docs.items()]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(path).write_bytes(("\n".join(lines) + "\n").encode())
 
 
 def split_columns(line: str) -> list[str]:
@@ -178,10 +182,11 @@ def run_lines(query_id: str, doc_ids: Sequence[str], scores: Sequence[float], ta
 
 def write_run(path: str | os.PathLike[str], run: Mapping[str, Mapping[str, float]], tag: str) -> None:
     """Writes a run by falling score; equal scores keep their order."""
-    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for query_id, scores in run.items():
-            doc_ids = sorted(scores, key=lambda doc_id: -scores[doc_id])
-            file.writelines(run_lines(query_id, doc_ids, [scores[doc_id] for doc_id in doc_ids], tag))
+    lines: list[str] = []
+    for query_id, scores in run.items():
+        doc_ids = sorted(scores, key=lambda doc_id: -scores[doc_id])
+        lines += run_lines(query_id, doc_ids, [scores[doc_id] for doc_id in doc_ids], tag)
+    Path(path).write_bytes("".join(lines).encode())
 
 
 class RankedRun:
@@ -251,7 +256,8 @@ def read_judged_queries(
     path: str | os.PathLike[str], qrels: Mapping[str, object], qrels_path: str | os.PathLike[str]
 ) -> dict[str, str]:
     """
-    Returns the texts of the judged queries, in the order of the qrels.
+    Returns the texts of the judged queries, in the order of the qrels. Queries without a text, as in NFCorpus, are left
+    out with a warning.
 
     Args:
         path: the queries, JSON Lines (`_id`, `text`).
@@ -260,17 +266,23 @@ def read_judged_queries(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line breaks its rule, or a judged query is missing, with file and line.
+        ValueError: a line breaks its rule, or all judged queries are missing, with file and line.
     """
     texts = read_queries(check_file(path))
-    if missing := [query_id for query_id in qrels if query_id not in texts]:
+    missing = [query_id for query_id in qrels if query_id not in texts]
+    if missing and len(missing) == len(qrels):
         first = next(iter(read_judgements(Path(qrels_path))[missing[0]].values()))
         raise unknown_id(f"{os.fspath(qrels_path)}:{first.line}: query-id", "query", missing[0], path)
-    return {query_id: texts[query_id] for query_id in qrels}
+    tell_missing(qrels_path, "judged queries", missing, path)
+    return {query_id: texts[query_id] for query_id in qrels if query_id in texts}
 
 
 def read_run_documents(
-    path: str | os.PathLike[str], keep: Container[str], runs: Mapping[Path, Mapping[str, Mapping[str, float]]]
+    path: str | os.PathLike[str],
+    keep: Container[str],
+    runs: Mapping[Path, Mapping[str, Mapping[str, float]]],
+    *,
+    see: Callable[[str, str, str], object] | None = None,
 ) -> dict[str, str]:
     """
     Returns the texts of some documents of a corpus, without the others in memory.
@@ -279,6 +291,7 @@ def read_run_documents(
         path: the corpus, JSON Lines (`_id`, `title`, `text`).
         keep: the doc_ids.
         runs: runs that may list documents of the corpus only, by the file that they were read from.
+        see: called with the doc_id, the title and the text of each document of the corpus.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -286,10 +299,12 @@ def read_run_documents(
     """
     unknown = {doc_id for run in runs.values() for documents in run.values() for doc_id in documents}
     texts = {}
-    for doc_id, text in read_documents(check_file(path)):
+    for doc_id, title, text in read_titled_documents(check_file(path)):
         unknown.discard(doc_id)
         if doc_id in keep:
-            texts[doc_id] = text
+            texts[doc_id] = join_title(title, text)
+        if see is not None:
+            see(doc_id, title, text)
     for run_path, run in runs.items() if unknown else ():
         for entry in iterate_run(run_path):
             if entry.doc_id in unknown and entry.doc_id in run.get(entry.query_id, ()):
@@ -302,6 +317,13 @@ def unknown_id(where: str, kind: str, identifier: str, path: str | os.PathLike[s
     return ValueError(
         f"{where}: there is no {kind} {identifier!r} in {os.fspath(path)}; both files must be of the same dataset"
     )
+
+
+def tell_missing(where: object, kind: str, identifiers: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Logs which identifiers in qrels `path`, the corpus or the queries, lacks, if any."""
+    if identifiers:
+        examples = ", ".join(identifiers[:EXAMPLES]) + ", ..." * (len(identifiers) > EXAMPLES)
+        logger.warning(f"{where}: left out {len(identifiers)} {kind} that {os.fspath(path)} lacks: {examples}")
 
 
 def no_common_query(run: str, source: str) -> ValueError:
@@ -360,6 +382,6 @@ def _read_float(text: str, where: str) -> float:
 
 def _check_digits(text: str) -> str:
     """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10) and digits of other scripts."""
-    if "_" in text or not text.isascii():
+    if "_" in text or not text.isascii() or text != text.strip():
         raise ValueError
     return text
