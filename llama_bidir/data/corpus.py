@@ -183,7 +183,8 @@ def write_queries(path: str | os.PathLike[str], queries: Mapping[str, str]) -> N
 
 
 def _write_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, str]]) -> None:
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # Encoded before the file is opened: a text that cannot be encoded leaves the file as it was.
+    Path(path).write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def _generate_documents(

@@ -93,7 +93,7 @@ def write_qrels(path: str | os.PathLike[str], qrels: Mapping[str, Mapping[str, i
     """Writes qrels as BEIR TSV with its header."""
     lines = ["\t".join(QRELS_HEADER)]
     lines += [f"{query_id}\t{doc_id}\t{value}" for query_id, docs in qrels.items() for doc_id, value in docs.items()]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(path).write_bytes(("\n".join(lines) + "\n").encode())
 
 
 def iterate_run(path: Path) -> Iterator[RunEntry]:
@@ -152,10 +152,11 @@ def run_lines(query_id: str, doc_ids: Sequence[str], scores: Sequence[float], ta
 
 def write_run(path: str | os.PathLike[str], run: Mapping[str, Mapping[str, float]], tag: str) -> None:
     """Writes a run by falling score; equal scores keep their order."""
-    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for query_id, scores in run.items():
-            doc_ids = sorted(scores, key=lambda doc_id: -scores[doc_id])
-            file.writelines(run_lines(query_id, doc_ids, [scores[doc_id] for doc_id in doc_ids], tag))
+    lines: list[str] = []
+    for query_id, scores in run.items():
+        doc_ids = sorted(scores, key=lambda doc_id: -scores[doc_id])
+        lines += run_lines(query_id, doc_ids, [scores[doc_id] for doc_id in doc_ids], tag)
+    Path(path).write_bytes("".join(lines).encode())
 
 
 class RankedRun:
@@ -296,7 +297,7 @@ def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
 
 def _read_int(text: str, where: str) -> int:
     try:
-        value = int(_check_digits(text))
+        value = int(_plain_number(text))
     except ValueError:
         raise ValueError(f"{where} must be a whole number, got {text!r}; correct or remove the line") from None
     if abs(value) >= 2**31:
@@ -306,7 +307,7 @@ def _read_int(text: str, where: str) -> int:
 
 def _read_float(text: str, where: str) -> float:
     try:
-        value = float(_check_digits(text))
+        value = float(_plain_number(text))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
@@ -314,8 +315,8 @@ def _read_float(text: str, where: str) -> float:
     return value
 
 
-def _check_digits(text: str) -> str:
-    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10) and digits of other scripts."""
-    if "_" in text or not text.isascii():
+def _plain_number(text: str) -> str:
+    """Returns the text of a number; raises ValueError for what Python alone would read, such as 1_0."""
+    if "_" in text or not text.isascii() or text != text.strip():
         raise ValueError
     return text
