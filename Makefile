@@ -7,13 +7,17 @@ VENV ?= .venv
 TRANSFORMERS ?= transformers
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint format reference clean
+.PHONY: quickstart test versions lint format reference clean
 
 quickstart: $(VENV)/.quickstart
 	$(VENV)/bin/llama-bidir quickstart --output quickstart-output --overwrite
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# On each Python that is here, with the oldest and the newest torch and transformers: make versions PYTEST_ARGS="-q tests/data"
+versions:
+	tests/versions.sh $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -1,23 +1,55 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the bidirectional Llama reranker.
 
-This file and `modeling_llama_bidir.py` can be saved beside a checkpoint. They therefore import nothing else from this
-package.
+The files `*_llama_bidir.py` can be saved beside a checkpoint. They therefore import nothing else from this package.
 """
 
 import math
+import operator
 import os
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .files_llama_bidir import HUB_ARGUMENTS, check_checkpoint_path, check_depth, find_file, read_json
+from .weights_llama_bidir import check_score, read_weights
 
 POOLINGS = ("avg", "cls", "last")
 DEFAULT_PROMPT_TEMPLATE = "question:{query} \n \n passage:{passage}"
 DEFAULT_RERANK_MAX_LENGTH = 512
 MIN_RERANK_MAX_LENGTH = 8
+MAX_NUM_LABELS = 65_536  # transformers names each label, which takes gigabytes for absurd numbers
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+# The fields of each type of rotary embedding that have no default.
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+OPTIONAL_ROPE_FIELDS = (
+    "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+)  # fmt: skip
+# The types whose frequencies follow the longest sequence of a batch, beyond [`longest_sequence`].
+ROPE_OF_A_BATCH = ("dynamic", "longrope")
+# The attention that a config.json may choose. transformers may fetch others from the Hub and run them.
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+ATTENTION_OF_A_FILE = (None, "eager", "sdpa", "flex_attention")
+# Fields that make transformers replace layers or read weights from other files.
+REFUSED_IN_A_FILE = ("fusion_config", "per_layer_config", "transformers_weights")
 
 
 def check_pooling(pooling: Any) -> str:
@@ -58,22 +90,126 @@ def check_prompt_template(prompt_template: Any) -> str:
     return prompt_template
 
 
-def check_rerank_max_length(rerank_max_length: Any, max_position_embeddings: int) -> int:
-    """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to `max_position_embeddings`."""
-    is_int = isinstance(rerank_max_length, int) and not isinstance(rerank_max_length, bool)
-    lowest = min(MIN_RERANK_MAX_LENGTH, max_position_embeddings)
-    if not (is_int and lowest <= rerank_max_length <= max_position_embeddings):
+def check_dtype(dtype: Any) -> Any:
+    """Returns `dtype`. Raises ValueError unless it is None, or a floating-point `torch.dtype` or its name."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    is_usable = isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize >= 2
+    if dtype is not None and not is_usable:
+        raise ValueError(f"dtype must be 'float32', 'bfloat16', 'float16' or None, got {dtype!r}")
+    return dtype
+
+
+def check_hidden_act(hidden_act: Any) -> str:
+    """Returns `hidden_act`. Raises ValueError unless it names an activation of transformers."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act must name an activation of transformers, such as 'silu', got {hidden_act!r}")
+    return hidden_act
+
+
+def check_rope_parameters(rope_parameters: Any) -> Any:
+    """Returns `rope_parameters`. Raises ValueError unless it is None, or a complete type that transformers knows."""
+    rope = {} if rope_parameters is None else rope_parameters
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters must be a mapping with a rope_type, got {rope!r}")
+    rope_type, known = rope.get("rope_type", rope.get("type", "default")), ("default", *ROPE_INIT_FUNCTIONS)
+    if rope_type not in known:
+        raise ValueError(f"rope_parameters: rope_type must be one of {', '.join(known)}, got {rope_type!r}")
+    optional = [
+        name for name in OPTIONAL_ROPE_FIELDS if name in rope and (rope[name] is not None or name == "rope_theta")
+    ]
+    for name in (*ROPE_FIELDS.get(rope_type, ()), *optional):
+        value = rope.get(name)
+        numbers: Any = value if name in ("short_factor", "long_factor") else [value]
+        # A rope_theta of 0 gives scores that are NaN, which scoring reports.
+        if not isinstance(numbers, list | tuple) or not all(
+            _is_number(each) and (each > 0 or name == "rope_theta") for each in numbers
+        ):
+            raise ValueError(f"rope_parameters: rope_type {rope_type!r} needs {name} to be above 0, got {value!r}")
+    return rope_parameters
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def longest_sequence(config: Any) -> int:
+    """
+    Returns the most tokens of a sequence: `max_position_embeddings`, or `original_max_position_embeddings` where
+    `longrope` changes the frequencies of a whole batch beyond it.
+    """
+    rope, longest = config.rope_parameters or {}, int(config.max_position_embeddings)
+    if rope.get("rope_type") != "longrope":
+        return longest
+    original = rope.get("original_max_position_embeddings", longest)
+    return min(longest, getattr(config, "original_max_position_embeddings", original))
+
+
+def check_length(config: Any, length: int) -> None:
+    """Raises ValueError for a sequence so long that the rotary embedding of its whole batch would follow it."""
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in ROPE_OF_A_BATCH and length > longest_sequence(config):
+        raise ValueError(
+            f"rope_type {rope_type!r} changes the scores of a whole batch when one pair has more than "
+            f"{longest_sequence(config)} tokens, and one has {length}: pass shorter pairs"
+        )
+
+
+def as_int(value: Any) -> int | None:
+    """Returns a whole number of any integer type, such as numpy's, as an int; None for anything else and for a bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_rerank_max_length(rerank_max_length: Any, config: Any) -> int:
+    """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to [`longest_sequence`]."""
+    longest, limit, why = longest_sequence(config), "max_position_embeddings", ""
+    if longest != config.max_position_embeddings:
+        limit, why = "original_max_position_embeddings", "; beyond it, rope_type 'longrope' changes the whole batch"
+    length, lowest = as_int(rerank_max_length), min(MIN_RERANK_MAX_LENGTH, longest)
+    if length is None or not lowest <= length <= longest:
         raise ValueError(
             "rerank_max_length is the maximum number of tokens of a rendered pair and must be an int from "
-            f"{lowest} to max_position_embeddings ({max_position_embeddings}), got {rerank_max_length!r}"
+            f"{lowest} to {limit} ({longest}{why}), got {rerank_max_length!r}"
         )
-    return rerank_max_length
+    return length
 
 
-def check_num_labels(num_labels: Any) -> None:
-    """Raises ValueError unless `num_labels` is None or an int above 0."""
-    if num_labels is not None and (not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1):
+def check_num_labels(num_labels: Any) -> int | None:
+    """Returns `num_labels`. Raises ValueError unless it is None or an int from 1 to 65,536."""
+    number = as_int(num_labels)
+    if num_labels is not None and (number is None or number < 1):
         raise ValueError(f"num_labels must be an int above 0 (the outputs of the score head), got {num_labels!r}")
+    if number is not None and number > MAX_NUM_LABELS:
+        raise ValueError(
+            f"num_labels must be at most {MAX_NUM_LABELS} (the outputs of the score head), got {num_labels}"
+        )
+    return number
+
+
+def check_size(field: str, size: Any) -> Any:
+    """
+    Returns `size`. Raises ValueError unless it is an int above 0. A model may have 0 layers, and `head_dim` and
+    `num_key_value_heads` may be None.
+    """
+    lowest = 0 if field == "num_hidden_layers" else 1
+    if size is None and field in ("head_dim", "num_key_value_heads"):
+        return size
+    if not isinstance(size, int) or isinstance(size, bool) or size < lowest:
+        raise ValueError(f"{field} must be an int of at least {lowest}, got {size!r}")
+    return size
+
+
+def check_heads(config: LlamaConfig) -> None:
+    """Raises ValueError unless the attention heads divide what they share, and RoPE can rotate pairs of their sizes."""
+    heads, shared, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if config.hidden_size % heads:
+        raise ValueError(f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads ({heads})")
+    if shared is not None and heads % shared:
+        raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})")
+    if head_dim is not None and head_dim % 2:
+        raise ValueError(f"head_dim must be even, because RoPE rotates pairs, got {head_dim}")
 
 
 def check_model_type(model_type: Any, source: str = "the configuration") -> None:
@@ -85,19 +221,48 @@ def check_model_type(model_type: Any, source: str = "the configuration") -> None
         )
 
 
-def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises OSError for a local path without a checkpoint. Otherwise transformers would look for it on the Hub."""
-    name = os.fspath(name_or_path)
-    looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
-    if os.path.isfile(name) and not name.endswith(".json"):
-        raise NotADirectoryError(
-            f"{name!r} is not a checkpoint: it is a file. Pass the folder that holds a config.json"
+def is_stock(config_dict: Mapping[str, Any]) -> bool:
+    """Returns whether a `config.json` is of a plain Llama, not of a reranker or of one of its exports."""
+    return config_dict.get("model_type") == "llama" and "pooling" not in config_dict
+
+
+def check_stock_head(
+    config_dict: Mapping[str, Any], given: Mapping[str, Any], source: str, *, has_score: bool = False
+) -> None:
+    """
+    Raises ValueError for a plain Llama with a trained head, unless the caller says how to use it.
+
+    Args:
+        config_dict: the content of `config.json`.
+        given: what the caller passes. `is_causal` or `pooling` says how to use the head.
+        source: the name of the checkpoint.
+        has_score: its weights include `score.weight`.
+    """
+    if not is_stock(config_dict) or given.keys() & {"is_causal", "pooling"}:
+        return
+    names = [name for name in map(str, config_dict.get("architectures") or ()) if _HEADS.search(name)]
+    if names or has_score:
+        raise ValueError(
+            f"{source} holds a {names[0] if names else 'score.weight of a plain Llama'}, whose head was trained under "
+            "a causal mask. To score as transformers' LlamaForSequenceClassification does, pass is_causal=True and "
+            "pooling='last'. To train the head further in a bidirectional model, pass is_causal=False and "
+            "pooling='avg'. CrossEncoder takes both in model_kwargs"
         )
-    if looks_like_path and not os.path.exists(name):
-        raise FileNotFoundError(
-            f"{name!r} is not a checkpoint: there is no such folder. Pass a folder that holds a config.json, or the id "
-            "of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
-        )
+
+
+def check_fields_of_file(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field that a config.json must not decide, because it runs code or reads other files."""
+    for name in ATTENTION_FIELDS:
+        if fields.get(name) not in ATTENTION_OF_A_FILE:
+            raise ValueError(
+                f"{name} {fields[name]!r} is refused in a checkpoint, because transformers may fetch the code of an "
+                f"attention and run it: pass {name.removeprefix('_')}='sdpa' or the one that you trust"
+            )
+    for name, value in fields.items():
+        if name in REFUSED_IN_A_FILE and value is not None:
+            raise ValueError(f"{name} is refused in a checkpoint, because it replaces layers or files: remove it")
+        if name.startswith("__") or callable(getattr(LlamaBidirectionalConfig, name, None)):
+            raise ValueError(f"{name} is not a field of a configuration, and would replace a method: remove it")
 
 
 class LlamaBidirectionalConfig(LlamaConfig):
@@ -152,50 +317,116 @@ class LlamaBidirectionalConfig(LlamaConfig):
             # An `auto_map` names code files, which this class neither runs nor saves. Only a class registered by
             # `register_for_auto_class` writes an `auto_map` of its own.
             kwargs.pop("auto_map", None)
-        check_num_labels(kwargs.get("num_labels"))
+        if "num_labels" in kwargs:
+            kwargs["num_labels"] = check_num_labels(kwargs["num_labels"])
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
         if self.sentence_transformers is None:
             self.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        length = self.rerank_max_length
+        is_early = length == min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings) and "rope_scaling" in kwargs
         super().__post_init__(**kwargs)
+        if is_early:  # the default was chosen before `rope_scaling`, the older name of `rope_parameters`, was read
+            self.rerank_max_length = min(length, longest_sequence(self))
         self.validate()
 
     def validate(self) -> None:
         """Checks fields that depend on each other. transformers calls it when a config is built and before a save."""
-        super().validate()  # type: ignore[misc]  # added by `@strict`
-        check_rerank_max_length(self.rerank_max_length, self.max_position_embeddings)
+        check_heads(self)
+        rope = check_rope_parameters(self.rope_parameters) or {}
+        rotated = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+        for name in ("short_factor", "long_factor") if rope.get("rope_type") == "longrope" else ():
+            if len(rope[name]) != rotated // 2:
+                raise ValueError(f"rope_parameters: {name} must hold {rotated // 2} numbers, got {len(rope[name])}")
+        try:
+            super().validate()  # type: ignore[misc]  # added by `@strict`
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from None
+        check_rerank_max_length(self.rerank_max_length, self)
+        if not -self.vocab_size <= (self.pad_token_id or 0) < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The validators of `@strict` would raise a StrictDataclassError, not a ValueError.
         if check := _FIELD_CHECKS.get(name):
             value = check(value)
         elif name == "rerank_max_length":
-            # `max_position_embeddings` is already set: the fields of LlamaConfig come first.
-            default = min(DEFAULT_RERANK_MAX_LENGTH, self.max_position_embeddings)
-            value = default if value is None else check_rerank_max_length(value, self.max_position_embeddings)
-        super().__setattr__(name, value)
+            # The fields that limit it are already set: those of LlamaConfig come first.
+            default = min(DEFAULT_RERANK_MAX_LENGTH, longest_sequence(self))
+            value = default if value is None else check_rerank_max_length(value, self)
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from None
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         check_checkpoint_path(pretrained_model_name_or_path)
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        name = os.fspath(pretrained_model_name_or_path)
+        source = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            _read_config_again(name, source)  # raises an error that names the file, if the file is the cause
+            if isinstance(error, (ValueError, OSError)):
+                raise
+            raise ValueError(f"{name}: config.json cannot be used: {type(error).__name__}: {error}") from error
         if not config_dict:
+            _read_config_again(name, source)
             raise FileNotFoundError(
-                f"{os.fspath(pretrained_model_name_or_path)!r} is not a checkpoint: it has no config.json. Pass the "
+                f"{name!r} is not a checkpoint: it has no config.json. Pass the "
                 "folder that `save_pretrained` wrote, or the id of a Hub repository such as 'meta-llama/Llama-3.2-1B'"
             )
-        check_model_type(config_dict.get("model_type"), source=repr(os.fspath(pretrained_model_name_or_path)))
+        if not isinstance(config_dict, dict):
+            _read_config_again(name, source)
+        check_model_type(config_dict.get("model_type"), source=repr(name))
+        check_stock_head(config_dict, kwargs, repr(name))
+        labels = {"num_labels", "id2label"} & (config_dict.keys() | kwargs.keys())
+        if config_dict.get("architectures") == ["LlamaForSequenceClassification"] and not labels:
+            config_dict["num_labels"] = 2  # the default of transformers, which it does not store
         # Changed here because `from_pretrained` compares the two types and warns about a difference.
         config_dict["model_type"] = cls.model_type
-        return config_dict, kwargs
+        return config_dict, {**kwargs, "name_or_path": name}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlamaBidirectionalConfig":
         # Pass keyword fields to the constructor, which validates all fields together, not to setattr afterwards.
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        num_labels, folder = kwargs.get("num_labels", config_dict.get("num_labels")), kwargs.get("name_or_path")
+        if isinstance(num_labels, int) and num_labels > MAX_NUM_LABELS and folder is not None and os.path.isdir(folder):
+            check_score(num_labels, read_weights(folder) or {})
+        chosen = [name for name in ATTENTION_FIELDS if kwargs.get(name.removeprefix("_")) is not None]
+        stored = {name: value for name, value in config_dict.items() if name not in {*given, *chosen}}
+        file = f"{kwargs.get('name_or_path') or 'the checkpoint'}: config.json"
+        try:
+            check_depth(stored, file)
+            check_fields_of_file(stored)
+            return super().from_dict({**stored, **given}, **kwargs)
+        except Exception as error:
+            field = cls._wrong_field(stored, given)
+            if field is None and isinstance(error, (ValueError, OSError)):
+                raise
+            named = f"{file}: {field or 'a field'} cannot be used: {type(error).__name__}: {error}"
+            raise ValueError(named if field is None or field not in str(error) else f"{file}: {error}") from None
+
+    @classmethod
+    def _wrong_field(cls, stored: dict[str, Any], given: dict[str, Any]) -> str | None:
+        """Returns the name of the stored field without which a configuration can be built, or None."""
+
+        def can_be_built(fields: dict[str, Any]) -> bool:
+            try:
+                check_fields_of_file(fields)
+                cls(**fields, **given)
+            except Exception:
+                return False
+            return True
+
+        if can_be_built(stored):
+            return None
+        others = ({other: stored[other] for other in stored if other != name} for name in stored)
+        return next((name for name, fields in zip(stored, others, strict=True) if can_be_built(fields)), None)
 
     def to_diff_dict(self) -> dict[str, Any]:
         # transformers leaves out its own default, a map of two labels. Read back, its absence would mean one label.
@@ -203,11 +434,25 @@ class LlamaBidirectionalConfig(LlamaConfig):
         return {**super().to_diff_dict(), **labels}
 
 
+def _read_config_again(name: str, source: Mapping[str, Any]) -> None:
+    path = name if os.path.isfile(name) else find_file(name, "config.json", source)
+    if path is not None:
+        read_json(path)
+
+
+# Architectures with a trained head. Those of this package, which vLLM's layout names too, say how they pool.
+_HEADS = re.compile(r"^(?!LlamaBidirectional).*(Classification|QuestionAnswering|Reward|Score|Regress|ValueHead)")
+
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "dtype": check_dtype,
+    "hidden_act": check_hidden_act,
+    "rope_parameters": check_rope_parameters,
     "pooling": check_pooling,
     "temperature": check_temperature,
     "is_causal": check_is_causal,
     "prompt_template": check_prompt_template,
+    "num_labels": check_num_labels,
+    **{field: partial(check_size, field) for field in SIZES},
 }
 
 __all__ = ["LlamaBidirectionalConfig"]

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints.loading import open_reranker
 from .checkpoints.saving import SavedReranker
+from .configuration_llama_bidir import check_num_labels
 from .prompts import PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
+from .scoring.forks import leave_threads_of_parent
 from .scoring.pipeline import (
     Activation,
     Scorer,
@@ -28,7 +30,7 @@ from .scoring.pipeline import (
     score_chunks,
 )
 from .scoring.placement import Placement
-from .utils.validation import check_groups, check_positive_int, check_text, check_texts, read_pairs
+from .utils.validation import check_chunks, check_groups, check_positive_int, check_text, check_texts, read_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ class CrossEncoder(SavedReranker):
             `model_kwargs={"file_name": "model_int8.onnx"}` chooses another graph of the folder.
         long_document: `"truncate"` cuts the end of a passage that does not fit into `max_length`. `"max"` and
             `"first_max"` score it in windows and keep the best score (see [`~prompts.PromptEncoder.encode`]).
+        parse_special_tokens: read control tokens that a query or a passage spells, such as `<|eot_id|>`. By default
+            they are text.
         max_tokens_per_batch: maximum tokens of a forward pass; chosen for the device and the model when not given.
         distributed: under torchrun or accelerate, share the pairs of each call among the processes. Every process must
             then make the same calls, and gets all scores. By default each process scores for itself.
@@ -87,13 +91,17 @@ class CrossEncoder(SavedReranker):
         tokenizer_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
         long_document: str = "truncate",
+        parse_special_tokens: bool = False,
         max_tokens_per_batch: int | None = None,
         distributed: bool = False,
     ):
         self.max_tokens_per_batch = check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+        check_num_labels(num_labels)
         self.long_document = check_long_document(long_document)
         self.distributed, self.activation_fn = distributed, activation_fn
+        self.parse_special_tokens = parse_special_tokens
         devices = split_devices(device)
+        leave_threads_of_parent()
         hub = {"revision": revision, "token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
         opened = open_reranker(
             model_name_or_path_or_model,
@@ -130,6 +138,13 @@ class CrossEncoder(SavedReranker):
         fields = f"device={str(self.device)!r}, dtype={self.model.dtype}, max_length={self.config.rerank_max_length}"
         return f"{type(self).__name__}({self.config.name_or_path or type(self.model).__name__!r}, {fields})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The model travels to another process. Locks, worker processes and what is known about a device do not.
+        return {**vars(self), "_placement": self._placement.worker_devices}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _placement=Placement(state["model"], state["_placement"]))
+
     def predict(
         self,
         pairs: Any,
@@ -148,8 +163,9 @@ class CrossEncoder(SavedReranker):
         Scores pairs.
 
         Args:
-            pairs: one (query, passage) pair, or an iterable of them. A generator is read and checked chunk by chunk, so
-                memory stays bounded. Anything else is checked before any compute.
+            pairs: one (query, passage) pair, an iterable of them, or a table of two columns, the query first unless
+                their names say otherwise. A generator is read and checked chunk by chunk, so memory stays bounded.
+                Anything else is checked before any compute.
             batch_size: maximum pairs of a forward pass.
             show_progress_bar: shown when not given and this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
@@ -168,7 +184,7 @@ class CrossEncoder(SavedReranker):
             RuntimeError: a worker process failed, with its traceback.
         """
         checked_pairs, num_pairs, is_single = read_pairs(pairs)
-        check_limits(batch_size, max_tokens_per_batch, long_document)
+        batch_size, max_tokens_per_batch = check_limits(batch_size, max_tokens_per_batch, long_document)
         self._placement.move(self.model, device)
         is_shown = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with tqdm(total=num_pairs, desc="Scoring", unit="pair", disable=not is_shown) as progress:
@@ -202,9 +218,10 @@ class CrossEncoder(SavedReranker):
         Yields:
             the float32 scores of each chunk, of the shapes that [`predict`] returns.
         """
-        check_limits(batch_size, max_tokens_per_batch, long_document)
+        batch_size, max_tokens_per_batch = check_limits(batch_size, max_tokens_per_batch, long_document)
         bar = tqdm(disable=True) if progress is None else progress
-        return score_chunks(self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn), chunks)
+        scorer = self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn)
+        return score_chunks(scorer, check_chunks(chunks))
 
     def rank(
         self,
@@ -257,7 +274,7 @@ class CrossEncoder(SavedReranker):
             TypeError, ValueError: as in [`rank`], and when the two lists differ in length.
         """
         queries, groups = check_groups(queries, documents_per_query)
-        check_ranking(self.config, top_k, options)
+        top_k = check_ranking(self.config, top_k, options)
         pairs = [(query, document) for query, documents in zip(queries, groups, strict=True) for document in documents]
         scores = iter(self.predict(pairs, batch_size, **options).tolist())
         return [
@@ -282,7 +299,7 @@ class CrossEncoder(SavedReranker):
         activation_fn: Activation | None,
     ) -> Scorer:
         return Scorer(
-            PromptEncoder.from_config(self.tokenizer, self.config),
+            PromptEncoder.from_config(self.tokenizer, self.config, parse_special_tokens=self.parse_special_tokens),
             self.engine(),
             progress,
             num_labels=self.model.config.num_labels,

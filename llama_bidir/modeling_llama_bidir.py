@@ -9,14 +9,13 @@ from torch import nn
 from transformers import LlamaModel
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_pooling
+from .configuration_llama_bidir import ROPE_OF_A_BATCH, LlamaBidirectionalConfig, check_length, check_pooling
+from .pretrained_llama_bidir import LlamaBidirectionalPreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -59,6 +58,19 @@ def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling:
         return hidden_states[cu_seq_lens[1:] - 1].float()
     # `check_packing` has checked the lengths. Another check here would wait for the GPU.
     return torch.segment_reduce(hidden_states.float(), "mean", lengths=cu_seq_lens.diff(), axis=0, unsafe=True)
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless every id has an embedding. Does not read ids on a GPU, which would wait."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    smallest, largest = (int(index) for index in input_ids.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"input_ids must be from 0 to {vocab_size - 1}, the model has {vocab_size} embeddings, got "
+            f"{smallest if smallest < 0 else largest}: use the tokenizer that belongs to the model, or give the model "
+            "more with resize_token_embeddings"
+        )
 
 
 def check_packing(cu_seq_lens: torch.Tensor, max_length: int | None, total_tokens: int) -> None:
@@ -126,52 +138,6 @@ class Float32Linear(nn.Linear):
         return (input.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
 
 
-class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
-    """Loads `llama` and `llama_bidirec` checkpoints, including GGUF files, under a [`LlamaBidirectionalConfig`]."""
-
-    config: LlamaBidirectionalConfig
-    config_class = LlamaBidirectionalConfig
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
-
-    def __init__(self, config: LlamaBidirectionalConfig):
-        if not hasattr(config, "pooling"):
-            raise TypeError(
-                f"{type(self).__name__} needs a LlamaBidirectionalConfig, got {type(config).__name__}: build one with "
-                "LlamaBidirectionalConfig.from_pretrained(checkpoint)"
-            )
-        super().__init__(config)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str | None = None, **kwargs: Any
-    ) -> Any:
-        if pretrained_model_name_or_path is not None:
-            check_checkpoint_path(pretrained_model_name_or_path)
-        if gguf_file is not None:
-            return cls._from_gguf(pretrained_model_name_or_path, *model_args, gguf_file=gguf_file, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-
-    @classmethod
-    def _from_gguf(cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str, **kwargs: Any) -> Any:
-        # transformers maps the names of GGUF tensors by `config.model_type`, and GGUF only knows "llama". So a plain
-        # Llama reads the file and passes its weights on.
-        source = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        llama = LlamaModel.from_pretrained(
-            pretrained_model_name_or_path, gguf_file=gguf_file, dtype=kwargs.get("dtype", "auto"), **source
-        )
-        if kwargs.get("dtype") == "auto":
-            kwargs["dtype"] = llama.dtype
-        if not isinstance(config := kwargs.pop("config", None), LlamaBidirectionalConfig):
-            config, kwargs = LlamaBidirectionalConfig.from_pretrained(
-                pretrained_model_name_or_path, gguf_file=gguf_file, return_unused_kwargs=True, **source, **kwargs
-            )
-            kwargs.pop("gguf_file", None)
-        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=llama.state_dict(), **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
-        return loaded
-
-
 class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
     """
     Llama without the causal mask: each token attends to every token of its sequence.
@@ -182,6 +148,12 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
 
     def __init__(self, config: LlamaBidirectionalConfig):
+        try:
+            LlamaRotaryEmbedding(config)  # before the layers, for an error that names the field
+        except Exception as error:
+            raise ValueError(
+                f"rope_parameters {config.rope_parameters} cannot be used: {type(error).__name__}: {error}"
+            ) from None
         super().__init__(config)
         for layer in self.layers:
             layer.self_attn.is_causal = config.is_causal  # type: ignore[union-attr]
@@ -219,6 +191,7 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)  # type: ignore[arg-type]
             inputs_embeds = self.embed_tokens(input_ids)
         cu_seq_lens = kwargs.get("cu_seq_lens_q")
         if cu_seq_lens is not None:
@@ -246,6 +219,9 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
                 "position_ids restart, so the input is packed: pass cu_seq_lens_q and cu_seq_lens_k too, as "
                 "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
             )
+        if self.rotary_emb.rope_type in ROPE_OF_A_BATCH and not torch.compiler.is_compiling():
+            last = inputs_embeds.shape[1] - 1 if position_ids is None else position_ids.max()
+            check_length(self.config, int(last) + 1)
         # Only generation needs a key-value cache.
         kwargs["use_cache"] = False
         return super().forward(
@@ -259,6 +235,7 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
     # The loss is a mean over the batch, so the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_missing = [r"^score\.weight$"]
+    _has_score_head = True
 
     def __init__(self, config: LlamaBidirectionalConfig):
         super().__init__(config)
@@ -308,24 +285,26 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
         )
 
     @classmethod
-    def from_pretrained(cls, *args: Any, head_follows: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, *args: Any, head_follows: bool = False, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         r"""
-        Loads a checkpoint, as [`PreTrainedModel.from_pretrained`] does, and warns of a head that it does not hold.
+        Loads a checkpoint, as [`LlamaBidirectionalPreTrainedModel.from_pretrained`] does, and warns of a head that it
+        does not hold.
 
         Args:
             head_follows (`bool`, *optional*, defaults to `False`):
                 The caller loads the weights of the head next, so a new one is not reported.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model._score_is_new and not head_follows:
+            others = ", ".join(sorted(info["unexpected_keys"])[:3])
             logger.warning(
-                f"score.weight is new: {model.config.name_or_path or 'the checkpoint'} has no score head, so one was "
+                f"score.weight is new: {model.config.name_or_path or 'the checkpoint'} has no score head"
+                f"{f' that this model could use ({others} was left out)' if others else ''}, so one was "
                 "initialized at random. It needs training before its scores mean anything"
             )
-        return loaded
-
-    _score_is_new = False
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers marks the parameters that it has loaded, then initializes the others.

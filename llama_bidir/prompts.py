@@ -3,12 +3,14 @@
 import logging
 import string
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
 from .utils.errors import InputTypeError
+from .utils.tokenization import PrivateTokenizer, control_tokens, find_any, is_sampling, largest_id, private_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +53,32 @@ class PromptEncoder:
     query stay whole, with one exception: in such a pair, a query that takes more than three quarters of the tokens that
     the template leaves free is cut to three quarters, from its end.
 
+    Queries and passages are text: one that spells a control token, such as `<|eot_id|>` or `</s>`, gets the tokens of
+    these characters. The template keeps its control tokens. The same pair always gets the same ids, even if the
+    tokenizer draws them at random (BPE dropout).
+
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer. Its offsets show which tokens belong to the passage.
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, which is not changed. Its offsets show which tokens
+            belong to the passage.
         prompt_template (`str`): text with one `{query}` and one `{passage}`.
         max_length (`int`): the maximum number of tokens of a rendered pair, including special tokens.
+        parse_special_tokens (`bool`): read control tokens in queries and passages too, as the tokenizer itself does.
+        vocab_size (`int`, *optional*): the number of embeddings of the model, for a check of every id.
 
     Raises:
         TypeError: the tokenizer is not a fast tokenizer.
         ValueError: the template is malformed, or takes at least `max_length` tokens itself.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_template: str, max_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_template: str,
+        max_length: int,
+        parse_special_tokens: bool = False,
+        vocab_size: int | None = None,
+    ):
         if not tokenizer.is_fast:
             raise InputTypeError(
                 f"{type(tokenizer).__name__} has no token offsets, which truncation needs: pass a fast tokenizer, as "
@@ -70,7 +87,17 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.prompt_template = check_prompt_template(prompt_template)
         self.max_length = max_length
-        template_length = len(self._tokenize([self.render("", "")])["input_ids"][0])
+        self.parse_special_tokens = parse_special_tokens
+        # Most tokenizers have no id beyond the embeddings, so that no batch needs a check.
+        self._limit = None if vocab_size is None or largest_id(tokenizer) < vocab_size else vocab_size
+        control = [] if parse_special_tokens else control_tokens(tokenizer)
+        self._control_token = find_any(*(token.content for token in control))
+        # A normalizer may turn other characters into a control token.
+        has_normalizer = tokenizer.backend_tokenizer.normalizer is not None
+        is_normalized = has_normalizer and any(token.normalized for token in control)
+        has_control = self._control_token.search(self.render("", "")) is not None
+        self._always_private = is_sampling(tokenizer) or is_normalized or has_control
+        template_length = len(self.tokenize([("", "")])[0])
         if template_length >= max_length:
             raise ValueError(
                 f"max_length {max_length} leaves no room for a query and a passage: the template {prompt_template!r} "
@@ -78,9 +105,17 @@ class PromptEncoder:
             )
 
     @classmethod
-    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig) -> Self:
+    def from_config(
+        cls, tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig, *, parse_special_tokens: bool = False
+    ) -> Self:
         """Returns an encoder with the prompt template and the maximum length of `config`."""
-        return cls(tokenizer, prompt_template=config.prompt_template, max_length=config.rerank_max_length)
+        return cls(
+            tokenizer,
+            prompt_template=config.prompt_template,
+            max_length=config.rerank_max_length,
+            parse_special_tokens=parse_special_tokens,
+            vocab_size=config.vocab_size,
+        )
 
     def render(self, query: str, passage: str) -> str:
         """Returns the text that is tokenized. Braces in the query and the passage have no meaning."""
@@ -100,34 +135,76 @@ class PromptEncoder:
             [`EncodedPairs`]. None of its sequences is longer than `max_length`.
 
         Raises:
-            ValueError: in some pair, the template and the tokens that it shares with a text exceed `max_length`.
+            ValueError: in some pair, the template and the tokens that it shares with a text exceed `max_length`, or a
+                token has an id for which the model has no embedding.
         """
         if not pairs:
             return EncodedPairs([], [], [])
-        rendered: list[list[int]] = self._tokenize([self.render(*pair) for pair in pairs])["input_ids"]
         encoded = EncodedPairs([], [], [])
-        for pair, ids in zip(pairs, rendered, strict=True):
+        for pair, ids in zip(pairs, self.tokenize(pairs), strict=True):
             is_short = len(ids) <= self.max_length
             sequences, is_truncated = ([ids], False) if is_short else self._windows(*pair, long_document)
             encoded.input_ids.extend(sequences)
             encoded.num_windows.append(len(sequences))
             encoded.is_truncated.append(is_truncated)
+        if self._limit is not None:
+            self._check_ids(encoded.input_ids, self._limit)
         return encoded
 
-    def _tokenize(self, texts: list[str], **kwargs: Any) -> Any:
-        return self.tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs)
+    def _check_ids(self, sequences: list[list[int]], vocab_size: int) -> None:
+        largest = max(map(max, sequences))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model has "
+                f"{vocab_size} embeddings: pass the tokenizer that belongs to the model, or give the model more with "
+                "model.resize_token_embeddings(len(tokenizer)) and train them"
+            )
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Returns the token ids of whole rendered pairs, however long they are."""
+        rendered = [self.render(*pair) for pair in pairs]
+        is_private = [self._needs_private(text) for text in rendered]
+        plain = [text for text, private in zip(rendered, is_private, strict=True) if not private]
+        plain_ids = iter(self._tokenize(plain)["input_ids"] if plain else [])
+        if len(plain) == len(pairs):
+            return list(plain_ids)
+        template = self._private_template
+        texts = [
+            template.format(query=query, passage=passage)
+            for (query, passage), private in zip(pairs, is_private, strict=True)
+            if private
+        ]
+        private_ids = (encoding.ids for encoding in self._private.encode(texts))
+        return [next(private_ids if private else plain_ids) for private in is_private]
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts, return_attention_mask=False, verbose=False)
+
+    def _needs_private(self, rendered: str) -> bool:
+        return self._always_private or self._control_token.search(rendered) is not None
+
+    @cached_property
+    def _private(self) -> PrivateTokenizer:
+        return private_tokenizer(self.tokenizer, parse_special_tokens=self.parse_special_tokens)
+
+    @cached_property
+    def _private_template(self) -> str:
+        return self._private.rename(self.prompt_template)
 
     def _windows(self, query: str, passage: str, long_document: str) -> tuple[list[list[int]], bool]:
         """Returns the sequences of a pair that is too long, and whether any of its tokens is in none of them."""
-        encoding = self._tokenize(
-            [self.render(query, passage)], return_offsets_mapping=True, return_special_tokens_mask=True
-        )
-        ids: list[int] = encoding["input_ids"][0]
+        template, rendered = self.prompt_template, self.render(query, passage)
+        if self._needs_private(rendered):
+            template = self._private_template
+            encoding = self._private.encode([template.format(query=query, passage=passage)])[0]
+        else:
+            encoding = self._tokenize([rendered]).encodings[0]
+        ids: list[int] = encoding.ids
         offsets = [
             None if special else offset
-            for offset, special in zip(encoding["offset_mapping"][0], encoding["special_tokens_mask"][0], strict=True)
+            for offset, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         ]
-        spans = self._character_spans(query=query, passage=passage)
+        spans = _character_spans(template, query=query, passage=passage)
         query_tokens, passage_tokens = (_tokens_within(offsets, *spans[field]) for field in ("query", "passage"))
         room = self.max_length - (len(ids) - len(query_tokens) - len(passage_tokens))
         query_room = len(query_tokens) if 4 * len(query_tokens) <= 3 * room else 3 * max(room, 0) // 4
@@ -146,15 +223,16 @@ class PromptEncoder:
         sequences = [_replace(ids, {query_tokens: query_ids, passage_tokens: window}) for window in windows]
         return sequences, query_room < len(query_tokens) or len(sequences) == 1
 
-    def _character_spans(self, **values: str) -> dict[str, tuple[int, int]]:
-        """Returns the start and end of each value in the rendered text, in characters."""
-        spans, position = {}, 0
-        for literal, field, _, _ in string.Formatter().parse(self.prompt_template):
-            position += len(literal)
-            if field is not None:
-                spans[field] = (position, position + len(values[field]))
-                position += len(values[field])
-        return spans
+
+def _character_spans(template: str, **values: str) -> dict[str, tuple[int, int]]:
+    """Returns the start and end of each value in the rendered text, in characters."""
+    spans, position = {}, 0
+    for literal, field, _, _ in string.Formatter().parse(template):
+        position += len(literal)
+        if field is not None:
+            spans[field] = (position, position + len(values[field]))
+            position += len(values[field])
+    return spans
 
 
 def _tokens_within(offsets: Sequence[tuple[int, int] | None], start: int, end: int) -> range:

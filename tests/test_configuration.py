@@ -70,6 +70,47 @@ def test_wrong_numbers_of_labels(num_labels):
         LlamaBidirectionalConfig(num_labels=num_labels)
 
 
+def test_an_absurd_number_of_labels_takes_no_memory():
+    with pytest.raises(ValueError, match=r"num_labels must be at most 65536 .*, got 100000000"):
+        LlamaBidirectionalConfig(num_labels=10**8)
+    config = LlamaBidirectionalConfig()
+    with pytest.raises(ValueError, match=r"num_labels must be at most 65536 .*, got 65537"):
+        config.num_labels = 65_537
+    assert config.num_labels == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 0, "vocab_size must be an int of at least 1, got 0"),
+        ("hidden_size", -32, "hidden_size must be an int of at least 1, got -32"),
+        ("hidden_size", "32", "hidden_size must be an int of at least 1, got '32'"),
+        ("hidden_size", 32.0, r"hidden_size must be an int of at least 1, got 32\.0"),
+        ("hidden_size", 33, r"hidden_size \(33\) must be a multiple of num_attention_heads \(4\)"),
+        ("intermediate_size", None, "intermediate_size must be an int of at least 1, got None"),
+        ("num_hidden_layers", -1, "num_hidden_layers must be an int of at least 0, got -1"),
+        ("num_attention_heads", 0, "num_attention_heads must be an int of at least 1, got 0"),
+        ("num_attention_heads", -4, "num_attention_heads must be an int of at least 1, got -4"),
+        ("num_attention_heads", True, "num_attention_heads must be an int of at least 1, got True"),
+        ("num_key_value_heads", 0, "num_key_value_heads must be an int of at least 1, got 0"),
+        ("num_key_value_heads", 3, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ("num_key_value_heads", 8, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(8\)"),
+        ("head_dim", 0, "head_dim must be an int of at least 1, got 0"),
+        ("head_dim", 7, "head_dim must be even, because RoPE rotates pairs, got 7"),
+        ("max_position_embeddings", 0, "max_position_embeddings must be an int of at least 1, got 0"),
+    ],
+)
+def test_sizes_that_no_model_can_have(field, value, message, base_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        LlamaBidirectionalConfig(**tiny_config(**{field: value}))
+    with pytest.raises(ValueError, match=message):
+        LlamaBidirectionalConfig.from_pretrained(base_checkpoint, **{field: value})
+    stored = {**json.loads((base_checkpoint / "config.json").read_text()), field: value, "model_type": "llama_bidirec"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
 def test_length_is_checked_against_positions_before_saving(tmp_path):
     config = LlamaBidirectionalConfig(**tiny_config())
     config.max_position_embeddings = 64

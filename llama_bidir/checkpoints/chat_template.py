@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE, LlamaBidirectionalConfig, check_prompt_template
+from ..utils.tokenization import stop_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,10 @@ def save_tokenizer(
         config: the reranker's.
     """
     saved = copy.deepcopy(tokenizer)
+    stop_sampling(saved)
     saved.model_max_length = config.rerank_max_length
     try:
-        saved.chat_template = make_chat_template(tokenizer, config.prompt_template)
+        saved.chat_template = make_chat_template(saved, config.prompt_template)
     except ValueError as error:
         logger.warning(f"saved without a chat template, so sentence-transformers will not know the prompt: {error}")
         saved.chat_template = None

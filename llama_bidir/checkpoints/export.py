@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..utils.outputs import whole_folder
 from . import hub, onnx, sentence_transformers, vllm
+from .files import replaced_by_checkpoint
 from .loading import cast_parameters, load_merged
-from .model_card import read_card, read_measures, write_model_card
+from .model_card import has_other_card, read_card, read_measures, write_model_card
 
 
 class Format(NamedTuple):
@@ -64,7 +65,7 @@ def export_reranker(
         model_id: the name that the code in the model card loads. Defaults to `output`.
         evaluation: a file from `llama-bidir evaluate --json` with the measures for the model card. Defaults to the
             measures in the reranker's own card.
-        overwrite: replace `output` when it exists.
+        overwrite: replace the checkpoint in `output` when there is one. Other files in the folder stay.
 
     Raises:
         FileExistsError: `output` exists, and `overwrite` is not set or `output` is not a checkpoint.
@@ -82,19 +83,22 @@ def export_reranker(
     if format == "onnx":
         onnx.check_installed()
     name = os.fspath(model)
-    with whole_folder(output, overwrite=overwrite, keep=name, marker="config.json") as folder:
+    with whole_folder(
+        output, overwrite=overwrite, keep=name, marker="config.json", replaces=replaced_by_checkpoint(output)
+    ) as folder:
         reranker, tokenizer = load_merged(name, "float32" if format == "onnx" else "auto", revision=revision)
         if dtype is not None:
             cast_parameters(reranker, getattr(torch, dtype))
         FORMATS[format].write(reranker, tokenizer, folder)
-        write_model_card(
-            folder,
-            reranker.config,
-            model_id or os.fspath(output),
-            use=FORMATS[format].use,
-            library=FORMATS[format].library,
-            evaluation=evaluation,
-            metadata=read_card(name, revision=revision),
-        )
+        if not has_other_card(output):
+            write_model_card(
+                folder,
+                reranker.config,
+                model_id or os.fspath(output),
+                use=FORMATS[format].use,
+                library=FORMATS[format].library,
+                evaluation=evaluation,
+                metadata=read_card(name, revision=revision),
+            )
         if int8:
             onnx.quantize(folder)

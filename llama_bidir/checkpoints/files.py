@@ -1,7 +1,10 @@
-"""What several layouts share: JSON files, and a reranker's body and head for tools that know only a plain Llama."""
+"""What several layouts share: JSON files, the files of a checkpoint, and a reranker's parts for a plain Llama."""
 
 import json
-from pathlib import Path
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -15,6 +18,58 @@ NOT_COPIED = (
     "model_type", "auto_map", "architectures", "id2label", "label2id", "problem_type", "_name_or_path",
     "transformers_version",
 )  # fmt: skip
+
+# The files of a checkpoint in any layout, as transformers, PEFT, sentence-transformers and this package write them. A
+# new checkpoint in their folder replaces them all. Otherwise a loader would take some of them for the new one's.
+CHECKPOINT_FILES = re.compile(
+    r"(adapter_model|model|pytorch_model)([.-][\w.-]+)?\.(safetensors|bin|onnx)(\.index(\.\w+)?\.json|[._]data)?"
+    r"|model_\w+\.onnx([._]data)?"
+    r"|openvino_model\w*\.(xml|bin)"
+    r"|tf_model\.h5|flax_model\.msgpack|training_args\.bin"
+    r"|(adapter_|generation_|quantize_|quantization_|\w*processor_)?config\.json"
+    r"|tokenizer(\.[\w.]+|_config)?\.json|tokenizer\.model(\.\w+)?|(added_tokens|special_tokens_map|chat_template)\.json"
+    r"|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model|tekken\.json|\w+\.tiktoken"
+    r"|(chat|vllm)_template\.jinja"
+    r"|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json"
+)
+# Folders of a checkpoint, besides those of the modules of sentence-transformers.
+CHECKPOINT_FOLDERS = re.compile(r"onnx|openvino|\d+_[A-Z]\w*")
+
+
+def replaced_by_checkpoint(directory: str | os.PathLike[str]) -> Callable[[PurePath], bool]:
+    """
+    Returns the rule by which a new checkpoint replaces files of a folder: those of the checkpoint that is in it.
+
+    Other files stay, such as notes, a model card, `checkpoint-N` folders of a training run and scripts. Only the code
+    files that a configuration in the folder names in its `auto_map` go.
+    """
+    code = _code_files(Path(directory))
+
+    def is_replaced(path: PurePath) -> bool:
+        if len(path.parts) == 1:
+            return path.name in code or CHECKPOINT_FILES.fullmatch(path.name) is not None
+        if len(path.parts) > 2:
+            return False
+        is_file = path.suffix == ".jinja" if path.parts[0] == "additional_chat_templates" else False
+        is_part = CHECKPOINT_FOLDERS.fullmatch(path.parts[0]) and CHECKPOINT_FILES.fullmatch(path.name)
+        return is_file or is_part is not None
+
+    return is_replaced
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The names of the code files that the `auto_map` of a checkpoint's configurations names."""
+    names: set[str] = set()
+    for file in ("config.json", "tokenizer_config.json", "adapter_config.json"):
+        try:
+            auto_map = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map")
+            classes = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+            for each in classes:
+                parts = each if isinstance(each, (list, tuple)) else [each]
+                names |= {f"{part.split('.')[0]}.py" for part in parts if isinstance(part, str) and "--" not in part}
+        except (OSError, ValueError, AttributeError, RecursionError):  # missing, or not such a file
+            continue
+    return names
 
 
 def write_json(path: Path, content: Any) -> None:

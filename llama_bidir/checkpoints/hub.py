@@ -12,7 +12,7 @@ from .chat_template import save_tokenizer
 from .files import write_json
 from .model_card import SCORE_WITH_TRANSFORMERS
 
-CODE = ("configuration_llama_bidir.py", "modeling_llama_bidir.py")
+CODE = tuple(f"{part}_llama_bidir.py" for part in ("configuration", "files", "modeling", "pretrained", "weights"))
 AUTO_MAP = {
     "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
     "AutoModel": "modeling_llama_bidir.LlamaBidirectionalModel",
@@ -21,7 +21,7 @@ AUTO_MAP = {
 
 USE = (
     """
-Without `llama-bidir`, transformers (5.6 or newer) runs the two code files in this folder:
+Without `llama-bidir`, transformers (5.6 or newer) runs the code files in this folder:
 
 ```python
 import torch
@@ -40,7 +40,7 @@ With `llama-bidir` installed, `llama_bidir.CrossEncoder({model_id})` loads the m
 
 def add_code(directory: str | os.PathLike[str]) -> None:
     """
-    Adds the two model files to the folder of a saved reranker and names them in its configuration. transformers runs
+    Adds the model files to the folder of a saved reranker and names them in its configuration. transformers runs
     them under `trust_remote_code=True`, but never where this package is imported.
     """
     for name in CODE:

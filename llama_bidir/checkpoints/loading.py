@@ -3,23 +3,29 @@
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_checkpoint_path, check_rerank_max_length
+from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
+from ..files_llama_bidir import find_file, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
+from ..pretrained_llama_bidir import find_base
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
+from .adapters import WEIGHTS_FILE, absolute_base, check_adapter, check_weights, read_names
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
+from .source import check_source, naming_the_repository
+from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +106,6 @@ def check_dtype(dtype: Any) -> str | torch.dtype | None:
     return named
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer. transformers would offer to run the code of one with its own class, which is refused here."""
-    return AutoTokenizer.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
-
-
 def _place(model: Any, device: torch.device | None) -> Any:
     return device or getattr(model, "device", default_device())
 
@@ -149,7 +150,7 @@ def _configure(
     """Sets template and length in a configuration, after both were checked."""
     template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
     length = config.rerank_max_length if max_length is None else max_length
-    length = check_rerank_max_length(length, config.max_position_embeddings)
+    length = check_rerank_max_length(length, config)
     PromptEncoder(tokenizer, prompt_template=template, max_length=length)
     ensure_pad_token(tokenizer, config.vocab_size)
     config.prompt_template, config.rerank_max_length = template, length
@@ -167,6 +168,14 @@ def check_reranker(model: Any, num_labels: int | None) -> Any:
     return model
 
 
+@contextmanager
+def _cpu_by_default() -> Iterator[None]:
+    """Loads on the CPU even if `torch.set_default_device` names another device: the caller moves the model."""
+    with torch.device("cpu"):
+        yield
+
+
+@_cpu_by_default()
 def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize: bool = False) -> Any:
     """
     Loads a checkpoint, or an adapter (PEFT) on its base model with the configuration that was saved beside the adapter.
@@ -176,8 +185,13 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model_kwargs: for `from_pretrained`, those of the Hub included.
         dequantize: load the base of an adapter that was trained on quantized weights (QLoRA) in full precision.
     """
-    check_checkpoint_path(name_or_path)
     source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
+    check_source(name_or_path, source)
+    with naming_the_repository(name_or_path):
+        return _load_reranker(name_or_path, model_kwargs, source, dequantize=dequantize)
+
+
+def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict[str, Any], *, dequantize: bool) -> Any:
     if find_adapter_config_file(name_or_path, **source) is None:
         head = read_head(name_or_path, source)
         if head is None:
@@ -191,35 +205,61 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model = LlamaBidirectionalForSequenceClassification.from_pretrained(
             name_or_path, **{"pooling": pooling, "num_labels": len(weight), **model_kwargs}, head_follows=True
         )
+        if weight.shape != model.score.weight.shape:
+            raise ValueError(
+                f"hidden_size is {model.config.hidden_size}, but the head of {name_or_path!r} has shape "
+                f"{list(weight.shape)}"
+            )
         model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
+    check_adapter(name_or_path, source, use_safetensors=model_kwargs.get("use_safetensors"))
     adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
-    base = adapter.base_model_name_or_path
+    names = read_names(find_file(name_or_path, WEIGHTS_FILE, source))
+    base = find_base(name_or_path, adapter.base_model_name_or_path)
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
+    try:
+        check_source(base, base_source)
+        config_file = find_file(base, "config.json", base_source)
+        stored = {} if config_file is None else read_json(config_file)
+    except OSError as error:
+        raise type(error)(
+            f"{name_or_path!r} is an adapter, and its base model {base!r} cannot be loaded: {error}"
+        ) from error
     if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **source):
         config, fields = LlamaBidirectionalConfig.from_pretrained(
             name_or_path, return_unused_kwargs=True, **source, **fields
         )
         fields["config"] = config
-        stored, _ = LlamaBidirectionalConfig.get_config_dict(base, **base_source)
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None and "quantization_config" not in stored:
             # It says how training loaded the base, not how the files of the base are stored.
             del config.quantization_config
             fields.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
-    model = LlamaBidirectionalForSequenceClassification.from_pretrained(
-        base, dtype=dtype, **base_source, **fields, head_follows=True
+    model = LlamaBidirectionalForSequenceClassification.load_base(
+        base,
+        adapter=name_or_path,
+        dtype=dtype,
+        **base_source,
+        **fields,
+        head_follows=names is None or any(".score." in name for name in names),
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
-    return peft.PeftModel.from_pretrained(model, name_or_path, **source)
+    adapter.base_model_name_or_path = absolute_base(base)
+    try:
+        # The adapter can be trained further. Scoring computes no gradients.
+        adapted = peft.PeftModel.from_pretrained(model, name_or_path, is_trainable=True, config=adapter, **source)
+    except KeyError as error:
+        raise ValueError(f"the adapter {name_or_path!r} lacks weights, which would be random: {error}") from None
+    check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))
+    return adapted.eval()
 
 
 def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:
@@ -243,7 +283,7 @@ def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, d
     source = {name: value for name, value in model_kwargs.items() if name in HUB_ARGUMENTS}
     if unknown := model_kwargs.keys() - source.keys() - {"file_name"}:
         raise ValueError(f"backend 'onnx' takes no {', '.join(sorted(unknown))}: it is for backend 'torch'")
-    check_checkpoint_path(name_or_path)
+    check_source(name_or_path, source)
     return OnnxReranker(name_or_path, model_kwargs.get("file_name", MODEL_FILE), source)
 
 
@@ -265,6 +305,7 @@ def load_merged(
         ValueError: the weights of the checkpoint are quantized.
     """
     source: dict[str, Any] = {} if revision is None else {"revision": revision}
+    check_source(name_or_path, source)
     if find_adapter_config_file(name_or_path, **source) is None:
         model = load_reranker(name_or_path, {"dtype": dtype, **source})
         if getattr(model, "is_quantized", False):

@@ -170,6 +170,12 @@ def write_model_card(
     Path(directory, "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
 
 
+def has_other_card(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a README.md that is not a model card of this package."""
+    path = Path(directory, "README.md")
+    return path.is_file() and f"- {TAGS[-1]}\n" not in path.read_text(encoding="utf-8", errors="replace")
+
+
 def read_measures(path: str | os.PathLike[str]) -> dict[str, float]:
     """Returns the aggregated measures in a file from `evaluate --json`; raises ValueError for any other file."""
     try:

@@ -133,7 +133,7 @@ class OnnxReranker:
         file_name: str = MODEL_FILE,
         source: Mapping[str, Any] | None = None,
     ):
-        runtime = require("onnxruntime", "onnx")
+        require("onnxruntime", "onnx")
         self.config = LlamaBidirectionalConfig.from_pretrained(name_or_path, **(source or {}))
         graph, _ = (
             cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **(source or {}))
@@ -143,9 +143,14 @@ class OnnxReranker:
             raise FileNotFoundError(
                 f"{os.fspath(name_or_path)!r} has no {file_name}: llama-bidir export --format onnx writes one"
             )
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self._session = runtime.InferenceSession(Path(graph), sess_options=options, providers=["CPUExecutionProvider"])
+        self._graph = Path(graph)
+        self._session = _open_session(self._graph)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_session": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _session=_open_session(state["_graph"]))
 
     def to(self, device: str | int | torch.device) -> None:
         """Raises ValueError for any device but the CPU."""
@@ -155,6 +160,13 @@ class OnnxReranker:
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
         inputs = dict(zip(INPUTS, (input_ids.long().numpy(), attention_mask.long().numpy()), strict=True))
         return SequenceClassifierOutput(logits=torch.from_numpy(self._session.run(["logits"], inputs)[0]))
+
+
+def _open_session(graph: Path) -> Any:
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return runtime.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
 
 
 class _Logits(torch.nn.Module):
@@ -169,6 +181,8 @@ class _Logits(torch.nn.Module):
 def _example(vocab_size: int, padding_side: str) -> dict[str, torch.Tensor]:
     """A padded batch. Its shape equals no size of the model, so the export cannot confuse the two."""
     generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (13, 5, 9)]
+    sequences = [
+        torch.randint(vocab_size, (length,), generator=generator, device="cpu").tolist() for length in (13, 5, 9)
+    ]
     inputs = pad(sequences, torch.device("cpu"))
     return inputs if padding_side == "right" else {name: value.flip(1) for name, value in inputs.items()}

@@ -10,7 +10,10 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..utils.outputs import whole_folder
+from .adapters import complete_adapter
 from .chat_template import save_tokenizer
+from .files import replaced_by_checkpoint
 from .hub import add_code
 from .model_card import read_measures, write_model_card
 
@@ -43,10 +46,13 @@ class SavedReranker:
         """
         Saves model, configuration, tokenizer and, where there is none yet, a model card.
 
+        The files of another checkpoint in the folder are replaced; all other files stay. If the process is killed, the
+        folder holds the old checkpoint or the new one.
+
         Args:
             directory: made when missing.
             model_id: the name that the card's code loads; `directory` when not given.
-            with_code: put the two model files beside the weights, for people without this package, who load them with
+            with_code: put the model files beside the weights, for people without this package, who load them with
                 `trust_remote_code=True`.
             evaluation: what `llama-bidir evaluate --json` wrote, for the measures of the card, which is then rewritten.
             kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
@@ -54,6 +60,7 @@ class SavedReranker:
         Raises:
             TypeError: the model is an exported graph.
             ValueError: `evaluation` is not such a file.
+            OSError: a file cannot be written; the folder is unchanged.
         """
         if not isinstance(self.model, torch.nn.Module):
             raise TypeError("an exported reranker (backend='onnx') is not saved again: copy its folder")
@@ -65,13 +72,16 @@ class SavedReranker:
                 "load with dtype='auto' to save it as it was"
             )
         model: Any = self.model
-        model.save_pretrained(directory, **kwargs)
-        self.config.save_pretrained(directory)  # an adapter does not save it
-        save_tokenizer(self.tokenizer, directory, self.config)
-        if with_code:
-            add_code(directory)
-        if evaluation is not None or not os.path.exists(os.path.join(directory, "README.md")):
-            write_model_card(directory, self.config, model_id or os.fspath(directory), evaluation=evaluation)
+        has_card = os.path.exists(os.path.join(directory, "README.md"))
+        with whole_folder(directory, overwrite=True, replaces=replaced_by_checkpoint(directory)) as folder:
+            model.save_pretrained(folder, **kwargs)
+            complete_adapter(model, folder)
+            self.config.save_pretrained(folder)  # an adapter does not save it
+            save_tokenizer(self.tokenizer, folder, self.config)
+            if with_code:
+                add_code(folder)
+            if evaluation is not None or not has_card:
+                write_model_card(folder, self.config, model_id or os.fspath(directory), evaluation=evaluation)
 
     def push_to_hub(
         self,

@@ -1,6 +1,6 @@
 """The sentence-transformers layout: a Llama without its causal mask, pooling, and a linear head."""
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
+from ..files_llama_bidir import check_weights_file, find_file, is_inside, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .chat_template import make_chat_template, save_tokenizer
 from .files import fold_temperature, llama_config, write_json
@@ -116,7 +116,12 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
     modules_file = _find(name_or_path, MODULES_FILE, source)
     if modules_file is None:
         return None
-    modules = json.loads(modules_file.read_text(encoding="utf-8"))
+    modules = read_json(modules_file, list)
+    for module in modules:
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str) or not is_inside(module.get("path")):
+            raise ValueError(
+                f"{str(modules_file)!r} must list modules with a type and a path in its folder, got {module}"
+            )
     names = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if names == ["Transformer"]:
         return None
@@ -126,8 +131,7 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             "Pooling and Dense make a reranker of this package"
         )
     pooling, dense = (
-        json.loads(_require(name_or_path, f"{module['path']}/config.json", source).read_text(encoding="utf-8"))
-        for module in modules[1:]
+        read_json(_require(name_or_path, f"{module['path']}/config.json", source)) for module in modules[1:]
     )
     known = {mode: name for name, mode in POOLING_MODES.items()}
     mode = pooling.get("pooling_mode")
@@ -137,12 +141,19 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             f"{name_or_path!r}: pooling must be one of {', '.join(known)}, and the Dense head linear without bias, got "
             f"{mode!r} and {dense}"
         )
-    weights = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
-    return known[mode], load_file(weights)["linear.weight"]
+    file = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
+    check_weights_file(os.fspath(file))
+    weight = load_file(file).get("linear.weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        held = None if weight is None else f"{weight.dtype} of shape {list(weight.shape)}"
+        raise ValueError(
+            f"{os.fspath(file)!r} must hold linear.weight as a matrix of floating-point numbers, got {held}"
+        )
+    return known[mode], weight
 
 
 def _find(name_or_path: str, file: str, source: Mapping[str, Any]) -> Path | None:
-    found = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **source)
+    found = find_file(name_or_path, file, source)
     return None if found is None else Path(found)
 
 

@@ -1,5 +1,7 @@
 """The vLLM layout, and the plugin with which vLLM serves checkpoints of type `llama_bidirec` without an export."""
 
+import json
+import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +12,8 @@ from .files import fold_temperature, llama_config, write_json
 
 ARCHITECTURE = "LlamaBidirectionalForSequenceClassification"
 # transformers would load this folder as a causal Llama that scores the last token. It stops instead, because it knows
-# no attention implementation of this name. vLLM never looks the name up.
+# no attention implementation of this name (from 5.0 on) and no weights of this format (until 4.57, which overwrites the
+# name of the attention). vLLM looks up neither.
 ONLY_VLLM = "only_vllm_loads_this_folder"
 
 USE = """
@@ -33,7 +36,7 @@ The chat template holds the prompt. vLLM uses it only when `--chat-template` nam
 different input. If the model is a repository on the Hub, download the file first and name the local copy.
 
 Only vLLM loads this folder. Its `model_type` is `llama`, so transformers would score it with a causal mask. To prevent
-that, transformers stops with an error about the attention `only_vllm_loads_this_folder`.
+that, transformers stops with an error about the attention or the weights, `only_vllm_loads_this_folder`.
 """
 
 
@@ -63,6 +66,8 @@ def write(
         raise ValueError("vLLM serves a bidirectional Llama, and this one has is_causal set")
     reranker.score.weight.data = fold_temperature(reranker)
     reranker.save_pretrained(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        _set_format(path, ONLY_VLLM)
     fields = llama_config(
         config,
         model_type="llama",
@@ -76,3 +81,15 @@ def write(
     write_json(folder / "config.json", fields)
     save_tokenizer(tokenizer, folder, config)
     (folder / VLLM_TEMPLATE_FILE).replace(folder / "chat_template.jinja")
+
+
+def _set_format(path: Path, name: str) -> None:
+    """Changes the format that the metadata of a safetensors file names. The bytes of the tensors stay the same."""
+    working = path.with_name(f".{path.name}")
+    with path.open("rb") as source, working.open("wb") as target:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        content = json.dumps({**header, "__metadata__": {"format": name}}).encode()
+        content += b" " * (-len(content) % 8)
+        target.write(len(content).to_bytes(8, "little") + content)
+        shutil.copyfileobj(source, target)
+    working.replace(path)

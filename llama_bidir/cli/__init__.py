@@ -11,9 +11,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 from .. import __version__
 from ..utils.errors import InputTypeError, ScoreError
+from ..utils.launch import check_launch, launch_number
 from ..utils.names import nearest
 from . import evaluate, export, merge, mine, quickstart, recipes, rerank, train
 
@@ -29,13 +33,16 @@ VERBS = {
 }
 BAD_INPUT = (ValueError, InputTypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
 
+INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Runs `llama-bidir`.
 
     Returns:
-        0 when done, 1 when the work failed, 2 for bad arguments or input; an error is one line on standard error.
+        0 when done, 1 when the work failed, 2 for bad arguments or input, 130 when interrupted. An error is one line on
+        standard error.
     """
     parser = argparse.ArgumentParser(prog="llama-bidir", description="Bidirectional Llama rerankers.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -52,25 +59,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown and not hasattr(verb, "parse_unknown"):
         suggestion = nearest(unknown[0], options)
         verb_parser.error(f"unknown option {unknown[0]!r}; the nearest is {suggestion!r}")
-    # Like an interrupt, so that nothing half-made is left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    rank = int(os.environ.get("RANK", 0))  # of this process, under torchrun and accelerate
+    signals = _raise_at_signals()
+    try:
+        check_launch()
+    except ValueError as error:
+        print(f"llama-bidir: error: {error}", file=sys.stderr)
+        return 2
+    rank = launch_number("RANK", 0)
     logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         if hasattr(verb, "parse_unknown"):
             verb.parse_unknown(arguments, unknown, options)
         verb.run(arguments)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("interrupted", file=sys.stderr)
-        return 1
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        # At a signal, worker processes end as well. An error about them may arrive in place of the interrupt.
+        if signals or isinstance(error, KeyboardInterrupt):
+            if rank == 0:
+                tqdm.write("interrupted", file=sys.stderr)
+            return INTERRUPTED
         if arguments.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"llama-bidir: error{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
+        tqdm.write(f"llama-bidir: error{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
         # transformers raises an OSError without a number of the system for a checkpoint that is not there.
         is_input = isinstance(error, BAD_INPUT) or (isinstance(error, OSError) and error.errno is None)
         return 2 if is_input and not isinstance(error, ScoreError) else 1
     return 0
+
+
+def _raise_at_signals() -> list[int]:
+    """
+    Makes SIGTERM raise KeyboardInterrupt, as SIGINT does, so that nothing half-made is left behind.
+
+    Returns:
+        the list to which each of these signals will be added.
+    """
+    signals: list[int] = []
+    process = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and os.getpid() != process:
+            return  # a terminal interrupts forked workers too, but their parent ends them
+        # torchrun passes on what a terminal has already sent to all of its processes.
+        if not signals or number in signals:
+            signals.append(number)
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    return signals

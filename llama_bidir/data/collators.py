@@ -64,5 +64,5 @@ class GroupCollator:
 
 
 def _fill(rows: Sequence[Sequence[float]]) -> torch.Tensor:
-    tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.float32, device="cpu") for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..utils.extras import require
 from ..utils.validation import check_text, describe
 from .arrow import ArrowFiles, FileStamp, iterate_column, stamp, write_dataset
-from .files import read_id, read_json_lines
+from .files import as_id, read_id, read_json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ class Corpus:
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """Returns the identifiers of documents."""
-        return [str(value) for value in self._ids[list(rows)][self.id_column].to_pylist()]
+        return [as_id(value) for value in self._ids[list(rows)][self.id_column].to_pylist()]
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """Returns the texts of documents."""
@@ -72,7 +72,7 @@ class Corpus:
     def all_ids(self) -> Iterator[str]:
         """Yields the identifier of each document."""
         for part in iterate_column(self.dataset, self.id_column):
-            yield from map(str, part.to_pylist())
+            yield from map(as_id, part.to_pylist())
 
     def all_texts(self) -> Iterator[str]:
         """Yields the text of each document."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import require
 from ..utils.validation import describe
-from .arrow import FileStamp, error_record, load_train_split, row_features, row_record, stamp, write_dataset
+from .arrow import FileStamp, error_record, load_folder, row_features, row_record, stamp, write_dataset
 from .corpus import Corpus, cache_documents, join_texts
 from .files import read_id, read_json
 from .rows import PASSAGE_COLUMNS, parse_row
@@ -67,7 +67,7 @@ def open_folder(folder: Path, id_column: str, cache_dir: str | os.PathLike[str] 
         chosen = [os.fspath(file) for file in lines if "train" in file.name] or [os.fspath(file) for file in lines]
         return Corpus(cache_documents(chosen, cache_dir, id_field=id_column), os.fspath(folder))
     try:
-        documents = load_train_split(os.fspath(folder), cache_dir=cache_dir)
+        documents = load_folder(folder, cache_dir)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(

@@ -11,6 +11,24 @@ from typing import IO, Any
 
 from ..utils.validation import check_text, describe
 
+# What separates columns and ends lines. Other white space, such as U+00A0, is part of a text or an identifier.
+BLANKS = " \t\r\n"
+
+
+class _RepeatedKeyError(ValueError):
+    """An object has a key twice, and JSON's own rule would silently take the last value."""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+
 
 def check_file(path: str | os.PathLike[str]) -> Path:
     """Returns the path of a file; raises FileNotFoundError when there is none."""
@@ -34,7 +52,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, start=1):
                 # Decoded line by line: a text file decodes far ahead and cannot tell the line of a bad byte.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
+                if text.strip(BLANKS):
                     yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -84,11 +102,11 @@ def parse_json(text: str, path: Path, line: int | None = None) -> dict[str, Any]
     where = f"{path}" if line is None else f"{path}:{line}"
     rule = "the file must hold one JSON object" if line is None else "a line must be one JSON object"
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{line or error.lineno}"
         raise ValueError(f"{where}: {rule}: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # an int of thousands of digits
+    except ValueError as error:  # a repeated key, or an int of thousands of digits
         raise ValueError(f"{where}: {rule}: {error}") from None
     except RecursionError:
         raise ValueError(f"{where}: {rule}: it is nested too deep") from None
@@ -98,11 +116,16 @@ def parse_json(text: str, path: Path, line: int | None = None) -> dict[str, Any]
 
 
 def read_id(row: Mapping[str, Any], field: str, where: str) -> str:
-    """Returns an identifier as a string; raises ValueError unless the field holds a string or an int."""
+    """Returns an identifier (see [`as_id`]); raises ValueError unless the field holds a string or an int."""
     value = row.get(field)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError(f"{where}: {field} must be a string or an int, got {describe(value)}")
-    return check_text(f"{where}: {field}", str(value))
+    return check_text(f"{where}: {field}", as_id(value))
+
+
+def as_id(value: Any) -> str:
+    """Returns an identifier as a string without blanks around it, which qrels and runs cannot tell from separators."""
+    return str(value).strip(BLANKS)
 
 
 def _open(path: Path) -> IO[bytes]:

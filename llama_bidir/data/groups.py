@@ -162,7 +162,7 @@ class GroupDataset(Dataset[Group]):
         sizes = [round(weight * n) for (_, weight), n in zip(self.sources, num_entries, strict=True)]
         self._ends: Integers = np.cumsum([0, *sizes], dtype=np.int64)
         # In shared memory, so that the worker processes of a DataLoader follow.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._shuffles: dict[tuple[int, int], Integers] = {}
         if len(self) == 0:
             raise ValueError("there is no row to make a group of: give at least one source of rows")
@@ -265,7 +265,7 @@ class GroupStream(IterableDataset[Group]):
     def __init__(self, rows: Iterable[Mapping[str, Any]], grouping: Grouping):
         self.rows = rows
         self.grouping = grouping
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the positives and the negatives of this epoch (from 0), and the shuffle of a `datasets` stream."""

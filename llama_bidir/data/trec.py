@@ -15,7 +15,7 @@ import numpy as np
 
 from ..utils.validation import describe
 from .corpus import Corpus, Numbers, read_documents, read_queries
-from .files import check_file, read_lines
+from .files import BLANKS, check_file, read_lines
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 QRELS_RULES = {
@@ -52,15 +52,15 @@ def read_judgements(path: Path) -> dict[str, dict[str, Judgement]]:
             file and line.
     """
     judgements: dict[str, dict[str, Judgement]] = {}
-    is_beir = False
+    header = ""
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        if not judgements and not is_beir and line.split("\t") == QRELS_HEADER:
-            is_beir = True
+        if not judgements and not header and _is_header(line):
+            header = line
             continue
-        columns = line.split("\t") if is_beir else line.split()
-        if len(columns) != (3 if is_beir else 4) or not all(columns):
-            raise _malformed(where, "qrels", QRELS_RULES[is_beir], line)
+        columns = _split_judgement(line, header)
+        if len(columns) != (3 if header else 4) or not all(columns):
+            raise _malformed(where, "qrels", QRELS_RULES[bool(header)], line)
         query_id, doc_id, relevance = columns[0], columns[-2], _read_int(columns[-1], f"{where}: score")
         judged = judgements.setdefault(query_id, {})
         first = judged.setdefault(doc_id, Judgement(number, doc_id, relevance))
@@ -90,10 +90,26 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
 
 
 def write_qrels(path: str | os.PathLike[str], qrels: Mapping[str, Mapping[str, int]]) -> None:
-    """Writes qrels as BEIR TSV with its header."""
+    """Writes qrels as BEIR TSV with its header. Raises ValueError for an identifier that could not be read back."""
+    for identifier in (*qrels, *(doc_id for docs in qrels.values() for doc_id in docs)):
+        if not is_word(identifier.replace(" ", "_")) or identifier != identifier.strip(" "):
+            raise ValueError(
+                f"{os.fspath(path)}: the identifier {identifier!r} cannot be a column of qrels, which tabs separate: "
+                "rename it"
+            )
     lines = ["\t".join(QRELS_HEADER)]
     lines += [f"{query_id}\t{doc_id}\t{value}" for query_id, docs in qrels.items() for doc_id, value in docs.items()]
     Path(path).write_bytes(("\n".join(lines) + "\n").encode())
+
+
+def split_columns(line: str) -> list[str]:
+    """Splits a line in TREC's format at spaces and tabs. Other white space is part of an identifier."""
+    return [column for column in line.replace("\t", " ").split(" ") if column]
+
+
+def is_word(text: str) -> bool:
+    """Returns whether a text can be a column of a run: it is not empty and has no space, tab or end of a line."""
+    return bool(text) and not any(blank in text for blank in BLANKS)
 
 
 def iterate_run(path: Path) -> Iterator[RunEntry]:
@@ -106,7 +122,7 @@ def iterate_run(path: Path) -> Iterator[RunEntry]:
     entry = None
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        columns = line.split()
+        columns = split_columns(line)
         if len(columns) != 6:
             raise _malformed(where, "a run", "6 columns (query-id, Q0, doc-id, rank, score, tag)", line)
         query_id, _, doc_id, rank, score, _ = columns
@@ -143,9 +159,19 @@ def run_lines(query_id: str, doc_ids: Sequence[str], scores: Sequence[float], ta
     Yields the lines of a query in a run, ranked from 1 in the given order.
 
     Args:
-        query_id, doc_ids, tag: without white space.
+        query_id, doc_ids, tag: words (see [`is_word`]).
         scores: one per document; reading them back gives the same floats.
+
+    Raises:
+        ValueError: an identifier or the tag is not a word, so the line could not be read back.
     """
+    words = (query_id, *doc_ids, tag)
+    if not all(words) or not is_word("".join(words)):
+        word = next(word for word in words if not is_word(word))
+        raise ValueError(
+            f"{word!r}, of query {query_id!r}, is not one word, which a column of a run must be because blanks "
+            "separate columns: rename it"
+        )
     for rank, (doc_id, score) in enumerate(zip(doc_ids, scores, strict=True), start=1):
         yield f"{query_id} Q0 {doc_id} {rank} {float(score)!r} {tag}\n"
 
@@ -291,8 +317,26 @@ def _repeated_document(path: Path, line: int, query_id: str, doc_id: str, first:
     )
 
 
+def _is_header(line: str) -> bool:
+    """Returns whether a line is BEIR's header, in any case, quoted or not, with blanks around the names or not."""
+    names = line.split("\t") if "\t" in line else split_columns(line)
+    return [name.strip(BLANKS + "\"'").casefold().replace("_", "-") for name in names] == QRELS_HEADER
+
+
+def _split_judgement(line: str, header: str) -> list[str]:
+    """Splits a line of qrels as their header is split; quotes around a column count where the header has them."""
+    if "\t" not in header:
+        return split_columns(line)
+    columns = [column.strip(BLANKS) for column in line.split("\t")]
+    if header.lstrip(BLANKS)[0] in "\"'":
+        quote = header.lstrip(BLANKS)[0]
+        columns = [column.removeprefix(quote).removesuffix(quote) for column in columns]
+    return columns
+
+
 def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
-    return ValueError(f"{where}: a line of {kind} must have {rule}, got {describe(line.strip())}; correct or remove it")
+    shown = describe(line.strip(BLANKS))
+    return ValueError(f"{where}: a line of {kind} must have {rule}, got {shown}; correct or remove it")
 
 
 def _read_int(text: str, where: str) -> int:

@@ -51,6 +51,7 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         "prompt_template": config.prompt_template,
         "max_length": config.rerank_max_length,
         "long_document": cross_encoder.long_document,
+        "parse_special_tokens": cross_encoder.parse_special_tokens,
         "activation_fn": activation and getattr(activation, "__qualname__", type(activation).__qualname__),
     }
 

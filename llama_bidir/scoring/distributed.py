@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..utils.sharing import deal
+from .packing import empty_logits
 from .pipeline import Pair, Scorer, Tally, distinct, split_into_chunks
 
 Result = TypeVar("Result")
@@ -49,7 +50,7 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     scorer.progress.disable = scorer.progress.disable or rank > 0
     chunks = split_into_chunks(pairs, scorer.engine.chunk_pairs * CHUNKS_AT_ONCE * world_size)
-    logits = [torch.empty(0, scorer.num_labels)]
+    logits = [empty_logits(0, scorer.num_labels)]
     num_done = 0
     while True:
         chunk = _together(lambda: next(chunks, None))
@@ -65,7 +66,7 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
         # By characters, which need no tokenizer.
         shares = deal([sum(map(len, pair)) for pair in unique], world_size)
         mine = _together(partial(scorer.logits, [unique[index] for index in shares[rank]]))
-        scores = torch.empty(len(unique), scorer.num_labels)
+        scores = empty_logits(len(unique), scorer.num_labels)
         for share, part in zip(shares, _gather(mine), strict=True):
             scores[share] = part
         logits.append(scores[positions])

@@ -2,16 +2,16 @@
 
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
+from .forks import Lock, scoring_threads
 from .forward import is_plain, packed_logits
 from .packing import (
     PACKED_ATTENTION,
@@ -19,6 +19,7 @@ from .packing import (
     SMALLEST_BATCH,
     balanced_batches,
     batches_by_tokens,
+    empty_logits,
     pack,
     pad,
     token_budget,
@@ -72,12 +73,12 @@ class Engine(Protocol):
 
 
 # `torch.set_num_threads` applies to the whole process, so only one call at a time may change it.
-_side_by_side_lock = threading.Lock()
+_side_by_side_lock = Lock()
 
 
 def side_by_side(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_calls: int, num_threads: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """
     Calls `function` for each item, `num_calls` at once, each call with its share of torch's threads. On a CPU, cores
     then do not wait for each other after every operation.
@@ -89,12 +90,13 @@ def side_by_side(
         num_threads: torch's threads for all calls together. The process has its former number of threads afterwards.
 
     Yields:
-        the results, in the order of the items. After a call fails, no further call starts.
+        the results, in the order of the items. After a call fails, no further call starts. Close the generator if it
+        is not read to its end: until then, other threads wait.
     """
     if num_calls == 1:
         yield from map(function, items)
         return
-    with _side_by_side_lock:
+    with _side_by_side_lock.hold():
         threads_before = torch.get_num_threads()
         try:
             yield from _compute_pool(num_calls, num_threads // num_calls).map(function, items)
@@ -126,7 +128,7 @@ class LocalEngine:
     def __init__(self, model: Any):
         self.model = model
         self._is_exported = not isinstance(model, torch.nn.Module)
-        self._num_threads = torch.get_num_threads()
+        self._num_threads = scoring_threads()
         self._budgets: dict[torch.device, int] = {}
         self._tokens_that_fit: int | None = None
         self._is_short_of_memory = False
@@ -173,7 +175,7 @@ class LocalEngine:
         elif self.is_packed and is_plain(self.model):
             yield partial(packed_logits, self.model)
         else:
-            with _lock_of(self.model), _ready_to_score(self.model, packed=self.is_packed):
+            with _lock_of(self.model).hold(), _ready_to_score(self.model, packed=self.is_packed):
                 yield self._call
 
     def _call(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -211,14 +213,15 @@ class LocalEngine:
                 num_calls=num_calls,
                 num_threads=self._num_threads,
             )
-            for batch, output in zip(batches, outcomes, strict=True):
-                if output is None:
-                    waiting += batch
-                else:
-                    order += batch
-                    outputs.append(output)
-                    on_tokens(sum(lengths[index] for index in batch))
-        logits = torch.empty(len(sequences), self.model.config.num_labels)
+            with closing(outcomes):  # `on_tokens` may raise, and its traceback would keep the generator
+                for batch, output in zip(batches, outcomes, strict=True):
+                    if output is None:
+                        waiting += batch
+                    else:
+                        order += batch
+                        outputs.append(output)
+                        on_tokens(sum(lengths[index] for index in batch))
+        logits = empty_logits(len(sequences), self.model.config.num_labels)
         if outputs:
             logits[order] = torch.cat(outputs).cpu()  # the one wait for the device
         return logits
@@ -272,12 +275,12 @@ class LocalEngine:
         return forward(pack(ids, self.model.device) if self.is_packed else pad(ids, self.model.device))
 
 
-_locks: WeakKeyDictionary[torch.nn.Module, threading.Lock] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[torch.nn.Module, Lock] = WeakKeyDictionary()
 
 
-def _lock_of(model: torch.nn.Module) -> threading.Lock:
+def _lock_of(model: torch.nn.Module) -> Lock:
     """Returns the lock of a model, which several engines may share while they change its mode and attention."""
-    return _locks.setdefault(model, threading.Lock())
+    return _locks.setdefault(model, Lock())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from ..configuration_llama_bidir import check_length
 from ..modeling_llama_bidir import (
     Float32Linear,
     LlamaBidirectionalForSequenceClassification,
@@ -91,6 +92,7 @@ def packed_logits(model: LlamaBidirectionalForSequenceClassification, batch: dic
         `torch.FloatTensor` of shape `(num_sequences, num_labels)`.
     """
     body, cu_seq_lens = model.model, batch["cu_seq_lens_q"]
+    check_length(model.config, batch["max_length_q"])
     hidden_states = body.embed_tokens(batch["input_ids"])
     _, position_ids = packed_positions(cu_seq_lens, hidden_states.shape[1])
     # (1, total_tokens, head_dim) -> (1, total_tokens, 1, head_dim)

@@ -165,7 +165,7 @@ def pack(input_ids: Sequence[Sequence[int]], device: torch.device | str | None =
         of transformers, and the lengths on the host.
     """
     lengths = [len(ids) for ids in input_ids]
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    starts = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
     stream = torch.from_numpy(np.fromiter(chain.from_iterable(input_ids), np.int64, sum(lengths)))
     if device is not None and torch.device(device).type == "cuda":
         starts, stream = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (starts, stream))
@@ -189,10 +189,15 @@ def pad(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = 
         what a model's forward takes: `input_ids` and `attention_mask` of shape `(num_sequences, longest)`. Padding has
         the id 0, which is masked and never changes a score.
     """
-    rows = [torch.tensor(ids) for ids in input_ids]
+    rows = [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in input_ids]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def empty_logits(num_sequences: int, num_labels: int) -> torch.Tensor:
+    """Returns memory for float32 logits on the CPU, whatever torch's default dtype and device are."""
+    return torch.empty(num_sequences, num_labels, dtype=torch.float32, device="cpu")
 
 
 def batches_by_tokens(

@@ -16,6 +16,7 @@ from ..utils.errors import ScoreError
 from ..utils.validation import check_chunk, check_positive_int
 from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
+from .packing import empty_logits
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Scorer:
         """Returns float32 logits of shape `(num_pairs, num_labels)` on the CPU, in the order of the pairs."""
         first = FIRST_CHUNK_PAIRS if self.engine.tokenizes_ahead else None
         chunks = split_into_chunks(pairs, self.engine.chunk_pairs, first_chunk_pairs=first)
-        return torch.cat([torch.empty(0, self.num_labels), *self._logits_of_chunks(chunks)])
+        return torch.cat([empty_logits(0, self.num_labels), *self._logits_of_chunks(chunks)])
 
     def stream(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
         """Yields the scores of each chunk, as [`score`] returns them."""
@@ -225,21 +226,22 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
             yield pending.result()
 
 
-def check_limits(batch_size: Any, max_tokens_per_batch: Any, long_document: Any) -> None:
-    """Raises ValueError for an argument of a call that breaks its rule; None is the default of each."""
-    check_positive_int("batch_size", batch_size)
-    check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
+def check_limits(batch_size: Any, max_tokens_per_batch: Any, long_document: Any) -> tuple[int | None, int | None]:
+    """Returns the two sizes as ints; raises ValueError for an argument that breaks its rule. Each may be None."""
     if long_document is not None:
         check_long_document(long_document)
+    batch_size = check_positive_int("batch_size", batch_size)
+    return batch_size, check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
 
 
-def check_ranking(config: LlamaBidirectionalConfig, top_k: Any, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model or a `top_k` that cannot rank, TypeError for an unknown keyword."""
+def check_ranking(config: LlamaBidirectionalConfig, top_k: Any, options: Mapping[str, Any]) -> int | None:
+    """Returns `top_k`; raises ValueError for a model or a value that cannot rank, TypeError for an unknown keyword."""
     check_one_label(config, "ranking")
-    check_positive_int("top_k", top_k)
+    top_k = check_positive_int("top_k", top_k)
     known = ScoringOptions.__annotations__
     for name in options.keys() - known.keys():
         raise TypeError(f"rank and rank_batch take no argument {name!r}, only {', '.join(known)}")
+    return top_k
 
 
 def score_chunks(scorer: Scorer, chunks: Iterable[Sequence[Pair]]) -> Iterator[np.ndarray]:

@@ -1,6 +1,5 @@
 """Where a model is computed: in this process, or in worker processes on several devices."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from .device import Devices, split_devices
 from .engine import Engine, LocalEngine
+from .forks import Lock, leave_threads_of_parent
 from .workers import WorkerPool
 
 
@@ -24,11 +24,12 @@ class Placement:
         self.worker_devices = _check_workers(model, worker_devices)
         self._local_engine = LocalEngine(model)
         self._pool: WorkerPool | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def engine(self, model: Any) -> Engine:
         """Returns what computes the logits of `model`, with its worker processes started."""
-        with self._lock:
+        leave_threads_of_parent()
+        with self._lock.hold():
             if self._local_engine.model is not model:  # replaced by the user, with a merged one for example
                 self.close()
                 self._local_engine = LocalEngine(model)

@@ -1,20 +1,24 @@
 """Scoring on several devices: one worker process per device pulls batches of tokens from this process."""
 
 import multiprocessing.connection
+import multiprocessing.process
+import signal
 import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing
 
 from .engine import CHUNK_PAIRS, LocalEngine
-from .packing import batches_by_tokens
+from .forks import Lock, register, scoring_threads
+from .packing import batches_by_tokens, empty_logits
 
 # A worker computes one batch while its next one waits in the pipe.
 BATCHES_IN_FLIGHT = 2
@@ -42,23 +46,26 @@ class WorkerPool:
         self.chunk_pairs = CHUNK_PAIRS * len(self.devices)
         self._config = model.config
         num_cpu_workers = sum(device.type == "cpu" for device in self.devices)
-        num_threads = max(1, torch.get_num_threads() // max(1, num_cpu_workers))
-        self._lock = threading.Lock()
+        threads_per_worker = max(1, scoring_threads() // max(1, num_cpu_workers))
+        self._lock = Lock()
+        self._is_busy = False
         context = torch.multiprocessing.get_context("spawn")
         self._connections: list[Any] = []
         self._processes: list[Any] = []
         self._finalizer = weakref.finalize(self, _stop, self._connections, self._processes)
+        register(self)
         try:
             for device in self.devices:
                 connection, other_end = context.Pipe()
                 self._connections.append(connection)
                 process = context.Process(
                     target=_work,
-                    args=(other_end, model, str(device), num_threads),
+                    args=(other_end, model, str(device), threads_per_worker),
                     name=f"llama-bidir {device}",
                     daemon=True,
                 )
-                process.start()
+                with _without_interrupts():
+                    process.start()
                 self._processes.append(process)
                 other_end.close()
             # Each worker first sends the token budget of its device.
@@ -81,8 +88,14 @@ class WorkerPool:
         Raises:
             RuntimeError: a worker failed, with its traceback, or died. The other workers are stopped.
         """
-        with self._lock:
-            return self._logits(sequences, max_tokens or self._budget, max_sequences, on_tokens)
+        with self._lock.hold():
+            if self._is_busy:  # `on_tokens` of this thread scores: the answers of the two calls would be confused
+                raise RuntimeError("worker processes score one call at a time: do not score within a progress bar")
+            self._is_busy = True
+            try:
+                return self._logits(sequences, max_tokens or self._budget, max_sequences, on_tokens)
+            finally:
+                self._is_busy = False
 
     def _logits(
         self,
@@ -102,7 +115,7 @@ class WorkerPool:
             )
         )
         in_flight: list[deque[list[int]]] = [deque() for _ in self.devices]
-        logits = torch.empty(len(sequences), self._config.num_labels)
+        logits = empty_logits(len(sequences), self._config.num_labels)
         try:
             for number in [*range(len(self.devices))] * BATCHES_IN_FLIGHT:
                 self._send_next(number, waiting, in_flight[number], sequences)
@@ -128,6 +141,14 @@ class WorkerPool:
     @property
     def is_open(self) -> bool:
         return bool(self._finalizer.alive)
+
+    def after_fork(self) -> None:
+        """The workers are those of the parent, which would not notice their end while this process has the pipes."""
+        self._finalizer.detach()
+        for connection in self._connections:
+            connection.close()
+        # At exit, multiprocessing ends the daemons in this set. It has no public way to leave it.
+        multiprocessing.process._children.difference_update(self._processes)  # type: ignore[attr-defined]
 
     def _send_next(
         self, number: int, waiting: deque[list[int]], in_flight: deque[list[int]], sequences: Sequence[Sequence[int]]
@@ -161,7 +182,7 @@ def _work(connection: Any, model: Any, device: str, num_threads: int) -> None:
     try:
         torch.set_num_threads(num_threads)
         engine = LocalEngine(model.to(device))
-        connection.send(torch.tensor(engine.token_budget()).numpy())
+        connection.send(np.array(engine.token_budget()))
         # A thread reads, so neither side ever waits in `send` for the other to read.
         batches: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=_read, args=(connection, batches), daemon=True).start()
@@ -169,7 +190,7 @@ def _work(connection: Any, model: Any, device: str, num_threads: int) -> None:
             if isinstance(sequences, Exception):
                 raise sequences
             connection.send(engine.logits(sequences, max_tokens=sum(map(len, sequences))).numpy())
-    except (BrokenPipeError, KeyboardInterrupt):
+    except BrokenPipeError:
         return
     except Exception:
         connection.send(traceback.format_exc())
@@ -185,10 +206,24 @@ def _read(connection: Any, batches: "SimpleQueue[Any]") -> None:
         batches.put(error)
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start in this context ignore Ctrl-C, which a terminal sends to all of them. Their parent acts."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _stop(connections: list[Any], processes: list[Any]) -> None:
     for connection in connections:
         connection.close()
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join()
+        process.join(timeout=5)
+        process.kill()

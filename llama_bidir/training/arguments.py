@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..data import Grouping
 from ..losses import get_loss
 from ..utils.extras import require
+from ..utils.launch import check_launch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -118,13 +119,19 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     packing: bool | None = None
 
     def __post_init__(self) -> None:
+        check_launch()
         super().__post_init__()
         get_loss(self.loss)
         # accelerate would dispatch a batch by cutting its rows, but a packed batch is one row. Each process thus reads
         # its own groups.
         config: Any = self.accelerator_config
-        if config.dispatch_batches is None:
-            config.dispatch_batches = False
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"accelerator_config.{name} would split a batch between processes, but each process reads its own "
+                    "groups: leave it out"
+                )
+        config.dispatch_batches = False
         if self.global_batch_size is None:
             return
         if self.deepspeed or self.auto_find_batch_size:

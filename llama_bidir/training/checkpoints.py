@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..data import GroupDataset
-from ..utils.outputs import write_whole
+from ..files_llama_bidir import INTERRUPTED_SAVE
+from ..utils.extras import require
+from ..utils.outputs import SAVING, write_whole
 from ..utils.resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
@@ -19,7 +23,6 @@ from .history import HISTORY_NAME, PLOT_NAME
 logger = logging.getLogger(__name__)
 
 RUN_NAME = "training_run.json"
-SAVING_NAME = ".saving"
 
 # The training arguments that change what is learned. A resumed run may have different values of the others.
 DECISIVE = (
@@ -71,6 +74,33 @@ def last_whole_checkpoint(output: Path) -> Path | None:
             )
         return path
     return None
+
+
+def check_complete(checkpoint: Path, model: Any) -> None:
+    """
+    Checks that a checkpoint holds every weight of the model that resumes from it. The Trainer would only warn.
+
+    Args:
+        checkpoint: a folder that [`last_whole_checkpoint`] returned. FSDP and DeepSpeed check their own states.
+        model: a reranker, or an adapter on one.
+
+    Raises:
+        ValueError: a weight is missing.
+    """
+    files = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
+    if not files or list(checkpoint.glob("global_step*")):
+        return
+    held = set[str]()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            held.update(opened.keys())
+    if hasattr(model, "peft_config"):
+        names = require("peft", "train").get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    else:
+        names = model.state_dict().keys()
+    if missing := sorted(names - held):
+        listed = f"{', '.join(missing[:3])}{' and others' if missing[3:] else ''}"
+        raise ValueError(f"{os.fspath(checkpoint)!r} lacks {listed}: remove it to resume from the checkpoint before it")
 
 
 def run_arguments(
@@ -161,7 +191,7 @@ def remove_run(output: Path) -> None:
         return
     for name in (*_read_run(output).get("files", []), HISTORY_NAME, PLOT_NAME):
         (output / name).unlink(missing_ok=True)
-    for folder in (*output.glob("checkpoint-*"), output / SAVING_NAME):
+    for folder in (*output.glob("checkpoint-*"), *output.glob(f"{SAVING}*"), output / INTERRUPTED_SAVE):
         if folder.is_dir():
             shutil.rmtree(folder)
     (output / RUN_NAME).unlink()

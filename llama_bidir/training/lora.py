@@ -8,10 +8,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..checkpoints.adapters import absolute_base
 from ..checkpoints.chat_template import save_tokenizer
+from ..checkpoints.files import replaced_by_checkpoint
 from ..checkpoints.loading import cast_parameters, load_merged
-from ..checkpoints.model_card import write_model_card
-from ..configuration_llama_bidir import check_checkpoint_path
+from ..checkpoints.model_card import has_other_card, write_model_card
+from ..checkpoints.source import check_source
 from ..utils.extras import require
 from ..utils.outputs import whole_folder
 
@@ -47,7 +49,9 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
         peft_config.target_modules = "all-linear"
     if getattr(model, "is_quantized", False):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    base = absolute_base(model.name_or_path)
     model = peft.get_peft_model(model, peft_config)
+    model.peft_config["default"].base_model_name_or_path = base  # the working folder may change before a save
     cast_parameters(model, torch.float32, only_trained=True)
     return model
 
@@ -75,19 +79,22 @@ def merge_adapter(
         adapter: the folder or Hub id of an adapter, as [`CrossEncoderTrainer`] saves it.
         output: the folder to write, whole or not at all.
         dtype: of the checkpoint. Half precision takes half the space and rounds the weights.
-        overwrite: replace `output` if it exists.
+        overwrite: replace the checkpoint in `output` if there is one. Other files in the folder stay.
 
     Raises:
         FileExistsError: `output` exists, and `overwrite` is not set or `output` is not a checkpoint.
         ValueError: `adapter` is not an adapter, or it lies in `output`.
     """
     name = os.fspath(adapter)
-    check_checkpoint_path(name)
+    check_source(name)
     if find_adapter_config_file(name) is None:
         raise ValueError(f"{name!r} has no adapter_config.json: it is a whole checkpoint already")
-    with whole_folder(output, overwrite=overwrite, keep=name, marker="config.json") as folder:
+    with whole_folder(
+        output, overwrite=overwrite, keep=name, marker="config.json", replaces=replaced_by_checkpoint(output)
+    ) as folder:
         merged, tokenizer = load_merged(name)
         cast_parameters(merged, getattr(torch, dtype))
         merged.save_pretrained(folder)
         save_tokenizer(tokenizer, folder, merged.config)
-        write_model_card(folder, merged.config, os.fspath(output))
+        if not has_other_card(output):
+            write_model_card(folder, merged.config, os.fspath(output))

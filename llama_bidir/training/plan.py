@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..checkpoints.chat_template import find_prompt_template
-from ..checkpoints.loading import load_tokenizer
+from ..checkpoints.source import check_source
+from ..checkpoints.tokenizer import load_tokenizer
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -23,6 +24,7 @@ from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArgume
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
 from .run import check_recipe, load_usable_rows
+from .steps import Steps
 
 T = TypeVar("T")
 
@@ -97,8 +99,7 @@ def plan(
     indices = random.Random(training_args.seed).sample(range(len(groups)), min(SAMPLE_GROUPS, len(groups)))
     pairs = [(group["query"], text) for group in map(groups.__getitem__, indices) for text in group["passages"]]
     num_cut = encoder.encode(pairs).num_truncated
-    uncut = encoder.tokenizer([encoder.render(*pair) for pair in pairs], verbose=False)["input_ids"]
-    lengths = [len(ids) for ids in uncut]
+    lengths = [len(ids) for ids in encoder.tokenize(pairs)]
     first = encoder.encode([(groups[0]["query"], groups[0]["passages"][0])])
     at_once, accumulated = training_args.train_batch_size, training_args.gradient_accumulation_steps
     step = training_args.world_size * at_once * accumulated
@@ -139,12 +140,17 @@ def plan(
 
 def count_steps(num_groups: int, args: CrossEncoderTrainingArguments) -> tuple[int, int]:
     """
-    Returns the optimizer steps per epoch and in total, as the Trainer counts them: every process has the same number
-    of batches, and the batches that are left over make a step.
+    Returns the optimizer steps per epoch and in total.
+
+    Raises:
+        ValueError: `dataloader_drop_last` would leave out all groups.
     """
-    divide = math.floor if args.dataloader_drop_last else math.ceil
-    batches = divide(divide(num_groups / args.train_batch_size) / args.world_size)
-    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    per_epoch = Steps(
+        batch_size=args.train_batch_size,
+        processes=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        drop_last=args.dataloader_drop_last,
+    ).count(num_groups)
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
@@ -209,6 +215,7 @@ def _read_checkpoint(
     model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[LlamaBidirectionalConfig, PromptEncoder]:
     name = model_args.model_name_or_path
+    check_source(name, {"revision": model_args.revision})
     config = LlamaBidirectionalConfig.from_pretrained(name, **config_fields(model_args, data_args))
     tokenizer = load_tokenizer(name, revision=model_args.revision)
     if data_args.prompt_template is None:

@@ -12,13 +12,13 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, set_seed
 
-from ..checkpoints.loading import load_tokenizer
+from ..checkpoints.tokenizer import load_tokenizer
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
 from .checkpoints import (
-    SAVING_NAME,
+    check_complete,
     check_removable,
     check_same_run,
     describe_groups,
@@ -100,6 +100,8 @@ def train(
     checkpoint = last_whole_checkpoint(output)
     if checkpoint is not None:
         check_same_run(output, arguments)
+        if not trainer.is_fsdp_enabled:
+            check_complete(checkpoint, trainer.model)
         logger.warning(f"resuming from {checkpoint}")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -207,19 +209,11 @@ def _four_bits(dtype: str) -> Any:
 
 def _save_whole(trainer: CrossEncoderTrainer, output: Path) -> list[str]:
     """
-    Saves the reranker into a folder in `output`, then moves its files to `output`, the configuration last. A kill thus
-    never leaves a folder that loads with some of its files missing.
+    Saves the reranker, and its model card where there is none yet, into the output folder, whole or not at all.
 
     Returns:
         the names of the files; empty in all processes but the first.
     """
-    working, files = output / SAVING_NAME, list[str]()
-    trainer.save_model(os.fspath(working), _internal_call=True)
-    if trainer.is_world_process_zero():
-        trainer.write_card(working, os.fspath(output))
-        for path in sorted(working.iterdir(), key=lambda path: path.name.endswith("config.json")):
-            path.replace(output / path.name)
-            files.append(path.name)
-        working.rmdir()
+    trainer.save_model(os.fspath(output), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
-    return files
+    return trainer.saved_files if trainer.is_world_process_zero() else []

@@ -20,8 +20,7 @@ class EpochSampler(Sampler[int]):
     Args:
         dataset: the groups, whose `epoch` decides the order.
         seed: of the shuffle.
-        batch_size: groups per batch over all processes, to make batches of groups with similar lengths. None ignores
-            lengths.
+        batch_size: groups per optimizer step, to make batches of groups with similar lengths. None ignores lengths.
     """
 
     def __init__(self, dataset: GroupDataset, *, seed: int, batch_size: int | None = None):
@@ -34,11 +33,13 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
-        if self.batch_size is None:
-            yield from torch.randperm(len(self.dataset), generator=generator).tolist()
-        else:
-            lengths = self.dataset.num_characters()
-            yield from LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator)
+        with torch.device("cpu"):  # where the generator is, whatever torch's default device
+            if self.batch_size is None:
+                order = torch.randperm(len(self.dataset), generator=generator).tolist()
+            else:
+                lengths = self.dataset.num_characters()
+                order = list(LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator))
+        yield from order
 
 
 class EpochCallback(TrainerCallback):

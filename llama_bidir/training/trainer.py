@@ -14,7 +14,9 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..checkpoints.adapters import complete_adapter
 from ..checkpoints.chat_template import find_prompt_template, save_tokenizer
+from ..checkpoints.files import replaced_by_checkpoint
 from ..checkpoints.model_card import write_model_card
 from ..configuration_llama_bidir import check_prompt_template
 from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
@@ -22,12 +24,14 @@ from ..losses import IGNORED, LOSSES, TEACHER_LOSSES, Loss, binary_cross_entropy
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
+from ..utils.outputs import whole_folder
 from .arguments import CrossEncoderTrainingArguments
 from .history import HistoryCallback
 from .liger import register_with_liger
 from .lora import add_adapter, check_head
 from .metrics import group_metrics
 from .sampling import EpochCallback, EpochSampler
+from .steps import StepCollator, StepGroups, Steps, StepSampler, StepStream, without_groups
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class CrossEncoderTrainer(Trainer):
 
     Attributes:
         save_dtype: the dtype of the saved weights. None saves them as they are trained.
+        saved_files: the names in the folder that this process saved last.
 
     Raises:
         ValueError: an argument breaks its rule.
@@ -72,6 +77,7 @@ class CrossEncoderTrainer(Trainer):
     # `loss` is a mean over the groups of a batch, so the Trainer must divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
     save_dtype: torch.dtype | None = None
+    saved_files: list[str] = []
     args: CrossEncoderTrainingArguments
 
     def __init__(
@@ -156,14 +162,35 @@ class CrossEncoderTrainer(Trainer):
         inputs = dict(inputs)
         # DeepSpeed and FSDP pass them in half precision.
         labels, teacher_scores = inputs.pop("labels").float(), inputs.pop("teacher_scores").float()
+        logits = model(**inputs).logits.squeeze(-1).float()
+        if len(labels) == 0:  # a process without a group takes part in the step
+            return 0.0 * logits.sum()
         mask = labels != IGNORED
         scores = torch.full_like(labels, IGNORED)
-        scores[mask] = model(**inputs).logits.squeeze(-1).float()
+        scores[mask] = logits
         loss = self.loss(scores, labels, mask, teacher_scores)
+        if num_items_in_batch is not None:
+            # The Trainer averages over processes and batches. At the end of an epoch they differ in size.
+            batches = self.accelerator.num_processes * self.current_gradient_accumulation_steps
+            loss = loss * (len(labels) * batches / num_items_in_batch)
         if not return_outputs:
             return loss
         groups = zip(*(tensor.split(1) for tensor in (scores, labels, mask, teacher_scores)), strict=True)
         return loss, {"loss": loss, "logits": scores, "group_losses": torch.stack([self.loss(*one) for one in groups])}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Returns the batches of one process for a step, and the number of groups in the step over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        num_groups: torch.Tensor | int = sum(len(batch["labels"]) for batch in batches)
+        if self.accelerator.num_processes > 1:
+            num_groups = self.accelerator.gather(torch.tensor(num_groups, device=device)).sum()
+        # A stream ends without notice. The Trainer would take no step, and add these gradients to those of the next.
+        batches += [without_groups(batches[-1])] * (num_batches - len(batches))
+        return batches, num_groups
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -281,21 +308,33 @@ class CrossEncoderTrainer(Trainer):
             plugin.set_state_dict_type(sharded)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        config = copy.deepcopy(self.accelerator.unwrap_model(self.model).config)
+        model = self.accelerator.unwrap_model(self.model)
+        config = copy.deepcopy(model.config)
         config.architectures = [LlamaBidirectionalForSequenceClassification.__name__]  # an adapter keeps its base's
         if self.save_dtype is not None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict  # type: ignore[union-attr]
             state_dict = {name: weight.to(self.save_dtype) for name, weight in state_dict.items()}
             config.dtype = self.save_dtype
-        super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
         if directory is None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
             return
-        # PEFT saves no configuration of the model with an adapter.
-        config.save_pretrained(directory)
-        save_tokenizer(self.processing_class, directory, config)  # type: ignore[arg-type]
-        if not os.path.exists(os.path.join(directory, "README.md")):
-            self.write_card(directory, directory)
+        has_card = os.path.exists(os.path.join(directory, "README.md"))
+        replaces = replaced_by_checkpoint(directory)
+        # The other processes of a run write their own files into a checkpoint.
+        with whole_folder(directory, overwrite=True, replaces=replaces, is_shared=self.args.world_size > 1) as folder:
+            super()._save(os.fspath(folder), state_dict)
+            complete_adapter(model, folder)
+            config.save_pretrained(folder)  # PEFT saves no configuration of the model with an adapter
+            save_tokenizer(self.processing_class, folder, config)  # type: ignore[arg-type]
+            if not has_card:
+                self.write_card(folder, directory)
+            self.saved_files = sorted(path.name for path in folder.iterdir())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process now writes trainer_state.json, which says that the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -306,12 +345,43 @@ class CrossEncoderTrainer(Trainer):
             # The policy's own output_dtype rounds logits, which are float32 whatever dtype the body computes in.
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
 
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        if not is_training:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, dataloader_key=dataloader_key)
+        steps = Steps(
+            batch_size=batch_size,
+            processes=self.args.world_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        collator, self.data_collator = self.data_collator, StepCollator(self.data_collator)
+        try:
+            return super()._get_dataloader(
+                StepStream(dataset, steps) if isinstance(dataset, GroupStream) else StepGroups(dataset),
+                description,
+                batch_size,
+                lambda _: StepSampler(sampler_fn(dataset), steps),
+                is_training,
+                dataloader_key,
+            )
+        finally:
+            self.data_collator = collator
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         strategy = self.args.train_sampling_strategy
         if not isinstance(dataset, GroupDataset) or strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        batch_size = None if strategy == "random" else self.args.train_batch_size * self.args.world_size
+        groups_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        batch_size = None if strategy == "random" else groups_per_step
         return EpochSampler(dataset, seed=self.args.draw_seed, batch_size=batch_size)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

@@ -1,11 +1,31 @@
 """Outputs that appear whole or not at all."""
 
+import errno
+import glob
+import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import IO
+
+from ..files_llama_bidir import INTERRUPTED_SAVE
+from .exchange import NO_SPACE, exchange, must_stay
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+SAVING = ".saving-"
+ENTRY_POINTS = ("config.json", "adapter_config.json")
+LOCK_NAME = "in_use"
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool, is_file: bool = False) -> None:
@@ -48,48 +68,234 @@ def check_apart(
 
 @contextmanager
 def whole_folder(
-    path: str | os.PathLike[str], *, overwrite: bool = False, keep: str | None = None, marker: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    keep: str | None = None,
+    marker: str | None = None,
+    replaces: Callable[[PurePath], bool] = lambda file: True,
+    is_shared: bool = False,
 ) -> Iterator[Path]:
     """
     Yields a new folder that becomes `path` when the block ends and is removed when the block fails.
+
+    The new folder and an existing one change places in one step: a process that is killed leaves the old folder or the
+    new one. Where that is impossible (see [`~exchange.exchange`]), the new files move into the existing folder one by
+    one. A process that is killed meanwhile leaves a folder without a `config.json`, from which nothing loads. Its
+    subfolder `.interrupted-save` then holds the new files that have not been moved.
 
     Args:
         path: the folder to make; its parents are made when missing.
         overwrite: replace `path` when it exists.
         keep: a path or a Hub id that the block reads. A path must not lie inside the folder that is replaced.
         marker: a file that an existing folder must contain to be replaced, unless the folder is empty.
+        replaces: whether the new folder does away with a file of the existing one, given its path in that folder. The
+            other files stay. The default does away with all files.
+        is_shared: other processes write to the existing folder at the same time, so it must stay the same folder.
 
     Raises:
         FileExistsError: `path` exists, and `overwrite` is not set or the folder has no `marker`.
         ValueError: `keep` lies inside `path`.
+        OSError: a file cannot be written, for example because the disk is full. The folder is unchanged.
     """
-    target = Path(path)
-    if keep is not None and os.path.exists(keep) and Path(keep).resolve().is_relative_to(target.resolve()):
+    target = Path(os.path.realpath(path))
+    if keep is not None and os.path.exists(keep) and Path(keep).resolve().is_relative_to(target):
         raise ValueError(f"{keep!r} lies in the output {os.fspath(path)!r}, which replaces it: choose another output")
-    if overwrite and marker and target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+    if overwrite and marker and target.is_dir() and not _holds(target, marker):
         raise FileExistsError(
             f"{os.fspath(path)!r} holds something else (it has no {marker}), which overwrite does not remove: choose "
             "another output"
         )
-    check_free(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = workspace / "new", workspace / "old"
-    try:
-        # mkdtemp makes a private folder; one made by mkdir follows the umask.
-        new.mkdir()
+    check_free(path, overwrite=overwrite)
+    if target.is_file():
+        raise NotADirectoryError(f"{os.fspath(path)!r} is a file: name a folder")
+    with _workspace(target) as workspace, _explained(path):
+        new = workspace / "new"
+        new.mkdir()  # follows the umask, which the private folder of mkdtemp does not
         yield new
-        check_free(target, overwrite=overwrite)  # `path` may have appeared during the block
-        if target.exists():
-            target.rename(old)
-        try:
+        check_free(path, overwrite=overwrite)  # `path` may have appeared during the block
+        _settle(new, mode=(workspace / LOCK_NAME).stat().st_mode & 0o777)
+        if not target.exists():
             new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
+        elif is_shared or not _take_its_place(target, new, replaces):
+            _move_into(target, new, replaces)
+        _sync(target.parent)
+
+
+@contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes the errors of a full disk and of missing rights name the output, whichever library wrote the file."""
+    try:
+        yield
+    except Exception as error:
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
+        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+        if "inline_container" in str(error):  # torch gives no reason
+            number = errno.ENOSPC if shutil.disk_usage(Path(path).absolute().parent).free < 2**20 else errno.EIO
+        if number not in WRITE_ERRORS:
             raise
+        at = getattr(error, "filename", None)
+        if at is not None and not Path(os.fsdecode(at)).is_relative_to(Path(os.path.realpath(path)).parent):
+            raise  # of a file that is read
+        reason = f"{os.strerror(number)}; not saved, and what the folder held is unchanged"
+        raise OSError(number, reason, os.fspath(path)) from error
+
+
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """Yields a folder to prepare `target` in: beside it, or inside it where it must stay or its parent is read-only."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_inside = target.is_dir() and (must_stay(target) or not os.access(target.parent, os.W_OK))
+    home, prefix = (target, SAVING) if is_inside else (target.parent, f".{target.name}-")
+    _remove_abandoned(home, prefix)
+    with _explained(target):
+        workspace = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    try:
+        with (workspace / LOCK_NAME).open("ab") as file:
+            _try_lock(file)
+            yield workspace
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _remove_abandoned(home: Path, prefix: str) -> None:
+    """Removes the workspaces that killed processes have left behind. A process that is alive holds the lock of its."""
+    for workspace in home.glob(f"{glob.escape(prefix)}{'[a-z0-9_]' * 8}"):
+        try:
+            with (workspace / LOCK_NAME).open("rb") as file:
+                if _try_lock(file):
+                    shutil.rmtree(workspace)
+                    logger.warning(f"removed {workspace}, which a killed process had left behind")
+        except FileNotFoundError:  # something else, or another process removes it
+            continue
+        except OSError as error:
+            logger.warning(f"{workspace} was left behind by a killed process and cannot be removed: {error}")
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """Returns whether the lock was free and can be held until the file is closed."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _settle(folder: Path, mode: int) -> None:
+    """Gives all files the mode that the umask grants, where a library wrote them private, and writes them to disk."""
+    for path in [*_files(folder)]:
+        if not (folder / path).is_symlink():
+            os.chmod(folder / path, mode)
+            _sync(folder / path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk, as far as the system can do that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[PurePath]:
+    """The paths in a folder of all its files and links, and of its empty folders."""
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in [*files, *links]:
+            yield (here / name).relative_to(folder)
+        if not files and not folders and here != folder:
+            yield here.relative_to(folder)
+
+
+def _keep_others(old: Path, new: Path, replaces: Callable[[PurePath], bool], made: list[Path]) -> None:
+    """Links the files that stay from an old folder into the new one, and appends what it has made there to `made`."""
+    for path in [*_files(old)]:
+        if os.path.lexists(new / path) or replaces(path):
+            continue
+        for parent in [*reversed(path.parents)][1:]:
+            if not (new / parent).exists():
+                (new / parent).mkdir()
+                shutil.copymode(old / parent, new / parent)
+        if _is_folder(old / path):
+            (new / path).mkdir()
+            shutil.copymode(old / path, new / path)
+        else:
+            os.link(old / path, new / path, follow_symlinks=False)
+        made.append(new / path)
+
+
+def _take_its_place(target: Path, new: Path, replaces: Callable[[PurePath], bool]) -> bool:
+    """Puts the new folder in the place of the old one in one step. Returns False, with nothing changed, if not."""
+    if must_stay(target) or new.is_relative_to(target):
+        return False
+    made: list[Path] = []
+    try:
+        old_state, new_state = target.stat(), new.stat()
+        if (old_state.st_uid, old_state.st_gid) != (new_state.st_uid, new_state.st_gid):
+            os.chown(new, old_state.st_uid, old_state.st_gid)
+        os.chmod(new, old_state.st_mode & 0o7777)
+        _keep_others(target, new, replaces, made)
+        if exchange(target, new):
+            _keep_others(new, target, replaces, [])  # what another process has written meanwhile
+            return True
+    except OSError as error:  # such as a file system without links, or the folder of another user
+        if error.errno in NO_SPACE:
+            raise
+        logger.info(f"{target} is not exchanged for a new folder: {error}")
+    for path in made:
+        path.rmdir() if _is_folder(path) else path.unlink()
+    return False
+
+
+def _move_into(target: Path, new: Path, replaces: Callable[[PurePath], bool]) -> None:
+    """Moves the files of a new folder into an existing one. The entry points go first and come last."""
+    moving = target / INTERRUPTED_SAVE
+    shutil.rmtree(moving, ignore_errors=True)
+    new.rename(moving)
+    files = sorted(_files(moving), key=lambda path: (path.name in ENTRY_POINTS, path.name != ENTRY_POINTS[0], path))
+    for name in ENTRY_POINTS:
+        (target / name).unlink(missing_ok=True)
+    for path in [*_files(target)]:
+        if path.parts[0] != INTERRUPTED_SAVE and not path.parts[0].startswith(SAVING) and replaces(path):
+            _remove(target, path)
+    for path in files:
+        if _is_folder(moving / path):
+            (target / path).mkdir(parents=True, exist_ok=True)
+        else:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (moving / path).replace(target / path)
+    shutil.rmtree(moving)
+    _sync(target)
+
+
+def _remove(folder: Path, path: PurePath) -> None:
+    """Removes a file or an empty folder from a folder, and the parents that it leaves empty."""
+    (folder / path).rmdir() if _is_folder(folder / path) else (folder / path).unlink()
+    for parent in [*path.parents][:-1]:
+        if any((folder / parent).iterdir()):
+            break
+        (folder / parent).rmdir()
+
+
+def _holds(folder: Path, marker: str) -> bool:
+    """Whether a folder holds a file, or is empty, or is what an interrupted save has left."""
+    names = os.listdir(folder)
+    return not names or INTERRUPTED_SAVE in names or (folder / marker).is_file()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

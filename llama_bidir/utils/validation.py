@@ -1,11 +1,15 @@
 """Checks of what users pass in, done before any compute; each error names the position and what was expected."""
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence, Set, Sized, ValuesView
 from itertools import chain, islice
 from typing import Any
 
+from ..configuration_llama_bidir import as_int
+from .columns import column_names, column_values, is_column, member_names, query_first, read_table
+
 # Iterable, but not collections of texts or of pairs in an order.
-NOT_COLLECTIONS = (str, bytes, bytearray, Mapping, set, frozenset)
+NOT_COLLECTIONS = (str, bytes, bytearray, memoryview, Mapping, Set)
+DICT_VIEWS = (KeysView, ItemsView, ValuesView)
 
 
 def describe(value: Any) -> str:
@@ -14,13 +18,20 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def is_collection(value: Any) -> bool:
+    """Whether a value can be iterated over and has an order. The views of a dict have the order of the dict."""
+    if isinstance(value, (list, tuple, *DICT_VIEWS)):
+        return True
+    return isinstance(value, Iterable) and not isinstance(value, NOT_COLLECTIONS) and getattr(value, "ndim", 1) != 0
+
+
 def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]:
     """
     Reads pairs as users give them. A generator is checked as it is read, anything else now.
 
     Args:
-        pairs: one (query, passage) pair of strings, or an iterable of them (list, tuple, generator, numpy array,
-            column).
+        pairs: one (query, passage) pair of strings, an iterable of them (list, tuple, generator, numpy array, column),
+            or a table of two columns (see [`columns.read_table`]).
 
     Returns:
         the pairs, their number (None for a generator), and whether `pairs` was a single pair.
@@ -29,13 +40,25 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
         TypeError: something is not a pair, or not a string, where one is expected.
         ValueError: a pair does not have exactly two members.
     """
-    if isinstance(pairs, NOT_COLLECTIONS) or not isinstance(pairs, Iterable):
-        raise TypeError(f"pairs must be a (query, passage) pair or an iterable of such pairs, got {describe(pairs)}")
-    iterator = iter(pairs)
-    first = list(islice(iterator, 3))
-    if len(first) == 2 and all(isinstance(item, str) for item in first):
-        return [_check_pair(0, first)], 1, True
-    checked = (_check_pair(index, item) for index, item in enumerate(chain(first, iterator)))
+    names = member_names(pairs)
+    if column_names(pairs) is not None:
+        noun, items = "row", iter(read_table(pairs))
+    elif not is_collection(pairs):
+        raise TypeError(
+            "pairs must be a (query, passage) pair, an iterable of such pairs or a table of two columns, got "
+            f"{describe(pairs)}"
+        )
+    elif is_column(pairs) and names is None:
+        noun, items = "pair", iter(column_values(pairs))
+    else:
+        iterator = iter(pairs)
+        first = list(islice(iterator, 3))
+        if len(first) == 2 and all(isinstance(item, str) for item in first):
+            if isinstance(pairs, DICT_VIEWS):
+                raise TypeError(f"a pair must be two strings (query, passage), got {describe(pairs)}")
+            return [_check_members("pair 0", first, names)], 1, True
+        noun, items = "pair", chain(first, iterator)
+    checked = (_check_pair(f"{noun} {index}", item) for index, item in enumerate(items))
     if isinstance(pairs, Sized):
         # Read once: a bar around a generator has a length too, and would be empty the second time.
         checked_list = list(checked)
@@ -43,15 +66,30 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
     return checked, None, False
 
 
-def _check_pair(index: int, pair: Any) -> tuple[str, str]:
-    if isinstance(pair, NOT_COLLECTIONS) or not isinstance(pair, Iterable):
-        raise TypeError(f"pair {index} must be two strings (query, passage), got {describe(pair)}")
-    members = list(pair)
+def _check_pair(name: str, pair: Any) -> tuple[str, str]:
+    if type(pair) is tuple or type(pair) is list:
+        return _check_members(name, pair)
+    names = member_names(pair)
+    is_other = isinstance(pair, DICT_VIEWS) or column_names(pair) is not None or (is_column(pair) and names is None)
+    if is_other or not is_collection(pair):
+        raise TypeError(f"{name} must be two strings (query, passage), got {describe(pair)}")
+    return _check_members(name, list(pair), names)
+
+
+def _check_members(name: str, members: Sequence[Any], names: Sequence[Any] | None = None) -> tuple[str, str]:
     if len(members) != 2:
-        raise ValueError(f"pair {index} must have two members (query, passage), got {len(members)}: {describe(pair)}")
-    for name, member in zip(("query", "passage"), members, strict=True):
-        check_text(f"the {name} of pair {index}", member)
+        raise ValueError(f"{name} must have two members (query, passage), got {len(members)}: {describe(members)}")
+    if names is not None:
+        members = [members[position] for position in query_first(names)]
+    for member_name, member in zip(("query", "passage"), members, strict=True):
+        check_text(f"the {member_name} of {name}", member)
     return members[0], members[1]
+
+
+def check_chunks(chunks: Any) -> Iterable[Any]:
+    """Returns `chunks`; raises TypeError unless it is an iterable, in an order, of what may be lists of pairs."""
+    _check_collection("chunks", chunks, "lists of pairs")
+    return column_values(chunks)
 
 
 def check_chunk(number: int, chunk: Any) -> list[tuple[str, str]]:
@@ -80,9 +118,19 @@ def check_text(name: str, text: Any) -> str:
 
 def check_texts(name: str, texts: Any) -> list[str]:
     """Returns `texts` as a list; raises TypeError unless it is an iterable of strings that is not a string itself."""
-    if isinstance(texts, NOT_COLLECTIONS) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name} must be an iterable of strings, got {describe(texts)}")
-    return [check_text(f"{name}[{index}]", text) for index, text in enumerate(texts)]
+    _check_collection(name, texts, "strings")
+    return [check_text(f"{name}[{index}]", text) for index, text in enumerate(column_values(texts))]
+
+
+def _check_collection(name: str, values: Any, kind: str) -> None:
+    if (names := column_names(values)) is not None:
+        column = names[0] if len(names) == 1 else "passage"
+        raise TypeError(
+            f"{name} must be an iterable of {kind}, got {type(values).__name__} with columns {names}: pass one column, "
+            f"such as {name}[{column!r}]"
+        )
+    if not is_collection(values):
+        raise TypeError(f"{name} must be an iterable of {kind}, got {describe(values)}")
 
 
 def check_groups(queries: Any, documents_per_query: Any) -> tuple[list[str], list[list[str]]]:
@@ -94,10 +142,10 @@ def check_groups(queries: Any, documents_per_query: Any) -> tuple[list[str], lis
         ValueError: there are not as many lists of documents as queries.
     """
     queries = check_texts("queries", queries)
-    if isinstance(documents_per_query, NOT_COLLECTIONS) or not isinstance(documents_per_query, Iterable):
-        raise TypeError(f"documents_per_query must be an iterable of lists, got {describe(documents_per_query)}")
+    _check_collection("documents_per_query", documents_per_query, "lists")
     groups = [
-        check_texts(f"documents_per_query[{index}]", documents) for index, documents in enumerate(documents_per_query)
+        check_texts(f"documents_per_query[{index}]", documents)
+        for index, documents in enumerate(column_values(documents_per_query))
     ]
     if len(queries) != len(groups):
         raise ValueError(f"each query needs its documents: got {len(queries)} queries and {len(groups)} lists")
@@ -105,7 +153,10 @@ def check_groups(queries: Any, documents_per_query: Any) -> tuple[list[str], lis
 
 
 def check_positive_int(name: str, value: Any) -> int | None:
-    """Returns `value`; raises ValueError unless it is None or an int above 0."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    """Returns `value` as an int, or None; raises ValueError unless it is None or a whole number above 0."""
+    if value is None:
+        return None
+    number = as_int(value)
+    if number is None or number < 1:
         raise ValueError(f"{name} must be None or an int above 0, got {value!r}")
-    return value
+    return number

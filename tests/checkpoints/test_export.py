@@ -1,11 +1,14 @@
 """What all exports have in common, and the vLLM export without vLLM (test_vllm.py runs vLLM)."""
 
 import json
+import os
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from helpers import PAIRS, make_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -14,6 +17,8 @@ from llama_bidir.checkpoints import loading
 from llama_bidir.checkpoints.export import FORMATS, export_reranker
 from llama_bidir.cli import main
 from llama_bidir.scoring import device
+
+TRANSFORMERS_4 = os.environ.get("LLAMA_BIDIR_TRANSFORMERS4_PYTHON")
 
 
 def test_the_card_of_each_format_explains_how_to_load_it(save, tmp_path):
@@ -147,6 +152,9 @@ def test_only_vllm_loads_the_folder_for_vllm(save, tmp_path):
     assert not config.keys() & {"temperature", "prompt_template", "rerank_max_length"}
     with pytest.raises(ValueError, match="only_vllm_loads_this_folder"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "vllm")
+    with safe_open(tmp_path / "vllm" / "model.safetensors", framework="pt") as weights:
+        # transformers 4.57: File metadata is not ['pt', 'tf', 'flax', 'mlx'] but only_vllm_loads_this_folder
+        assert weights.metadata() == {"format": "only_vllm_loads_this_folder"}
     head = AutoModelForSequenceClassification.from_pretrained(folder).score.weight
     folded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "vllm", attn_implementation="sdpa")
     torch.testing.assert_close(folded.score.weight, 4 * head)
@@ -156,6 +164,19 @@ def test_only_vllm_loads_the_folder_for_vllm(save, tmp_path):
     messages = [{"role": "query", "content": [{"type": "text", "text": "q"}]}, {"role": "document", "content": "p"}]
     rendered = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     assert rendered == "question:q \n \n passage:p"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TRANSFORMERS_4 is None, reason="LLAMA_BIDIR_TRANSFORMERS4_PYTHON names no interpreter")
+@pytest.mark.parametrize("name", ["AutoModelForSequenceClassification", "LlamaForSequenceClassification", "AutoModel"])
+def test_transformers_4_refuses_the_folder_for_vllm(name, save, tmp_path):
+    folder, _ = save()
+    export_reranker(folder, tmp_path / "vllm", format="vllm")
+    code = f"import transformers; transformers.{name}.from_pretrained({str(tmp_path / 'vllm')!r})"
+    result = subprocess.run([str(TRANSFORMERS_4), "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ValueError: Incompatible safetensors file" in result.stderr
+    assert "only_vllm_loads_this_folder" in result.stderr
 
 
 @pytest.mark.parametrize(

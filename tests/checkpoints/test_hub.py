@@ -13,6 +13,7 @@ from hub_server import run_hub
 
 from llama_bidir import CrossEncoder
 from llama_bidir.checkpoints.export import export_reranker
+from llama_bidir.checkpoints.hub import CODE
 
 TWO_PAIRS = [("where do bees go?", "Honey bees navigate by the sun."), ("q", "Paris.")]
 
@@ -154,7 +155,7 @@ print(json.dumps([reranker.predict({TWO_PAIRS!r}, batch_size=1).tolist(), logits
             tmp_path,
         )
     )
-    assert {path.name for path in saved.glob("*.py")} == {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}
+    assert {path.name for path in saved.glob("*.py")} == set(CODE)
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
     assert auto_map == {
         "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
@@ -200,7 +201,7 @@ print(json.dumps([reranker.predict({TWO_PAIRS!r}, batch_size=1).tolist(), type(r
 def test_saved_with_code(tmp_path, tokenizer, model):
     CrossEncoder(model, tokenizer).save_pretrained(tmp_path, with_code=True)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}
+    assert names >= set(CODE) == {"configuration_llama_bidir.py", "modeling_llama_bidir.py", "weights_llama_bidir.py"}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_llama_bidir.LlamaBidirectionalModel"
 

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import PAIRS, PASSAGE_FIRST
+from safetensors.torch import load_file, save_file
 
 from llama_bidir import CrossEncoder
 from llama_bidir.checkpoints.export import export_reranker
@@ -52,4 +54,31 @@ def test_other_modules_of_sentence_transformers_are_refused(save, tmp_path):
     modules = tmp_path / "st" / "modules.json"
     modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
     with pytest.raises(ValueError, match="of the modules Transformer, Pooling: only Transformer, Pooling and Dense"):
+        CrossEncoder(tmp_path / "st")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "must hold linear.weight as a matrix of floating-point numbers, got None"),
+        ({"linear.weight": torch.ones(32)}, r"got torch.float32 of shape \[32\]"),
+        ({"linear.weight": torch.ones(1, 32, dtype=torch.int64)}, r"got torch.int64 of shape \[1, 32\]"),
+        ({"linear.weight": torch.ones(1, 8)}, r"hidden_size is 32, but the head of .*st' has shape \[1, 8\]"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(save, tmp_path, weights, message):
+    folder, _ = save()
+    export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    save_file(weights, tmp_path / "st" / "2_Dense" / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        CrossEncoder(tmp_path / "st")
+
+
+def test_a_missing_layer_is_refused_in_this_layout_too(save, tmp_path):
+    folder, _ = save()
+    export_reranker(folder, tmp_path / "st", format="sentence-transformers")
+    weights = load_file(tmp_path / "st" / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    save_file(kept, tmp_path / "st" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors lacks model\.layers\.1\."):
         CrossEncoder(tmp_path / "st")

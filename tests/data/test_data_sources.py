@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import lines, write
 
-from llama_bidir.data import parse_row
+from llama_bidir.data import arrow, parse_row
+from llama_bidir.data.arrow import stamp
+from llama_bidir.data.corpus import open_corpus
 from llama_bidir.data.sources import Source, parse_source, read_rows
 
 pytest.importorskip("datasets")
@@ -129,6 +131,63 @@ def test_the_cache_follows_the_file(folder, load):
     write(path, lines({**ROW, "query": "longer"}))
     os.utime(path, ns=(1, 1))
     assert load(path)["query"][:] == ["longer"]
+
+
+def rewrite(path, content, *, by_rename):
+    """Replaces the content of a file by one of the same size and keeps its times, as `rsync -t` and tar do."""
+    status = path.stat()
+    assert status.st_size == len(content)
+    if by_rename:
+        write(path.with_name("new"), content).rename(path)
+    else:
+        path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+
+
+@pytest.mark.parametrize("by_rename", [False, True])
+@pytest.mark.parametrize("limit", [arrow.MOST_HASHED_BYTES, 0])
+def test_the_cache_follows_the_content_where_size_and_time_are_equal(by_rename, limit, folder, load, monkeypatch):
+    monkeypatch.setattr(arrow, "MOST_HASHED_BYTES", limit)
+    path = write(folder / "rows.jsonl", lines({**ROW, "query": "a"}))
+    os.utime(path, ns=(1, 1))
+    assert load(path)["query"][:] == ["a"]
+    rewrite(path, lines({**ROW, "query": "b"}).encode(), by_rename=by_rename)
+    assert load(path)["query"][:] == ["b"]
+    corpus = write(folder / "corpus.jsonl", lines({"_id": "d", "text": "a"}))
+    assert open_corpus(corpus, folder / "cache").texts([0]) == ["a"]
+    rewrite(corpus, lines({"_id": "d", "text": "b"}).encode(), by_rename=by_rename)
+    assert open_corpus(corpus, folder / "cache").texts([0]) == ["b"]
+
+
+def test_a_digest_is_kept_only_where_a_later_change_would_show(folder, monkeypatch):
+    path = write(folder / "rows.jsonl", "a")
+    first = stamp(path)
+    path.write_text("b")  # within a tick of the clock of the file system
+    os.utime(path, ns=(first.mtime_ns, first.mtime_ns))
+    assert stamp(path).content != first.content
+    monkeypatch.setattr(arrow, "SETTLED_NS", -1)
+    assert stamp(path) == stamp(path)
+    assert arrow._digest.cache_info().currsize > 0
+
+
+def test_the_cache_of_a_folder_of_documents_follows_its_content(folder, load):
+    import pyarrow.parquet
+
+    def write_documents(text):
+        table = pyarrow.table({"id": ["d1", "d2"], "text": [text, "x"]})
+        options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        pyarrow.parquet.write_table(table, folder / "new", **options)
+        return (folder / "new").read_bytes()
+
+    write(folder / "docs" / "merlin_metadata.json", '{"class": "TextQADataset", "corpus_id": "c"}')
+    path = write(folder / "docs" / "train.parquet", write_documents("first"))
+    os.utime(path, ns=(1, 1))
+    row = {"question": "q", "corpus_id": "c", "pos_doc": ["d1"], "neg_doc": ["d2"]}
+    rows = write(folder / "rows.json", json.dumps({"corpus": {"path": "docs"}, "data": [row]}))
+    assert load(rows)["pos_doc"][:] == [["first"]]
+    rewrite(path, write_documents("other"), by_rename=False)
+    assert load(rows)["pos_doc"][:] == [["other"]]
 
 
 READ = """

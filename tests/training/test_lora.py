@@ -1,10 +1,12 @@
 import json
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROWS, arguments, losses, make_tokenizer, stop, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("accelerate")
@@ -68,6 +70,46 @@ def test_the_folder_alone_reloads_to_equal_scores(adapter):
     assert (config.pooling, config.temperature, config.rerank_max_length) == ("last", 0.5, 64)
     assert config.prompt_template == "{query} | {passage}"
     assert len(set(expected.round(4))) > 5
+
+
+@pytest.mark.parametrize("part", ["score.weight", "layers.1.mlp.up_proj.lora_B"])
+def test_an_adapter_without_some_of_its_weights_is_refused(adapter, tmp_path, part):
+    path, _, _ = adapter
+    folder = shutil.copytree(path, tmp_path / "broken")
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if part not in name}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for load in (CrossEncoder, partial(merge_adapter, output=tmp_path / "merged")):
+        with pytest.raises(ValueError, match=rf"the adapter .*broken' lacks weights, which would be random: .*{part}"):
+            load(folder)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_without_a_head_says_that_the_head_is_new(adapter, tmp_path, caplog):
+    path, _, _ = adapter
+    CrossEncoder(path)
+    assert "score.weight is new" not in caplog.text
+    folder = shutil.copytree(path, tmp_path / "headless")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    headless = {**config, "modules_to_save": None, "task_type": "FEATURE_EXTRACTION"}
+    (folder / "adapter_config.json").write_text(json.dumps(headless))
+    CrossEncoder(folder)
+    assert "score.weight is new" in caplog.text
+
+
+def test_a_base_without_some_of_its_weights_is_refused(adapter, base_checkpoint, tmp_path):
+    path, _, _ = adapter
+    base = shutil.copytree(base_checkpoint, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    folder = shutil.copytree(path, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    for load in (CrossEncoder, partial(merge_adapter, output=tmp_path / "merged")):
+        with pytest.raises(ValueError, match=r"base.model\.safetensors lacks model\.layers\.1\."):
+            load(folder)
 
 
 def test_merged_checkpoint_has_equal_scores_and_no_adapter(adapter, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROWS, arguments, make_model, stop
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 pytest.importorskip("accelerate")
@@ -86,6 +86,17 @@ def test_an_incomplete_checkpoint_is_ignored(base_checkpoint, rows_file, tmp_pat
     assert any("checkpoint-3 is incomplete" in record.getMessage() for record in caplog.records)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_without_some_of_its_weights_is_refused(base_checkpoint, rows_file, tmp_path):
+    run(base_checkpoint, rows_file, tmp_path / "run", max_steps=4, save_steps=2)
+    stop(tmp_path / "run", tmp_path / "stopped", "checkpoint-2")
+    file = tmp_path / "stopped" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"checkpoint-2' lacks model\.norm\.weight: remove it to resume from"):
+        run(base_checkpoint, rows_file, tmp_path / "stopped", max_steps=4, save_steps=2)
 
 
 def test_different_arguments_are_refused_with_what_changed(base_checkpoint, rows_file, tmp_path):

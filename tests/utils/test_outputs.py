@@ -46,22 +46,6 @@ def test_a_folder_that_appears_during_the_block_is_kept(tmp_path):
     assert os.listdir(tmp_path / "out") == ["old"]
 
 
-def test_the_old_folder_returns_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
-    rename = os.rename
-
-    def rename_only_the_old_folder(source, target):
-        if os.path.exists(os.path.join(source, "new")):
-            raise OSError("no space left")
-        rename(source, target)
-
-    make_old(tmp_path / "out")
-    monkeypatch.setattr(os, "rename", rename_only_the_old_folder)
-    with pytest.raises(OSError, match="no space left"):
-        make_folder(tmp_path / "out", overwrite=True)
-    assert os.listdir(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "old").read_text() == "old"
-
-
 def test_a_folder_is_replaced_only_with_overwrite(tmp_path):
     make_old(tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"exists: pass overwrite \(--overwrite\) to replace it"):

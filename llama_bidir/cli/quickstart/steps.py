@@ -4,13 +4,14 @@ import json
 import os
 import random
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ...checkpoints.files import CHECKPOINT_FILES
 from ...checkpoints.model_card import write_model_card
-from ...configuration_llama_bidir import check_checkpoint_path
+from ...checkpoints.source import check_source
 from ...cross_encoder import CrossEncoder
 from ...data import load_rows
 from ...evaluation import (
@@ -67,7 +68,7 @@ def run_quickstart(
     Args:
         output: folder for the results: `train.jsonl`, `model/`, the test set as BEIR files, the runs as TREC files and
             `ndcg.png`. It appears when all steps are done.
-        overwrite: replace `output` if it exists.
+        overwrite: replace the results of a former quickstart in `output`. Other files in it stay.
         model: checkpoint to fine-tune. By default, a small Llama is made.
         train_file: `.jsonl` or `.jsonl.gz` rows. A tenth of them, but at most 400, is held out for testing. By default,
             a collection is made.
@@ -80,10 +81,10 @@ def run_quickstart(
         ImportError: an extra is not installed.
     """
     if model is not None:
-        check_checkpoint_path(model)
+        check_source(model)
     for module in ("bm25s", "ir_measures", "matplotlib", "scipy"):
         require(module, "eval")
-    with whole_folder(output, overwrite=overwrite) as folder:
+    with whole_folder(output, overwrite=overwrite, replaces=_is_replaced) as folder:
         made = model is None and train_file is None
         train_rows, test_rows = make_collection() if train_file is None else _split(train_file)
         _write_rows(folder / "train.jsonl", train_rows)
@@ -152,6 +153,12 @@ def make_test_set(rows: list[dict[str, Any]]) -> Dataset:
         candidates[query_id] = random.Random(number).sample(ids, len(ids))
     corpus = {doc_id: text for text, doc_id in doc_ids.items()}
     return Dataset(corpus, queries, qrels, score_bm25(corpus, queries, candidates))
+
+
+def _is_replaced(file: PurePath) -> bool:
+    """Whether a new quickstart does away with a file of a former one: what its two models may leave."""
+    is_model = len(file.parts) > 1 and file.parts[0] in ("base", "model")
+    return is_model and (file.parts[1].startswith("checkpoint-") or CHECKPOINT_FILES.fullmatch(file.name) is not None)
 
 
 def _evaluate(cross_encoder: CrossEncoder, test_set: Dataset) -> RerankerEvaluation:

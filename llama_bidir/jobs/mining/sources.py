@@ -10,7 +10,7 @@ from ...data import load_rows
 from ...data.arrow import FileStamp, stamp, write_dataset
 from ...data.beir_folder import RelevantDocuments, find_files, find_run, list_runs
 from ...data.corpus import Corpus, open_corpus
-from ...data.files import read_id, read_json, read_json_lines
+from ...data.files import as_id, read_id, read_json, read_json_lines
 from ...data.hub import PREFIX
 from ...data.sources import not_beir
 from ...utils.extras import require
@@ -66,9 +66,9 @@ class MiningSource(NamedTuple):
 
 
 def describe_state(path: str | os.PathLike[str]) -> str:
-    """Returns the path, the size and the time of change of a file, by which two states of it differ."""
+    """Returns what [`stamp`] finds, by which two states of a file differ."""
     state = stamp(path)
-    return f"{state.path} ({state.size} bytes, changed at {state.mtime_ns} ns)"
+    return f"{state.path} ({state.size} bytes, changed at {state.mtime_ns} ns, content {state.content})"
 
 
 def open_source(
@@ -122,14 +122,14 @@ def identify(passage: Any) -> frozenset[str]:
     """Identifiers of a passage that is an object, beside its text."""
     if not isinstance(passage, Mapping):
         return frozenset()
-    return frozenset(str(passage[name]) for name in DOC_IDS if passage.get(name) is not None)
+    return frozenset(as_id(passage[name]) for name in DOC_IDS if passage.get(name) is not None)
 
 
 def _read_corpus_id(path: Path, dataset: Any, records: Any) -> Iterator[SourceRow]:
     for number, (row, record) in enumerate(zip(dataset, records, strict=True)):
         fields = json.loads(record["row"])
         items = as_list(fields["pos_doc"])
-        ids = frozenset(str(item["id"] if isinstance(item, Mapping) else item) for item in items)
+        ids = frozenset(as_id(item["id"] if isinstance(item, Mapping) else item) for item in items)
         # Any scores of the source belong to its own negatives.
         texts = {name: row[name] for name in ("pos_doc", "neg_doc")}
         yield SourceRow(f"{path}: data[{number}]", {**fields, **texts, "pos_score": None, "neg_score": None}, ids)

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ...configuration_llama_bidir import check_checkpoint_path
 from ...cross_encoder import CrossEncoder
 from ...data import parse_row
 from ...data.corpus import Corpus, open_corpus
+from ...files_llama_bidir import check_checkpoint_path
 from ..job import Job, run_job
 from ..task import NothingToWriteError, TextPath, Window
 from .candidates import CandidateFinder

@@ -12,7 +12,7 @@ import numpy as np
 from ...cross_encoder import CrossEncoder
 from ...data.arrow import stamp
 from ...data.corpus import open_corpus, read_queries
-from ...data.trec import run_lines
+from ...data.trec import is_word, run_lines
 from ...evaluation.bm25 import rank_bm25
 from ...evaluation.ranking import rank_candidates
 from ...utils.extras import require
@@ -56,7 +56,7 @@ class RerankTask:
 
     def __post_init__(self) -> None:
         check_positive_int("depth", self.depth)
-        if len(self.tag.split()) != 1 or self.tag != self.tag.strip():
+        if not is_word(self.tag):
             raise ValueError(f"tag must be one word because it is a column of the run, got {self.tag!r}")
         if self.run is not None and self.write_run is not None:
             raise ValueError("write_run keeps the run that BM25 makes when none is given: leave out write_run or run")
@@ -181,7 +181,7 @@ class RerankTask:
         """Raises ValueError for an identifier that cannot be a column of the run that BM25 makes."""
         for path, identifiers in ((self.queries, self._texts), (self.corpus, self._documents.all_ids())):
             for name in identifiers:
-                if name.split() != [name]:
+                if not is_word(name):
                     raise ValueError(
                         f"{path}: _id: {name!r} is not one word, which a column of a run must be: rename it"
                     )

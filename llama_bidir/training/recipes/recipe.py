@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ...utils.extras import require
+from ...utils.launch import launch_number
 from ...utils.names import nearest
 from .. import CrossEncoderTrainingArguments, DataArguments, ModelArguments
 from .values import YAML_ERRORS, convert, field_hints
@@ -142,7 +143,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _fit_to_machine(training: dict[str, Any], name: str) -> None:
     training.setdefault("log_level_replica", "error")  # the first process logs for all
-    if training.get("fsdp") and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if training.get("fsdp") and launch_number("WORLD_SIZE", 1) == 1:
         logger.warning(f"{name}: training.fsdp is left out: it shards weights between processes, and this is one")
         del training["fsdp"]
         sharding = training.pop("fsdp_config", None)

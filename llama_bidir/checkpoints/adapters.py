@@ -1,0 +1,127 @@
+"""Adapters (PEFT) on disk: checked before PEFT reads them, and completed so that their folder loads anywhere."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..files_llama_bidir import check_weights_file, find_file, read_json
+from ..utils.extras import require
+from .files import write_json
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE, PICKLED_FILE = "adapter_model.safetensors", "adapter_model.bin"
+
+
+def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetensors: bool | None = None) -> None:
+    """
+    Checks the configuration and the weights of an adapter.
+
+    Args:
+        name_or_path: the folder or the Hub id of the adapter.
+        source: arguments of the Hub, such as `revision`.
+        use_safetensors: False allows pickled weights, for torch's safe loader.
+
+    Raises:
+        ValueError: a file is damaged, the adapter names no base model or imports a module, or its weights are a pickle
+            and `use_safetensors` is not False. The message names the file.
+        FileNotFoundError: the adapter has no weights.
+    """
+    file = str(find_adapter_config_file(name_or_path, **source))
+    fields = read_json(file)
+    known = require("peft", "train").PeftType.__members__
+    if fields.get("peft_type") not in known:
+        raise ValueError(f"{file!r}: peft_type must be one of {', '.join(known)}, got {fields.get('peft_type')!r}")
+    base = fields.get("base_model_name_or_path") or ""
+    if os.path.isdir(name_or_path) and os.path.realpath(str(base)) == os.path.realpath(name_or_path):
+        raise ValueError(f"{file!r}: base_model_name_or_path names the adapter itself: write the base model there")
+    if fields.get("megatron_config") is not None:
+        raise ValueError(f"{file!r}: megatron_config imports the module megatron_core, which is refused: remove it")
+    if (weights := find_file(name_or_path, WEIGHTS_FILE, source)) is not None:
+        check_weights_file(weights)
+        return
+    pickled = find_file(name_or_path, PICKLED_FILE, source)
+    if pickled is None:
+        raise FileNotFoundError(f"the adapter {name_or_path!r} has no {WEIGHTS_FILE}")
+    if use_safetensors is not False:
+        raise ValueError(
+            f"{name_or_path!r} holds its weights as a pickle ({PICKLED_FILE}), a format that can run code: pass "
+            "model_kwargs={'use_safetensors': False} to read it with torch's safe loader, and save it as safetensors"
+        )
+    check_weights_file(pickled)
+
+
+def absolute_base(base: Any) -> Any:
+    """Returns the base model of an adapter as an absolute path if it is a folder, else as it is (a Hub id or None)."""
+    return os.path.abspath(base) if isinstance(base, str) and os.path.isdir(base) else base
+
+
+def complete_adapter(model: Any, folder: Path) -> None:
+    """
+    Completes the folder of an adapter that PEFT has just saved; does nothing for a whole model.
+
+    The adapter in use moves to the top, where loaders look for it. A base model that is a folder is named by its
+    absolute path. PEFT's model card, which describes no reranker, is removed.
+    """
+    if not getattr(model, "peft_config", None):
+        return
+    (folder / "README.md").unlink(missing_ok=True)
+    name = getattr(model, "active_adapter", "default")
+    if not (folder / CONFIG_FILE).exists() and isinstance(name, str) and (folder / name).is_dir():
+        for path in [*(folder / name).iterdir()]:
+            path.replace(folder / path.name)
+        (folder / name).rmdir()
+    for path in folder.rglob(CONFIG_FILE):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        base = absolute_base(fields.get("base_model_name_or_path"))
+        if not base:
+            logger.warning(
+                "the adapter is saved without the name of its base model, because that was made in memory: save the "
+                "base model and write its path into base_model_name_or_path in adapter_config.json"
+            )
+        write_json(path, {**fields, "base_model_name_or_path": base})
+
+
+def read_names(path: str | os.PathLike[str] | None) -> set[str] | None:
+    """Returns the names of the weights in a safetensors file, or None for no such file."""
+    if path is None:
+        return None
+    with safe_open(path, "pt") as weights:
+        return set(weights.keys())
+
+
+def check_weights(name_or_path: str, adapted: Any, names: set[str] | None, *, base_vocab_size: int) -> None:
+    """
+    Checks that an adapter holds all weights that it trains, and the embeddings of tokens that its base does not have.
+
+    Args:
+        name_or_path: the adapter, for the message.
+        adapted: the `PeftModel` into which it was loaded.
+        names: of its weights; None if they are unknown.
+        base_vocab_size: tokens of the base model as it is stored.
+
+    Raises:
+        ValueError: a weight is missing, so it would be random.
+    """
+    if names is None:
+        return
+    trained = adapted.config.vocab_size
+    if trained != base_vocab_size and not any("embed_tokens" in name for name in names):
+        raise ValueError(
+            f"{name_or_path!r} is an adapter for a vocabulary of {trained} tokens, but its base model has "
+            f"{base_vocab_size}, and the adapter holds no embeddings: save it again with save_embedding_layers=True"
+        )
+    expected = require("peft", "train").get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(expected.keys() - names):
+        names_shown = f"{', '.join(missing[:3])}{' and others' if missing[3:] else ''}"
+        raise ValueError(
+            f"the adapter {name_or_path!r} lacks weights, which would be random: {names_shown}. Its {CONFIG_FILE} "
+            "calls for them: save it again"
+        )

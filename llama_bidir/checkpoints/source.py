@@ -1,0 +1,94 @@
+"""Where a checkpoint comes from: a folder, or a Hub repository that answers soon or is reported by name."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+
+from ..files_llama_bidir import check_checkpoint_path
+
+CONFIG_FILES = ("config.json", "adapter_config.json")
+
+
+def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any] | None = None) -> None:
+    """
+    Checks that there is such a folder or such a Hub repository. The Hub is asked once, and only for a repository that
+    is not cached: transformers would ask again and again, for minutes, where the Hub cannot be reached.
+
+    Args:
+        name_or_path: a folder or the id of a Hub repository.
+        source: arguments of the Hub, such as `revision`.
+
+    Raises:
+        OSError: there is neither, or the Hub does not answer. The message names both.
+    """
+    check_checkpoint_path(name_or_path)
+    name, source = os.fspath(name_or_path), {key: value for key, value in (source or {}).items() if value is not None}
+    if os.path.exists(name):
+        return
+    missing = f"{name!r} is not a checkpoint: there is no such folder, and "
+    cache, revision = source.get("cache_dir") or constants.HF_HUB_CACHE, source.get("revision")
+    try:
+        url = hf_hub_url(name, CONFIG_FILES[0], subfolder=source.get("subfolder"), revision=revision)
+        cached = [try_to_load_from_cache(name, file, cache, revision) for file in CONFIG_FILES]
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{missing}it cannot be the id of a Hub repository: {error}") from None
+    if is_offline_mode() or source.get("local_files_only"):
+        if not Path(cache, repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+            raise FileNotFoundError(f"{missing}the cache holds no such repository, while the Hub is not to be asked")
+        return
+    if any(isinstance(file, str) for file in cached):
+        return
+    try:
+        get_hf_file_metadata(url, token=source.get("token"))
+    except EntryNotFoundError:
+        return  # the repository is there, without a configuration
+    except GatedRepoError:
+        raise OSError(
+            f"{name!r} is a gated repository: ask for access at {constants.ENDPOINT}/{name}, then log in with `hf auth "
+            "login` or pass a token"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{missing}{constants.ENDPOINT} has no such repository, or none that this token may read: check the name, "
+            "and log in with `hf auth login` if the repository is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"the repository {name!r} has no revision {revision!r}") from None
+    except HfHubHTTPError as error:
+        answer = str(error).splitlines()[0]
+        raise OSError(
+            f"{missing}{constants.ENDPOINT} cannot serve a repository now, try again later: {answer}"
+        ) from None
+    except Exception as error:  # whatever the client raises for a network that fails
+        raise OSError(
+            f"{missing}{constants.ENDPOINT} cannot be reached: {type(error).__name__}: {error}. Pass a folder, or "
+            "check the network"
+        ) from None
+
+
+@contextmanager
+def naming_the_repository(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an error of the network while files of a repository are fetched into an OSError that names it."""
+    try:
+        yield
+    except Exception as error:
+        is_network = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "huggingface_hub")
+        if not is_network or os.path.exists(name_or_path) or os.fspath(name_or_path) in str(error):
+            raise
+        raise OSError(
+            f"{os.fspath(name_or_path)!r} could not be fetched from {constants.ENDPOINT}, try again later: "
+            f"{type(error).__name__}: {error}"
+        ) from error

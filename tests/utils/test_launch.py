@@ -1,0 +1,36 @@
+import os
+
+import pytest
+
+from llama_bidir.cli import main
+from llama_bidir.utils.launch import check_launch, launch_number
+
+
+def test_an_empty_variable_is_unset(monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("LOCAL_RANK", " ")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [launch_number(name, 7) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == [7, 7, 4]
+    check_launch()
+    assert [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == [None, None, "4"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_a_variable_that_is_not_a_number_is_one_line(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "first")
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err == (
+        f"llama-bidir: error: the environment variable {name} must be a whole number, got 'first': unset it, or start "
+        "with torchrun\n"
+    )
+
+
+def test_training_arguments_read_the_variables(monkeypatch, tmp_path):
+    pytest.importorskip("accelerate")
+    from llama_bidir import CrossEncoderTrainingArguments
+
+    monkeypatch.setenv("LOCAL_RANK", "")
+    assert CrossEncoderTrainingArguments(str(tmp_path), use_cpu=True).process_index == 0
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(ValueError, match="the environment variable LOCAL_RANK must be a whole number, got 'one'"):
+        CrossEncoderTrainingArguments(str(tmp_path), use_cpu=True)
