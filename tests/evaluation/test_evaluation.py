@@ -159,3 +159,20 @@ def test_files_are_read_as_they_were_written(tmp_path):
     queries = read_queries(tmp_path / "queries.jsonl", QRELS, tmp_path / "qrels.tsv")
     assert list(queries.items()) == [("q1", "1"), ("q2", "2"), ("q3", "3")]
     assert read_documents(tmp_path / "corpus.jsonl", {"d9"}, {tmp_path / "run.trec": RUN}) == {"d9": "nine"}
+
+
+@pytest.mark.parametrize(
+    ("write", "content", "arguments"),
+    [
+        (write_run, {"q1": {"d1": 1.0}, "q2": {"\ud800": 1.0}}, ["tag"]),
+        (write_qrels, {"q1": {"d1": 1}, "q2": {"\ud800": 1}}, []),
+        (write_corpus, {"d1": "text", "d2": "\ud800"}, []),
+        (write_queries, {"q1": "text", "q2": "\ud800"}, []),
+    ],
+)
+def test_a_file_stays_as_it_is_when_the_new_content_cannot_be_written(write, content, arguments, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("former")
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        write(path, content, *arguments)
+    assert path.read_text() == "former"

@@ -41,7 +41,7 @@ def main() -> int:
         rows.append((target.name, f"{outcome.cases:,}", f"{outcome.seconds:.1f}", f"{outcome.slowest:.2f}", failed))
         sys.stderr.write("  ".join(rows[-1]) + "\n")
         if outcome.failure is not None:
-            traceback.print_exception(outcome.failure, limit=-8)
+            traceback.print_exception(outcome.failure, limit=-8, chain=False)
     rows.append(("all", f"{num_cases:,}", f"{sum(float(row[2]) for row in rows[1:]):.1f}", "", str(num_failures)))
     sys.stdout.write("\n".join(format_table(rows, "<>>>>")) + "\n")
     return 1 if num_failures else 0

@@ -199,7 +199,7 @@ TARGETS = [
         check_arguments,
         {"verb": quick, "changes": st.lists(changes, min_size=1, max_size=4)},
         weight=0.5,
-        test_cases=50,
+        test_cases=40,
     ),
     Target(
         "command lines with a model",
@@ -212,8 +212,8 @@ TARGETS = [
         "evaluation of damaged files",
         check_files,
         {"verb": st.sampled_from(["evaluate", "report"]), "name": st.sampled_from(FILES[:5]), "data": st.data()},
-        weight=0.15,
-        test_cases=20,
+        weight=0.1,
+        test_cases=10,
     ),
     Target(
         "jobs on damaged files",

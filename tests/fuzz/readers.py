@@ -151,6 +151,8 @@ def texts_of(file: tuple[str, bytes], *, has_titles: bool) -> list[tuple[str, st
     for number, row in objects_of(file):
         identifier, text, title = row.get("_id"), row.get("text"), row.get("title") if has_titles else None
         is_id = isinstance(identifier, (str, int)) and not isinstance(identifier, bool)
+        if isinstance(identifier, str) and identifier != identifier.strip():
+            raise UnclearError
         try:
             is_right = is_id and str(identifier) not in found and isinstance(text, str)
             is_right = is_right and (title is None or isinstance(title, str))
@@ -272,7 +274,8 @@ def check_written_run(run: dict[str, dict[str, float]], tag: str) -> None:
     if any(column.startswith("\ufeff") for column in columns):
         return  # a byte order mark, if it is the first of the file
     if error is not None:
-        assert not is_writable, f"refused although it can be written: {error}"
+        has_empty = not all(run.values())  # a query that gives no line may have any identifier
+        assert not is_writable or has_empty, f"refused although it can be written: {error}"
         assert not path.exists() or not path.read_bytes()
         return
     assert is_writable, f"written although it cannot be read back: {path.read_text()!r}"
@@ -287,18 +290,18 @@ def check_written_run(run: dict[str, dict[str, float]], tag: str) -> None:
 def check_written_collection(texts: dict[str, str], qrels: dict[str, dict[str, int]]) -> None:
     """Written documents, queries and qrels read back the same; what could not be read back is refused."""
     folder = new_folder("written")
-    _, error = attempt(write_corpus, folder / "corpus.jsonl", texts)
+    texts = {identifier: text for identifier, text in texts.items() if identifier == identifier.strip() != ""}
+    for write, name in ((write_corpus, "corpus.jsonl"), (write_queries, "queries.jsonl")):
+        _, error = attempt(write, folder / name, texts)
+        assert (error is None) == _is_utf8([*texts, *texts.values()])
     if error is None and texts:
         assert dict(read_documents(folder / "corpus.jsonl")) == texts
-    _, error = attempt(write_queries, folder / "queries.jsonl", texts)
-    if error is None and texts:
         assert read_queries(folder / "queries.jsonl") == texts
-    assert (error is None) == _is_utf8([*texts, *texts.values()])
     _, error = attempt(write_qrels, folder / "qrels.tsv", qrels)
     if any(qrels.values()) and error is None:
         assert read_qrels(folder / "qrels.tsv") == {query_id: docs for query_id, docs in qrels.items() if docs}
     elif any(qrels.values()):
-        used = [column for query_id, docs in qrels.items() for doc_id in docs for column in (query_id, doc_id)]
+        used = [*qrels, *(doc_id for docs in qrels.values() for doc_id in docs)]
         assert not all(re.fullmatch(r"[^ \t\r\n]+", column) for column in used) or not _is_utf8(used)
 
 

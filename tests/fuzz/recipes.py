@@ -139,7 +139,7 @@ options = st.sampled_from(OPTIONS) | st.sampled_from(
     [f"{block}.{key}" for block in Recipe._fields for key in sorted(block_hints(block))]
 )
 TARGETS = [
-    Target("YAML of recipes", check_yaml, {"content": damaged_yaml()}, weight=0.7),
+    Target("YAML of recipes", check_yaml, {"content": damaged_yaml()}, weight=0.5, test_cases=50),
     Target("values of recipes", check_recipe, {"recipe": altered(RECIPE)}),
     Target(
         "recipes on the command line",

@@ -136,6 +136,9 @@ def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[An
         return function(*args, **kwargs), None
     except (ValueError, TypeError, OSError) as error:
         return None, error
+    except RecursionError:
+        pass
+    raise AssertionError("RecursionError")  # here, because hypothesis follows the thousand causes that it may have
 
 
 def check_message(error: Exception, *parts: object) -> None:
