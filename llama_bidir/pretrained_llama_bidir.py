@@ -192,12 +192,11 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
                     "without that mask, it needs training before its scores mean anything. Pass is_causal too, to say "
                     "which mask you want"
                 )
-        if hasattr(config, "quantization_config"):
-            return
         check_weights(
             config,
             weights,
             has_head=cls._has_score_head,
+            is_quantized=stored.get("quantization_config") is not None,
             # The caller of an Auto class has changed the configuration before it gets here.
             drops_layers="num_hidden_layers" in kwargs or config.num_hidden_layers != stored.get("num_hidden_layers"),
             replaces_head=bool(kwargs.get("ignore_mismatched_sizes")),
