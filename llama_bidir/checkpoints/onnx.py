@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.hub import cached_file
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_is_downloaded
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..scoring.packing import pad
 from ..utils.extras import require
@@ -145,7 +145,11 @@ class OnnxReranker:
             )
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = runtime.InferenceSession(Path(graph), sess_options=options, providers=["CPUExecutionProvider"])
+        check_is_downloaded(graph)
+        try:
+            self._session = runtime.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of onnxruntime, also for weights in a file outside of the folder, which it refuses
+            raise ValueError(f"{graph!r} cannot be loaded by onnxruntime: {error}") from None
 
     def to(self, device: str | int | torch.device) -> None:
         """Raises ValueError for any device but the CPU."""
