@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data import GroupDataset
-from ..utils.outputs import INTERRUPTED, SAVING, write_whole
+from ..utils.outputs import INTERRUPTED, write_whole
+from ..utils.workspace import SAVING
 from ..utils.resume import describe_changes
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
