@@ -265,7 +265,12 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         model = cls.load_base(base, *model_args, adapter=folder, **follows, **kwargs)
         if follows:
             model.score.float()  # a base in half precision would round the saved head
-        model.load_adapter(os.fspath(folder))
+        loaded = model.load_adapter(os.fspath(folder))
+        if missing := sorted(getattr(loaded, "missing_keys", None) or ()):
+            raise ValueError(
+                f"{os.fspath(folder)!r} is an adapter without {missing[0]!r}, which its adapter_config.json calls for: "
+                "save it again"
+            )
         model._score_is_new &= not any("score.modules_to_save" in name for name, _ in model.named_parameters())
         return model.eval()
 

@@ -79,8 +79,11 @@ def check_weights(name_or_path: str, adapted: Any, names: set[str] | None, *, ba
         )
     expected = require("peft", "train").get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := sorted(expected.keys() - names):
-        raise ValueError(
-            f"{name_or_path!r} is an adapter without {missing[0]!r}, which its {CONFIG_FILE} calls for"
-            + (f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else "")
-            + ": save it again"
-        )
+        raise missing_weight(name_or_path, missing[0])
+
+
+def missing_weight(name_or_path: str, weight: str) -> ValueError:
+    """The error for a weight that an adapter does not hold."""
+    return ValueError(
+        f"{name_or_path!r} is an adapter without {weight!r}, which its {CONFIG_FILE} calls for: save it again"
+    )

@@ -17,7 +17,7 @@ from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, 
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
-from .adapters import WEIGHTS_FILE, absolute_base, check_weights, read_names
+from .adapters import WEIGHTS_FILE, absolute_base, check_weights, missing_weight, read_names
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
@@ -225,7 +225,7 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         dtype=dtype,
         **base_source,
         **fields,
-        head_follows=names is None or any(".score." in name for name in names),
+        head_follows=names is None or any(name.endswith("score.weight") for name in names),
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.
@@ -233,9 +233,15 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
     model.score.float()  # a base in half precision would round the saved head
     adapter.base_model_name_or_path = absolute_base(base)
     # The adapter can be trained further. Scoring computes no gradients.
-    adapted = peft.PeftModel.from_pretrained(model, name_or_path, is_trainable=True, config=adapter, **source).eval()
+    is_trainable = not adapter.is_prompt_learning  # which PEFT cannot train further
+    try:
+        adapted = peft.PeftModel.from_pretrained(
+            model, name_or_path, is_trainable=is_trainable, config=adapter, **source
+        )
+    except KeyError as error:  # of PEFT, for a module that is saved whole
+        raise missing_weight(name_or_path, error.args[0]) from None
     check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))
-    return adapted
+    return adapted.eval()
 
 
 def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, dtype: Any) -> OnnxReranker:

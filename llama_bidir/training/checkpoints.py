@@ -12,8 +12,8 @@ from typing import Any
 
 from ..data import GroupDataset
 from ..utils.outputs import INTERRUPTED, write_whole
-from ..utils.workspace import SAVING
 from ..utils.resume import describe_changes
+from ..utils.workspace import SAVING
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
 
