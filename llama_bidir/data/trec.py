@@ -362,7 +362,7 @@ def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
 
 def _read_int(text: str, where: str) -> int:
     try:
-        value = int(_plain_number(text))
+        value = int(_check_digits(text))
     except ValueError:
         raise ValueError(f"{where} must be a whole number, got {text!r}; correct or remove the line") from None
     if abs(value) >= 2**31:
@@ -372,7 +372,7 @@ def _read_int(text: str, where: str) -> int:
 
 def _read_float(text: str, where: str) -> float:
     try:
-        value = float(_plain_number(text))
+        value = float(_check_digits(text))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
