@@ -88,7 +88,7 @@ def evaluate_reranker(
         ValueError: a line of a file breaks its rule, a document or a query has no text, or the run has no judged query.
         TypeError: `dataset` is not one of the three.
     """
-    check_positive_int("depth", depth)
+    depth = check_positive_int("depth", depth)
     if "top_k" in scoring:
         raise ValueError("top_k would drop documents of the run: give depth, below which documents keep their order")
     parsed = [str(measure) for measure in parse_measures(measures)]

@@ -61,11 +61,12 @@ class Job:
         max_tokens_per_batch: int | None = None,
         window_pairs: int | None = None,
     ):
-        check_positive_int("batch_size", batch_size)
-        check_positive_int("max_tokens_per_batch", max_tokens_per_batch)
-        check_positive_int("window_pairs", window_pairs)
         self.task, self.output, self.overwrite = task, Path(output), overwrite
-        self.limits, self._window_pairs = Limits(batch_size, max_tokens_per_batch), window_pairs
+        self.limits = Limits(
+            check_positive_int("batch_size", batch_size),
+            check_positive_int("max_tokens_per_batch", max_tokens_per_batch),
+        )
+        self._window_pairs = check_positive_int("window_pairs", window_pairs)
         self.ranks = Ranks()
         self.journal = Journal(self.output, task.verb, rank=self.ranks.rank)
         self.windows: list[range] = []

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..utils.launch import launch_number
+
 # On a CPU, oneDNN and torch's wrapper around it cache 0.4 to 2.4 MB per distinct number of tokens in a batch, usually
 # for 1,024 numbers: gigabytes in a long job. They read these variables before their first computation.
 ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -61,7 +63,7 @@ def default_device() -> str:
 
 def local_rank() -> int:
     """Returns the number of this process on its machine under torchrun or accelerate, else 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return max(0, launch_number("LOCAL_RANK", 0))  # some launchers say -1 for a process that is alone
 
 
 def cpu_dtype(stored: torch.dtype) -> torch.dtype:

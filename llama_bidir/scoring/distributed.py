@@ -1,15 +1,17 @@
 """Scoring under torchrun or `accelerate launch`: each process scores a share, and every process gets all scores."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache, partial, reduce
 from operator import add
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ..utils.launch import launch_number
 from ..utils.sharing import deal
 from .packing import empty_logits
 from .pipeline import Pair, Scorer, Tally, distinct, split_into_chunks
@@ -19,6 +21,8 @@ Result = TypeVar("Result")
 
 # Per process, so the next chunk is tokenized while one is computed.
 CHUNKS_AT_ONCE = 4
+# How long a process waits for the others, unless somebody else has joined them with another timeout.
+TIMEOUT = timedelta(minutes=30)
 
 
 def is_shared(device: torch.device) -> bool:
@@ -26,11 +30,12 @@ def is_shared(device: torch.device) -> bool:
     if not dist.is_available():
         return False
     if not dist.is_initialized():
-        if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if not dist.is_torchelastic_launched() or launch_number("WORLD_SIZE", 1) == 1:
             return False
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        with _waiting(launch_number("RANK", 0), TIMEOUT):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return dist.get_world_size() > 1
 
 
@@ -45,7 +50,8 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
 
     Raises:
         ValueError: the processes hold different pairs.
-        RuntimeError: another process failed, with its error.
+        RuntimeError: another process failed, with its error, or did not make the same call within the timeout of the
+            process group.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     scorer.progress.disable = scorer.progress.disable or rank > 0
@@ -103,5 +109,38 @@ def _digest(chunk: Iterable[Pair] | None) -> str | None:
 
 def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    timeout = _timeout()
+    with _waiting(dist.get_rank(), timeout):
+        dist.all_gather_object(values, value, group=_own_group(dist.group.WORLD, timeout))
     return values
+
+
+def _timeout() -> timedelta:
+    """How long the processes wait for each other, as whoever joined them has decided."""
+    group: Any = dist.group.WORLD
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", TIMEOUT)
+    return timeout
+
+
+@cache
+def _own_group(world: Any, timeout: timedelta) -> Any:
+    """
+    A group for scores alone, so that they never meet the tensors of other communication. It waits on CPUs, where a
+    timeout is an error; NCCL's would end the process.
+    """
+    # With local synchronization, a process that comes alone does not change how later groups are named.
+    return dist.new_group(backend="gloo", timeout=timeout, use_local_synchronization=True)
+
+
+@contextmanager
+def _waiting(rank: int, timeout: timedelta) -> Iterator[None]:
+    """Says what is wrong if the other processes do not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {rank} waited for the other processes, but one of them ended or did not make the same call "
+            f"within {timeout}: with distributed=True every process must make the same calls. Make this call in all of "
+            f"them, or leave distributed=True out to let each score for itself ({str(error).splitlines()[0]})"
+        ) from error

@@ -154,9 +154,13 @@ def check_groups(queries: Any, documents_per_query: Any) -> tuple[list[str], lis
 
 def check_positive_int(name: str, value: Any) -> int | None:
     """Returns `value` as an int, or None; raises ValueError unless it is None or a whole number above 0."""
-    if value is None:
-        return None
+    return None if value is None else check_int(name, value, rule="None or an int above 0")
+
+
+def check_int(name: str, value: Any, *, lowest: int = 1, rule: str | None = None) -> int:
+    """Returns `value` as an int; raises ValueError unless it is a whole number of at least `lowest`, 0 or 1."""
     number = as_int(value)
-    if number is None or number < 1:
-        raise ValueError(f"{name} must be None or an int above 0, got {value!r}")
+    if number is None or number < lowest:
+        rule = rule or ("an int of 0 or more" if lowest == 0 else "an int above 0")
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
     return number

@@ -16,7 +16,7 @@ from helpers import make_model
 from tqdm.auto import tqdm
 
 from llama_bidir import CrossEncoder
-from llama_bidir.scoring.engine import side_by_side
+from llama_bidir.scoring.engine import LocalEngine, side_by_side
 from llama_bidir.scoring.forks import Lock
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
@@ -83,8 +83,10 @@ def test_copies_of_every_kind_of_model_score_alike(reranker_checkpoint, tokenize
         quantization.quantize_(quantized.model, quantization.Int8WeightOnlyConfig())
         reranker = CrossEncoder(quantized, tokenizer)
     expected = reranker.predict(PAIRS)
-    for make_copy in COPIES[kind == "int8" :]:  # torchao's modules need cloudpickle (Ray) or dill (datasets)
-        np.testing.assert_allclose(make_copy(reranker).predict(PAIRS), expected, rtol=1e-6, atol=1e-7)
+    others = [pytest.importorskip(name) for name in ("cloudpickle", "dill")]  # of Ray, of datasets
+    made = [make_copy(reranker) for make_copy in COPIES[kind == "int8" :]]  # torchao's modules need one of the others
+    for copied in [*made, *(pickle.loads(other.dumps(reranker)) for other in others)]:
+        np.testing.assert_allclose(copied.predict(PAIRS), expected, rtol=1e-6, atol=1e-7)
 
 
 TRAVEL_SCRIPT = """
@@ -222,8 +224,10 @@ def score_in_a_thread(reranker, pairs):
     return scores[0]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_an_error_in_a_progress_bar_keeps_no_lock(tokenizer, two_threads, attention):
+def test_an_error_in_a_progress_bar_keeps_no_lock(tokenizer, two_threads, monkeypatch, attention, ahead):
+    monkeypatch.setattr(LocalEngine, "tokenizes_ahead", ahead)
     reranker = CrossEncoder(make_model(attn_implementation=attention), tokenizer, device="cpu")
     expected = reranker.predict(PAIRS)
     with pytest.raises(KeyError) as kept:  # with its traceback, and so with all frames that it went through
@@ -234,7 +238,9 @@ def test_an_error_in_a_progress_bar_keeps_no_lock(tokenizer, two_threads, attent
     assert kept.value.args == ("the bar",)
 
 
-def test_a_generator_that_is_not_read_to_its_end_keeps_no_lock(tokenizer, two_threads):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_generator_that_is_not_read_to_its_end_keeps_no_lock(tokenizer, two_threads, monkeypatch, ahead):
+    monkeypatch.setattr(LocalEngine, "tokenizes_ahead", ahead)
     reranker = CrossEncoder(make_model(attn_implementation="eager"), tokenizer, device="cpu")
     chunks = reranker.predict_chunks(PAIRS[start : start + 20] for start in (0, 20, 40))
     first = next(chunks)

@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from llama_bidir import CrossEncoder
+from llama_bidir.scoring.device import local_rank
+from llama_bidir.scoring.distributed import is_shared
 from llama_bidir.utils.sharing import deal
 
 PAIRS = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
@@ -158,9 +161,40 @@ np.savez(f"{output}/{task}-{rank}.npz", scores=reranker.predict(iter(pairs)), sc
 """
 
 
-def run_ranks(tmp_path, folder, task):
+ABSENT_SCRIPT = """
+import os, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from llama_bidir import CrossEncoder
+from llama_bidir.scoring import distributed
+
+folder, output, task = sys.argv[1:]
+rank, pairs = int(os.environ["RANK"]), [("bees", "clover"), ("bees", "sun")]
+if task == "joined by us":
+    distributed.TIMEOUT = timedelta(seconds=10)
+else:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+reranker = CrossEncoder(folder, device="cpu", distributed=True)
+if task == "second call":
+    reranker.predict(pairs)
+try:
+    if rank == 0:
+        reranker.rank("bees", ["clover", "sun"])
+    elif task == "other call":
+        dist.all_reduce(torch.ones(2))
+    else:
+        while not os.path.exists(f"{output}/{task}-0.txt"):
+            time.sleep(0.1)
+except Exception as error:
+    with open(f"{output}/{task}-{rank}.txt", "w") as file:
+        file.write(f"{type(error).__name__}: {error}")
+os._exit(0)
+"""
+
+
+def run_ranks(tmp_path, folder, task, source=RANK_SCRIPT):
     script = tmp_path / "script.py"
-    script.write_text(RANK_SCRIPT)
+    script.write_text(source)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -204,3 +238,31 @@ def test_ranks_fail_together(tmp_path, reranker_checkpoint, task, messages):
     assert result.returncode != 0
     for message in messages:
         assert message in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["second call", "other call", "joined by us"])
+def test_a_call_that_the_other_process_does_not_make_ends_with_an_error(tmp_path, reranker_checkpoint, task):
+    result = run_ranks(tmp_path, reranker_checkpoint, task, ABSENT_SCRIPT)
+    assert result.returncode == 0, result.stderr
+    error = (tmp_path / f"{task}-0.txt").read_text()
+    assert error.startswith(
+        "RuntimeError: process 0 waited for the other processes, but one of them ended or did not make the same call "
+        "within 0:00:10: with distributed=True every process must make the same calls. Make this call in all of "
+    )
+
+
+def test_the_number_of_a_process_may_be_unset_or_empty(monkeypatch):
+    for value, number in (("3", 3), ("", 0), (" ", 0), ("-1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", value)
+        assert local_rank() == number
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(ValueError, match="the environment variable LOCAL_RANK must be a whole number, got 'first'"):
+        local_rank()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    for value in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        assert not is_shared(torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(ValueError, match="the environment variable WORLD_SIZE must be a whole number, got 'many'"):
+        is_shared(torch.device("cpu"))

@@ -8,6 +8,8 @@ import torch
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
 from llama_bidir.configuration_llama_bidir import as_int
+from llama_bidir.jobs.mining.selection import Selection
+from llama_bidir.jobs.rerank.task import RerankTask
 from llama_bidir.utils.validation import check_positive_int
 
 PAIRS = [("where do bees go?", "Honey bees navigate by the sun."), ("capital of France", "Paris."), ("", "White.")]
@@ -60,3 +62,18 @@ def test_counts_of_the_configuration(tmp_path):
     for value in (True, 0, 1.0, "1"):
         with pytest.raises(ValueError, match="num_labels must be an int above 0"):
             LlamaBidirectionalConfig(num_labels=value)
+
+
+def test_counts_of_jobs():
+    selection = Selection(num_negatives=np.int64(3), skip_top=np.int32(0))
+    assert [type(count) for count in (selection.num_negatives, selection.skip_top)] == [int, int]
+    task = RerankTask(corpus="c", queries="q", depth=np.int64(5))
+    assert (task.depth, type(task.depth)) == (5, int)
+    for arguments, message in (
+        ({"num_negatives": True}, "num_negatives must be an int above 0, got True"),
+        ({"skip_top": -1}, "skip_top must be an int of 0 or more, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Selection(**arguments)
+    with pytest.raises(ValueError, match="depth must be an int above 0, got None"):
+        RerankTask(corpus="c", queries="q", depth=None)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ...utils.validation import check_int
 from ..scoring import check_score
 from .duplicates import SHINGLE_WORDS, are_near_duplicates, make_shingles, split_words
 
@@ -50,8 +51,9 @@ class Selection:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_negatives, int) or self.num_negatives < 1:
-            raise ValueError(f"num_negatives must be an int above 0, got {self.num_negatives!r}")
+        # The only way to set a field of a frozen dataclass here.
+        object.__setattr__(self, "num_negatives", check_int("num_negatives", self.num_negatives))
+        object.__setattr__(self, "skip_top", check_int("skip_top", self.skip_top, lowest=0))
         if not math.isfinite(self.absolute_margin):
             raise ValueError(f"absolute_margin must be a finite number, got {self.absolute_margin!r}")
         if not 0 < self.relative_margin <= 1:
@@ -59,8 +61,6 @@ class Selection:
                 f"relative_margin must be above 0 and at most 1, such as 0.95 for 95% of the positive's probability, "
                 f"got {self.relative_margin!r}"
             )
-        if not isinstance(self.skip_top, int) or self.skip_top < 0:
-            raise ValueError(f"skip_top must be an int of 0 or more, got {self.skip_top!r}")
         if self.max_score is not None and not math.isfinite(self.max_score):
             raise ValueError(f"max_score must be None or a finite number, got {self.max_score!r}")
         if self.sampling not in SAMPLING:

@@ -14,6 +14,7 @@ from ...data import parse_row
 from ...data.corpus import Corpus, open_corpus
 from ...data.identical import tell_identical
 from ...files_llama_bidir import check_checkpoint_path
+from ...utils.validation import check_int
 from ..job import Job, run_job
 from ..task import NothingToWriteError, TextPath, Window
 from .candidates import CandidateFinder
@@ -50,8 +51,7 @@ class MiningTask:
     activation_fn = LOGITS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.depth, int) or self.depth < 1:
-            raise ValueError(f"depth must be an int above 0, got {self.depth!r}")
+        self.depth = check_int("depth", self.depth)
         if self.run is not None and self.candidates not in ("auto", "run"):
             raise ValueError(f"a run is given, so candidates must be 'run' (or 'auto'), got {self.candidates!r}")
         if self.corpus is not None and self.candidates == "neg_doc":

@@ -17,7 +17,7 @@ from ...data.trec import is_word, run_lines
 from ...evaluation.bm25 import rank_bm25
 from ...evaluation.ranking import rank_candidates
 from ...utils.extras import require
-from ...utils.validation import check_positive_int
+from ...utils.validation import check_int
 from ..job import Job, JobResult, open_binary, run_job
 from ..scoring import check_score
 from ..task import TextPath, Window
@@ -57,7 +57,7 @@ class RerankTask:
     activation_fn = None
 
     def __post_init__(self) -> None:
-        check_positive_int("depth", self.depth)
+        self.depth = check_int("depth", self.depth)
         if not is_word(self.tag):
             raise ValueError(f"tag must be one word because it is a column of the run, got {self.tag!r}")
         if self.run is not None and self.write_run is not None:
