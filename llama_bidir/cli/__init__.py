@@ -106,6 +106,7 @@ def _raise_at_signals() -> list[int]:
             signals.append(number)
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts commands in the background
+        signal.signal(signal.SIGINT, interrupt)
     return signals

@@ -59,7 +59,14 @@ def interrupt(command, output, number, log):
         the exit status. All processes of the command have ended.
     """
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+            # A shell may have started these tests in the background, with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             while process.poll() is None and not (output / "checkpoint-2").exists():
                 time.sleep(0.005)
