@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.errors import naming
 from ..utils.outputs import check_apart, check_free, write_whole
 from ..utils.tables import format_table
-from .options import add_identical_option
+from .options import add_identical_option, say
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation, Qrels, Report, Run, System
@@ -58,13 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
     qrels = read_qrels(arguments.qrels)
     paths = [path for path in (arguments.run, arguments.baseline) if path]
     has_short_names = len({Path(path).name for path in paths}) == len(paths)
-    systems = []
+    systems, coverage = [], []
     for path in paths:
         entries = read_run(path)
         judged: Run = {query_id: entries[query_id] for query_id in qrels if query_id in entries}
         if not judged:
             raise no_common_query(f"{path}: the run", arguments.qrels)
-        print(_coverage(path, qrels, entries))
+        coverage.append(_coverage(path, qrels, entries))
         if arguments.ignore_identical_ids:
             judged, num_identical = drop_own_ids(qrels, judged)
             tell_identical(path, num_identical, "documents")
@@ -81,9 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments, report, qrels, {Path(path): each.run for path, each in zip(paths, systems, strict=True)}
         )
     _write(outputs, arguments.overwrite)
-    print("", *_format(system.evaluation, comparisons), sep="\n")
-    for path in outputs:
-        print(f"written: {path}")
+    written = [f"written: {path}" for path in outputs]
+    say(*coverage, "", *_format(system.evaluation, comparisons), *written)
 
 
 def _check_paths(arguments: argparse.Namespace) -> None:
@@ -103,7 +103,8 @@ def _write(outputs: dict[str, str], overwrite: bool) -> None:
     for path, text in outputs.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         check_free(path, overwrite=overwrite, is_file=True)  # a file may have appeared during the work
-        write_whole(path, text)
+        with naming(path):
+            write_whole(path, text)
 
 
 def _coverage(path: str, qrels: "Qrels", entries: "Run") -> str:

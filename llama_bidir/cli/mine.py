@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_identical_option, add_job_options, check_job_options, do_job
+from .options import add_identical_option, add_job_options, check_job_options, do_job, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,5 +75,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     do_job(job, arguments, model_arguments)
     if job.ranks.rank == 0:
-        print(MiningResult(**job.summary).format())
-        print(f"rows: {arguments.output}")
+        say(MiningResult(**job.summary).format(), f"rows: {arguments.output}")

@@ -2,13 +2,32 @@
 
 import argparse
 import math
+import os
+import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
+
+from ..utils.errors import naming
 
 if TYPE_CHECKING:
     from ..jobs.job import Job, JobResult
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def say(*lines: str) -> None:
+    """
+    Prints the result of finished work. The work is whole even if nobody reads the lines, as behind `| head -1`.
+
+    Raises:
+        OSError: standard output cannot be written, such as on a full disk.
+    """
+    try:
+        with naming("standard output"):
+            print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        # Otherwise Python would try to write the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive_int(text: str) -> int:

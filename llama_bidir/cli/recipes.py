@@ -2,6 +2,8 @@
 
 import argparse
 
+from .options import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares no options."""
@@ -12,5 +14,4 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training.recipes import describe_recipe, list_recipes
 
     names = list_recipes()
-    for name in names:
-        print(f"{name:<{max(map(len, names))}}  {describe_recipe(name)}")
+    say(*(f"{name:<{max(map(len, names))}}  {describe_recipe(name)}" for name in names))

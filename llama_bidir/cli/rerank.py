@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_identical_option, add_job_options, check_job_options, do_job, positive_int
+from .options import add_identical_option, add_job_options, check_job_options, do_job, positive_int, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,4 +62,4 @@ def run(arguments: argparse.Namespace) -> None:
     if job.ranks.rank == 0:
         speed = f", {result.num_pairs / result.seconds:.1f} pairs/s" if result.num_pairs else ""
         by = f" by process 0 of {job.ranks.size}" if job.ranks.size > 1 else ""
-        print(f"run: {result.output} ({result.num_pairs} pairs scored{by} in {result.seconds:.1f} s{speed})")
+        say(f"run: {result.output} ({result.num_pairs} pairs scored{by} in {result.seconds:.1f} s{speed})")

@@ -1,5 +1,6 @@
 """Rows and documents as memory-mapped Arrow files, written once and shared by all processes that read them."""
 
+import errno
 import hashlib
 import os
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..utils.errors import naming
 from ..utils.extras import require
 from .files import check_file
 from .rows import COLUMNS, PASSAGE_COLUMNS, TrainingRow
@@ -78,11 +80,12 @@ def write_dataset(
         cache_dir: where the file is kept; None is the cache of `datasets`.
 
     Raises:
-        ValueError, OSError: whatever `generate` raises.
+        ValueError, OSError: whatever `generate` raises, or the cache cannot be written.
     """
     datasets = require("datasets", "train")
+    cache = datasets.config.HF_DATASETS_CACHE if cache_dir is None else os.fspath(cache_dir)
     try:
-        with _no_progress_bars():
+        with naming(cache), _no_progress_bars():
             return datasets.Dataset.from_generator(
                 generate,
                 features=features,
@@ -92,7 +95,13 @@ def write_dataset(
     except datasets.exceptions.DatasetGenerationError as error:
         if error.__cause__ is None:
             raise
-        raise error.__cause__ from None
+        with naming(cache):
+            raise error.__cause__ from None
+    except OSError as error:
+        if error.errno is not None or error.filename is not None:
+            raise
+        # What `datasets` raises before it writes anything.
+        raise OSError(errno.ENOSPC, str(error), cache) from None
 
 
 def load_folder(folder: Path, cache_dir: str | os.PathLike[str] | None) -> "Dataset":

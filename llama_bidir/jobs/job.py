@@ -3,6 +3,7 @@
 import gzip
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -14,6 +15,7 @@ from typing import IO, Any, NamedTuple, cast
 from tqdm.auto import tqdm
 
 from ..cross_encoder import CrossEncoder
+from ..utils.errors import naming
 from ..utils.outputs import check_apart, check_free
 from ..utils.sharing import deal
 from ..utils.validation import check_positive_int
@@ -194,10 +196,13 @@ def run_job(job: Job, cross_encoder: CrossEncoder, *, show_progress_bar: bool | 
         job: the job, not started.
         cross_encoder: a model with one label.
         show_progress_bar: shown when not given and this module logs at INFO.
+
+    Raises:
+        RuntimeError: the journal cannot be written, such as on a full disk, with its path.
     """
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)
-    with closing(job):
+    with closing(job), _named_journal(job.journal.path):
         numbers = job.start(*fix_scoring(cross_encoder, job.task.label, job.limits.max_tokens_per_batch))
         started = time.perf_counter()
         with job.progress_bar(numbers, is_shown=show_progress_bar) as progress:
@@ -211,6 +216,15 @@ def run_job(job: Job, cross_encoder: CrossEncoder, *, show_progress_bar: bool | 
         seconds = time.perf_counter() - started
         job.finish()
     return JobResult(job.output, job.num_pairs(numbers), seconds)
+
+
+@contextmanager
+def _named_journal(path: Path) -> Iterator[None]:
+    """Names the journal in an error of SQLite, which names no file."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise RuntimeError(f"{path}: {error}; start again to resume when the file can be written") from error
 
 
 def score_windows(
@@ -233,8 +247,13 @@ def score_windows(
 
 @contextmanager
 def open_binary(path: Path, *, is_compressed: bool) -> Iterator[IO[bytes]]:
-    """Opens a file to write. When the block ends, the file is safe from a loss of power."""
-    with path.open("wb") as raw:
+    """
+    Opens a file to write. When the block ends, the file is safe from a loss of power.
+
+    Raises:
+        OSError: the file cannot be written, with its path.
+    """
+    with naming(path), path.open("wb") as raw:
         if is_compressed:
             # Without a name and a time, the same content gives the same bytes.
             with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:

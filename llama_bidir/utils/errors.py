@@ -1,5 +1,9 @@
 """Errors that tell bad input from work that failed, for callers that treat the two differently."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputTypeError(TypeError):
     """A value that the user gave has the wrong type. Any other TypeError is a fault of the program."""
@@ -7,3 +11,14 @@ class InputTypeError(TypeError):
 
 class ScoreError(ValueError):
     """A model gave a score that is NaN or infinite, so the work failed although the input may be right."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds a path to an OSError of the block that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
