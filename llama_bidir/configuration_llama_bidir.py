@@ -410,7 +410,8 @@ class LlamaBidirectionalConfig(LlamaConfig):
             return super().from_dict({**stored, **given}, **kwargs)
         except Exception as error:
             field = cls._wrong_field(stored, given)
-            if field is None and isinstance(error, (ValueError, OSError)):
+            is_named = any(name in str(error) for name in (*stored, *given))
+            if field is None and is_named and isinstance(error, (ValueError, OSError)):
                 raise
             named = f"{file}: {field or 'a field'} cannot be used: {type(error).__name__}: {error}"
             raise ValueError(named if field is None or field not in str(error) else f"{file}: {error}") from None

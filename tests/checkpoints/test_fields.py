@@ -22,6 +22,13 @@ def test_a_configuration(tmp_path, field, value, message):
         LlamaBidirectionalConfig.from_pretrained(tmp_path)
 
 
+def test_a_configuration_with_two_wrong_fields_is_named(tmp_path):
+    fields = {"model_type": "llama", **tiny_config(), "id2label": {"x": "y"}, "num_attention_heads": 5}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"config\.json: a field cannot be used: ValueError: invalid literal for int"):
+        LlamaBidirectionalConfig.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [

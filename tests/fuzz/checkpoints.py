@@ -75,7 +75,8 @@ def check_config(config: Any) -> None:
     read.save_pretrained(saved)
     again = LlamaBidirectionalConfig.from_pretrained(saved)
     for field in DECISIVE:
-        assert repr(getattr(again, field)) == repr(getattr(read, field)), field
+        first, second = (json.dumps(getattr(each, field), sort_keys=True) for each in (read, again))
+        assert first == second, field
 
 
 def check_config_bytes(content: bytes) -> None:
