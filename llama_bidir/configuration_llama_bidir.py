@@ -243,7 +243,10 @@ def check_stock_head(
     """
     if not is_stock(config_dict) or given.keys() & {"is_causal", "pooling"}:
         return
-    names = [name for name in map(str, config_dict.get("architectures") or ()) if _HEADS.search(name)]
+    architectures = config_dict.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"{source}: architectures must be a list of names, got {architectures!r}")
+    names = [name for name in map(str, architectures) if _HEADS.search(name)]
     if names or has_score:
         raise ValueError(
             f"{source} holds a {names[0] if names else 'score.weight of a plain Llama'}, whose head was trained under "
@@ -348,6 +351,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
         except StrictDataclassError as error:
             raise ValueError(str(error)) from None
         check_rerank_max_length(self.rerank_max_length, self)
+        check_num_labels(self.num_labels)  # the length of id2label, which may be empty
         if not -self.vocab_size <= (self.pad_token_id or 0) < self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}")
 
@@ -415,7 +419,8 @@ class LlamaBidirectionalConfig(LlamaConfig):
             return super().from_dict({**stored, **given}, **kwargs)
         except Exception as error:
             field = cls._wrong_field(stored, given)
-            if field is None and isinstance(error, (ValueError, OSError)):
+            is_named = any(name in str(error) for name in (*stored, *given))
+            if field is None and is_named and isinstance(error, (ValueError, OSError)):
                 raise
             named = f"{file}: {field or 'a field'} cannot be used: {type(error).__name__}: {error}"
             raise ValueError(named if field is None or field not in str(error) else f"{file}: {error}") from None

@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
             "model_kwargs={'use_safetensors': False} to read it with torch's safe loader, and save it as safetensors"
         )
     check_weights_file(pickled)
+
+
+@contextmanager
+def named_errors(name_or_path: str) -> Iterator[None]:
+    """Makes what PEFT raises for a wrong field, such as AttributeError, a ValueError that names the adapter."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, RecursionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the adapter {name_or_path!r} cannot be used: {type(error).__name__}: {reason}; correct {CONFIG_FILE}"
+        ) from None
 
 
 def absolute_base(base: Any) -> Any:

@@ -20,7 +20,7 @@ from ..pretrained_llama_bidir import find_base, missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
-from .adapters import WEIGHTS_FILE, absolute_base, check_adapter, check_weights, read_names
+from .adapters import WEIGHTS_FILE, absolute_base, check_adapter, check_weights, named_errors, read_names
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
@@ -214,7 +214,8 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
         return model
     peft = require("peft", "train")
     check_adapter(name_or_path, source, use_safetensors=model_kwargs.get("use_safetensors"))
-    adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
+    with named_errors(name_or_path):
+        adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
@@ -256,9 +257,10 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
     # The adapter can be trained further. Scoring computes no gradients.
     is_trainable = not adapter.is_prompt_learning  # which PEFT cannot train further
     try:
-        adapted = peft.PeftModel.from_pretrained(
-            model, name_or_path, is_trainable=is_trainable, config=adapter, **source
-        )
+        with named_errors(name_or_path):
+            adapted = peft.PeftModel.from_pretrained(
+                model, name_or_path, is_trainable=is_trainable, config=adapter, **source
+            )
     except KeyError as error:  # of PEFT, for a module that is saved whole
         raise missing_weights(name_or_path, [str(error.args[0])]) from None
     check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))

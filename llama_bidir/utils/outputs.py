@@ -230,5 +230,10 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file beside `path` and renames it, so that `path` is never half written."""
     target = Path(path)
     working = target.with_name(f".{target.name}.tmp")
-    working.write_text(text, encoding="utf-8")
-    working.replace(target)
+    content = text.encode()
+    try:
+        working.write_bytes(content)
+        working.replace(target)
+    except OSError:  # such as a full disk
+        working.unlink(missing_ok=True)
+        raise

@@ -1,6 +1,5 @@
 """Texts of any kind through templates, the encoder, scoring and ranking."""
 
-import logging
 import re
 from functools import cache
 from typing import Any
@@ -40,7 +39,6 @@ def tokenizer() -> Any:
 
 @cache
 def cross_encoder() -> CrossEncoder:
-    logging.getLogger("llama_bidir").setLevel(logging.ERROR)  # warnings of cut pairs are many here
     return CrossEncoder(make_model(), tokenizer(), max_length=MAX_LENGTH, device="cpu")
 
 

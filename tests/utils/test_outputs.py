@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from llama_bidir.utils.outputs import check_apart, check_free, whole_folder
+from llama_bidir.utils.outputs import check_apart, check_free, whole_folder, write_whole
 
 
 def make_folder(path, during=lambda: None, **options):
@@ -80,3 +80,12 @@ def test_an_output_is_neither_an_input_nor_another_output(tmp_path):
         check_apart({"corpus": tmp_path / "a"}, {"output": f"{tmp_path}/x/../a"})
     with pytest.raises(ValueError, match="output and write_run must be two files"):
         check_apart({}, {"write_run": "b", "output": "./b"})
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, "former")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "\ud800")
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_text() == "former"
