@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from .weights_llama_bidir import check_score, read_weights
+from .weights_llama_bidir import check_score, find_weights, read_weights
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 POOLINGS = ("avg", "cls", "last")
@@ -271,7 +271,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
         num_labels, folder = kwargs.get("num_labels", config_dict.get("num_labels")), kwargs.get("name_or_path")
         if isinstance(num_labels, int) and num_labels > MAX_NUM_LABELS and folder is not None and os.path.isdir(folder):
-            check_score(num_labels, read_weights(folder) or {})
+            check_score(num_labels, read_weights(find_weights(folder)))
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:

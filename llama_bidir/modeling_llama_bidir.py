@@ -21,7 +21,7 @@ from .configuration_llama_bidir import (
     check_stock_head,
     is_stock,
 )
-from .weights_llama_bidir import check_weights, read_weights
+from .weights_llama_bidir import check_weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -194,17 +194,16 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         if not {"state_dict", "key_mapping", "variant"}.isdisjoint(kwargs) or kwargs.get("use_safetensors") is False:
             return
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if not (files := find_weights(name, **hub)):
+            return  # an adapter, or files of another kind, which are checked when they are loaded
         stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
         is_given = isinstance(config, PreTrainedConfig)
         if not is_given:
-            if config is None and not stored:
-                return  # an adapter, whose base model transformers loads
             fields = {*LlamaBidirectionalConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
             config = LlamaBidirectionalConfig.from_pretrained(
                 name if config is None else config, **hub, **{key: kwargs[key] for key in fields & kwargs.keys()}
             )
-        if (weights := read_weights(name, **hub)) is None:
-            return
+        weights = read_weights(files)
         if not is_given:
             has_score = "score.weight" in weights
             check_stock_head(stored, kwargs, repr(os.fspath(name)), has_score=has_score)

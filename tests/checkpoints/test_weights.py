@@ -303,6 +303,19 @@ def test_the_shards_of_a_cached_repository_are_read(tmp_path):
         LlamaBidirectionalModel.from_pretrained("you/sharded", cache_dir=tmp_path)
 
 
+def test_a_cached_adapter_needs_no_configuration(base_checkpoint, tmp_path):
+    # As where nobody has asked for its config.json, so that the cache cannot say that there is none.
+    peft = pytest.importorskip("peft")
+    repo = tmp_path / "models--you--adapter"
+    base = LlamaBidirectionalForSequenceClassification.from_pretrained(base_checkpoint)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    adapted.save_pretrained(repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    model = LlamaBidirectionalForSequenceClassification.from_pretrained("you/adapter", cache_dir=tmp_path)
+    assert {name.split(".")[-2] for name, _ in model.named_parameters() if "lora_A" in name} == {"default"}
+
+
 def test_weights_that_are_not_in_safetensors_are_checked_when_they_are_loaded(broken):
     folder = broken()
     weights = load_file(folder / "model.safetensors")
