@@ -191,11 +191,12 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
     @classmethod
     def _check_weights(cls, name: str | os.PathLike[str], *, config: Any = None, **kwargs: Any) -> None:
         # Before a module is made: a wrong size may take all memory.
-        if not {"state_dict", "key_mapping", "variant"}.isdisjoint(kwargs) or kwargs.get("use_safetensors") is False:
-            return
+        renamed = any(kwargs.get(key) is not None for key in ("state_dict", "key_mapping", "variant"))
+        if renamed or kwargs.get("use_safetensors") is False or kwargs.get("force_download"):
+            return  # other files or names, which are checked when they are loaded
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if not (files := find_weights(name, **hub)):
-            return  # an adapter, or files of another kind, which are checked when they are loaded
+            return  # an adapter, or files of another kind
         stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
         is_given = isinstance(config, PreTrainedConfig)
         if not is_given:

@@ -30,14 +30,11 @@ def find_weights(name_or_path: str | os.PathLike[str], **source: Any) -> list[st
         name_or_path: a folder or the id of a Hub repository.
         source: arguments of the Hub.
     """
-    file, index = (
-        cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **source)
-        for name in ("model.safetensors", "model.safetensors.index.json")
-    )
-    if file is not None or index is None:
-        return [] if file is None else [file]
-    shards: list[str] = get_checkpoint_shard_files(name_or_path, index, **source)[0]
-    return shards
+    may_be_missing = {"_raise_exceptions_for_missing_entries": False, **source}
+    if file := cached_file(name_or_path, "model.safetensors", **may_be_missing):
+        return [file]
+    index = cached_file(name_or_path, "model.safetensors.index.json", **may_be_missing)
+    return [] if index is None else list(get_checkpoint_shard_files(name_or_path, index, **source)[0])
 
 
 def read_weights(files: Iterable[str]) -> dict[str, Weight]:
