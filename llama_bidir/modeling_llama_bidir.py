@@ -1,8 +1,10 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
 """Llama with bidirectional attention, and a linear score head on its pooled hidden states."""
 
+import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask, packed_sequenc
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_llama_bidir import (
     HUB_ARGUMENTS,
@@ -24,6 +27,8 @@ from .configuration_llama_bidir import (
 from .weights_llama_bidir import check_weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
+
+NOTHING_TO_REPORT = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()}
 
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -179,24 +184,28 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         if gguf_file is not None:
             model, info = cls._from_gguf(pretrained_model_name_or_path, *model_args, gguf_file=gguf_file, **kwargs)
         else:
-            if pretrained_model_name_or_path is not None:
-                cls._check_weights(pretrained_model_name_or_path, **kwargs)
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-            model, info = loaded
-            _check_missing(info, pretrained_model_name_or_path)
+            name = pretrained_model_name_or_path
+            is_adapter = name is not None and cls._check_weights(name, **kwargs)
+            # transformers 5.6 fails to report how it loaded an adapter.
+            loaded: Any = super().from_pretrained(name, *model_args, output_loading_info=not is_adapter, **kwargs)
+            model, info = (loaded, dict(NOTHING_TO_REPORT)) if is_adapter else loaded
+            _check_missing(info, name)
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _check_weights(cls, name: str | os.PathLike[str], *, config: Any = None, **kwargs: Any) -> None:
-        # Before a module is made: a wrong size may take all memory.
+    def _check_weights(cls, name: str | os.PathLike[str], *, config: Any = None, **kwargs: Any) -> bool:
+        """Checks a checkpoint before a module is made, and returns whether it is an adapter on a base model."""
         renamed = any(kwargs.get(key) is not None for key in ("state_dict", "key_mapping", "variant"))
         if renamed or kwargs.get("use_safetensors") is False or kwargs.get("force_download"):
-            return  # other files or names, which are checked when they are loaded
+            return False  # other files or names, which are checked when they are loaded
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if not (files := find_weights(name, **hub)):
-            return  # an adapter, or files of another kind
+            if (adapter := find_adapter_config_file(os.fspath(name), **hub)) is None:
+                return False
+            base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            if isinstance(base, str) and os.path.isdir(base):
+                cls._check_weights(base, config=config, **{key: kwargs[key] for key in kwargs.keys() - {"subfolder"}})
+            return True
         stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
         is_given = isinstance(config, PreTrainedConfig)
         if not is_given:
@@ -223,6 +232,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             drops_layers="num_hidden_layers" in kwargs or config.num_hidden_layers != stored.get("num_hidden_layers"),
             replaces_head=bool(kwargs.get("ignore_mismatched_sizes")),
         )
+        return False
 
     @classmethod
     def _from_gguf(cls, pretrained_model_name_or_path: Any, *model_args: Any, gguf_file: str, **kwargs: Any) -> Any:
