@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .files_llama_bidir import HUB_ARGUMENTS, check_checkpoint_path, check_depth, find_file, read_json
-from .weights_llama_bidir import check_score, read_weights
+from .weights_llama_bidir import check_score, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -405,7 +405,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
         num_labels, folder = kwargs.get("num_labels", config_dict.get("num_labels")), kwargs.get("name_or_path")
         if isinstance(num_labels, int) and num_labels > MAX_NUM_LABELS and folder is not None and os.path.isdir(folder):
-            check_score(num_labels, read_weights(folder) or {})
+            check_score(num_labels, read_weights(find_weights(folder)))
         chosen = [name for name in ATTENTION_FIELDS if kwargs.get(name.removeprefix("_")) is not None]
         stored = {name: value for name, value in config_dict.items() if name not in {*given, *chosen}}
         file = f"{kwargs.get('name_or_path') or 'the checkpoint'}: config.json"

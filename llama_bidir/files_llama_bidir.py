@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MAX_JSON_DEPTH = 50
 LFS_BEGIN = b"version https://git-lfs"
+ADAPTER_STEMS = ("adapter_model", "adapter_model")  # see `check_weight_files`
 INTERRUPTED_SAVE = ".interrupted-save"  # the folder of new files while they replace old ones
 
 
@@ -102,16 +103,22 @@ def check_depth(content: Any, name: str) -> None:
 
 
 def check_weight_files(
-    name_or_path: str, source: Mapping[str, Any], *, use_safetensors: bool | None = None, variant: str | None = None
+    name_or_path: str,
+    source: Mapping[str, Any],
+    *,
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    stems: tuple[str, str] = ("model", "pytorch_model"),
 ) -> None:
     """
-    Checks the files of a checkpoint's weights before transformers reads them.
+    Checks the files of a checkpoint's weights before they are read.
 
     Args:
         name_or_path (`str`): a folder or the id of a Hub repository.
         source (`dict`): arguments of the Hub, such as `revision`.
         use_safetensors (`bool`, *optional*): `False` allows pickled weights, for torch's safe loader.
         variant (`str`, *optional*): as in [`PreTrainedModel.from_pretrained`].
+        stems (`tuple`): the names of a safetensors file and of a pickled file, without their endings.
 
     Raises:
         ValueError: the weights are a pickle and `use_safetensors` is not `False`, an index names a file outside of the
@@ -127,9 +134,9 @@ def check_weight_files(
         return find_file(name_or_path, f"{name}.json", source), True
 
     suffix = ".bin" if use_safetensors is False else ".safetensors"
-    file, is_index = find("pytorch_model" if use_safetensors is False else "model", suffix)
+    file, is_index = find(stems[use_safetensors is False], suffix)
     if file is None and use_safetensors is not False:
-        pickled, _ = find("pytorch_model", ".bin")
+        pickled, _ = find(stems[1], ".bin")
         if pickled is not None:
             raise ValueError(
                 f"{name_or_path!r} holds its weights as a pickle ({os.path.basename(pickled)}), a format that can run "
@@ -137,7 +144,7 @@ def check_weight_files(
                 "it with torch's safe loader, and save it as safetensors"
             )
     if file is None:
-        return  # transformers says so
+        return  # the loader says so
     if not is_index:
         check_weights_file(file)
         return

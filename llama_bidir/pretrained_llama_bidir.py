@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig, check_stock_head, is_stock
 from .files_llama_bidir import (
+    ADAPTER_STEMS,
     HUB_ARGUMENTS,
     INTERRUPTED_SAVE,
     check_checkpoint_path,
@@ -25,7 +27,7 @@ from .files_llama_bidir import (
     find_file,
     read_json,
 )
-from .weights_llama_bidir import check_weights, read_weights
+from .weights_llama_bidir import check_weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +56,28 @@ def _replace_weights(folder: Path, staged: Path) -> None:
     moving.rmdir()
 
 
-def is_adapter_folder(path: Any) -> bool:
-    """Whether a path is a folder that holds an adapter (PEFT) and no weights of a whole model."""
-    if not isinstance(path, (str, os.PathLike)) or not Path(path, "adapter_config.json").is_file():
-        return False
-    return not any(Path(path, name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+
+
+def find_adapter(name: Any, source: Mapping[str, Any]) -> str | None:
+    """
+    Returns the folder of an adapter (PEFT), or None for a whole model.
+
+    Args:
+        name (`str` or `os.PathLike`): A folder, or the id of a Hub repository, whose files are fetched.
+        source (`dict`): Arguments of the Hub.
+    """
+    if name is None:
+        return None
+    find = partial(find_file, os.fspath(name), source=source)
+    if (adapter := find("adapter_config.json")) is None:
+        return None
+    if any(find(file) is not None for file in ("model.safetensors", "model.safetensors.index.json")):
+        return None
+    for file in ("config.json", "adapter_model.safetensors"):
+        find(file)
+    return os.path.dirname(adapter)
 
 
 def find_base(adapter: str | os.PathLike[str], base: Any) -> str:
@@ -157,8 +176,8 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             check_checkpoint_path(name)
         if gguf_file is not None:
             model, info = cls._from_gguf(name, *model_args, gguf_file=gguf_file, **kwargs)
-        elif is_adapter_folder(name):
-            model = cls._from_adapter(name, *model_args, **kwargs)
+        elif (adapter := find_adapter(name, _hub_arguments(kwargs))) is not None:
+            model = cls._from_adapter(adapter, *model_args, **kwargs)
             info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         else:
             if name is not None:
@@ -175,13 +194,11 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
     @classmethod
     def _check_checkpoint(cls, name: str, *, config: Any = None, **kwargs: Any) -> None:
         """Checks the files of a checkpoint before a module is made: a wrong size could take all memory."""
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        hub = _hub_arguments(kwargs)
         config_file = find_file(name, "config.json", hub)
         stored = {} if config_file is None else read_json(config_file)
         is_given = isinstance(config, PreTrainedConfig)
         if not is_given:
-            if config is None and not stored:
-                return  # an adapter in a repository, whose base model transformers loads
             fields = {*LlamaBidirectionalConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
             given = {key: kwargs[key] for key in (*fields, "attn_implementation") if key in kwargs}
             config = LlamaBidirectionalConfig.from_pretrained(name if config is None else config, **hub, **given)
@@ -190,8 +207,9 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         check_weight_files(name, hub, use_safetensors=kwargs.get("use_safetensors"), variant=kwargs.get("variant"))
         if not {"key_mapping", "variant"}.isdisjoint(kwargs) or kwargs.get("use_safetensors") is False:
             return
-        if (weights := read_weights(name, **hub)) is None:
+        if not (files := find_weights(name, **hub)):
             return
+        weights = read_weights(files)
         if not is_given:
             has_score = "score.weight" in weights
             check_stock_head(stored, kwargs, repr(name), has_score=has_score)
@@ -247,6 +265,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         for name in ("adapter_kwargs", "revision", "subfolder"):  # of the adapter, whose folder this is
             kwargs.pop(name, None)
         adapter = read_json(Path(folder, "adapter_config.json"))
+        check_weight_files(os.fspath(folder), {}, use_safetensors=kwargs.get("use_safetensors"), stems=ADAPTER_STEMS)
         if Path(folder, "config.json").is_file() and not isinstance(kwargs.get("config"), LlamaBidirectionalConfig):
             config, kwargs = LlamaBidirectionalConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
             kwargs["config"] = config
@@ -277,7 +296,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             OSError: The base model cannot be loaded. The message names it and the adapter.
         """
         config = kwargs.get("config")
-        source = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        source = _hub_arguments(kwargs)
         try:
             config_file = find_file(base, "config.json", source)
             vocab_size = None if config_file is None else read_json(config_file).get("vocab_size")

@@ -4,7 +4,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
@@ -22,24 +22,23 @@ class Weight(NamedTuple):
     dtype: str
 
 
-def read_weights(name_or_path: str | os.PathLike[str], **source: Any) -> dict[str, Weight] | None:
+def find_weights(name_or_path: str | os.PathLike[str], **source: Any) -> list[str]:
     """
-    Reads the headers of a checkpoint's safetensors files: its weights by name, or None if it has no such files.
+    Returns the paths of a checkpoint's safetensors files; none if its weights are in files of another kind.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
         source: arguments of the Hub.
     """
-    file, index = (
-        cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **source)
-        for name in ("model.safetensors", "model.safetensors.index.json")
-    )
-    if file is not None:
-        files = [file]
-    elif index is not None:
-        files, _ = get_checkpoint_shard_files(name_or_path, index, **source)
-    else:
-        return None
+    may_be_missing = {"_raise_exceptions_for_missing_entries": False, **source}
+    if file := cached_file(name_or_path, "model.safetensors", **may_be_missing):
+        return [file]
+    index = cached_file(name_or_path, "model.safetensors.index.json", **may_be_missing)
+    return [] if index is None else list(get_checkpoint_shard_files(name_or_path, index, **source)[0])
+
+
+def read_weights(files: Iterable[str]) -> dict[str, Weight]:
+    """Reads the headers of safetensors files: the weights that they hold, by name."""
     weights = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..files_llama_bidir import check_weights_file, find_file, read_json
+from ..files_llama_bidir import ADAPTER_STEMS, check_weight_files, find_file, read_json
 from ..pretrained_llama_bidir import missing_weights
 from ..utils.extras import require
 from .files import write_json
@@ -46,18 +46,9 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
         raise ValueError(f"{file!r}: base_model_name_or_path names the adapter itself: write the base model there")
     if fields.get("megatron_config") is not None:
         raise ValueError(f"{file!r}: megatron_config imports the module megatron_core, which is refused: remove it")
-    if (weights := find_file(name_or_path, WEIGHTS_FILE, source)) is not None:
-        check_weights_file(weights)
-        return
-    pickled = find_file(name_or_path, PICKLED_FILE, source)
-    if pickled is None:
+    check_weight_files(name_or_path, source, use_safetensors=use_safetensors, stems=ADAPTER_STEMS)
+    if all(find_file(name_or_path, name, source) is None for name in (WEIGHTS_FILE, PICKLED_FILE)):
         raise FileNotFoundError(f"the adapter {name_or_path!r} has no {WEIGHTS_FILE}")
-    if use_safetensors is not False:
-        raise ValueError(
-            f"{name_or_path!r} holds its weights as a pickle ({PICKLED_FILE}), a format that can run code: pass "
-            "model_kwargs={'use_safetensors': False} to read it with torch's safe loader, and save it as safetensors"
-        )
-    check_weights_file(pickled)
 
 
 @contextmanager

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ..data import GroupDataset
 from ..files_llama_bidir import INTERRUPTED_SAVE
 from ..utils.extras import require
 from ..utils.outputs import write_whole
 from ..utils.resume import describe_changes
 from ..utils.workspace import SAVING
+from ..weights_llama_bidir import read_weights
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
 
@@ -91,15 +90,11 @@ def check_complete(checkpoint: Path, model: Any) -> None:
     files = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
     if not files or list(checkpoint.glob("global_step*")):
         return
-    held = set[str]()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            held.update(opened.keys())
     if hasattr(model, "peft_config"):
         names = require("peft", "train").get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     else:
         names = model.state_dict().keys()
-    if missing := sorted(names - held):
+    if missing := sorted(names - read_weights(map(os.fspath, files)).keys()):
         listed = f"{', '.join(missing[:3])}{' and others' if missing[3:] else ''}"
         raise ValueError(f"{os.fspath(checkpoint)!r} lacks {listed}: remove it to resume from the checkpoint before it")
 

@@ -291,6 +291,35 @@ def test_every_shard_is_read(cls, tmp_path):
         AutoModel.from_pretrained(tmp_path, config=LlamaBidirectionalConfig.from_pretrained(tmp_path))
 
 
+def test_the_shards_of_a_cached_repository_are_read(tmp_path):
+    repo = tmp_path / "models--you--sharded"
+    folder = repo / "snapshots" / ("0" * 40)
+    LlamaForCausalLM(LlamaConfig(**tiny_config())).save_pretrained(folder, max_shard_size="20KB")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    LlamaBidirectionalModel.from_pretrained("you/sharded", cache_dir=tmp_path)
+    edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"0000 lacks model\.layers\.2\..* num_hidden_layers is 3, but the checkpoint"):
+        LlamaBidirectionalModel.from_pretrained("you/sharded", cache_dir=tmp_path)
+
+
+def test_a_cached_adapter_needs_no_configuration(base_checkpoint, tmp_path):
+    # As where nobody has asked for its config.json, so that the cache cannot say that there is none.
+    peft = pytest.importorskip("peft")
+    repo = tmp_path / "models--you--adapter"
+    base_copy = shutil.copytree(base_checkpoint, tmp_path / "base")
+    base = LlamaBidirectionalForSequenceClassification.from_pretrained(base_copy)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    adapted.save_pretrained(repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    model = LlamaBidirectionalForSequenceClassification.from_pretrained("you/adapter", cache_dir=tmp_path)
+    assert {name.split(".")[-2] for name, _ in model.named_parameters() if "lora_A" in name} == {"default"}
+    edit_config(base_copy, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"num_hidden_layers is 1 in the configuration, but .*base.model\.safetensors"):
+        LlamaBidirectionalForSequenceClassification.from_pretrained("you/adapter", cache_dir=tmp_path)
+
+
 def test_weights_that_are_not_in_safetensors_are_checked_when_they_are_loaded(broken):
     folder = broken()
     weights = load_file(folder / "model.safetensors")
