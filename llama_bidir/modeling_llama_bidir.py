@@ -131,7 +131,7 @@ def sequence_classification_loss(
     )
 
 
-def check_weights(
+def check_weight_files(
     name_or_path: str, source: Mapping[str, Any], *, use_safetensors: bool | None = None, variant: str | None = None
 ) -> None:
     """
@@ -169,11 +169,11 @@ def check_weights(
     if file is None:
         return  # transformers says so
     if not is_index:
-        check_weights_file(file)
+        check_weight_file(file)
         return
     for shard in read_shards(file, suffix):
         if os.path.isdir(name_or_path):  # the shards of a repository are not fetched yet
-            check_weights_file(os.path.join(os.path.dirname(file), shard))
+            check_weight_file(os.path.join(os.path.dirname(file), shard))
 
 
 def read_shards(index: str, suffix: str) -> list[str]:
@@ -190,7 +190,7 @@ def read_shards(index: str, suffix: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def check_weights_file(path: str) -> None:
+def check_weight_file(path: str) -> None:
     """Raises ValueError, naming the file, for weights that are not whole, or that torch's safe loader refuses."""
     check_is_downloaded(path)
     try:
@@ -246,7 +246,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             safety = {key: kwargs[key] for key in ("use_safetensors", "variant") if key in kwargs}
             if kwargs.get("config") is None and find_file(name, "config.json", source) is not None:
                 LlamaBidirectionalConfig.get_config_dict(name, **source)  # refuses other models before their weights
-            check_weights(name, source, **safety)
+            check_weight_files(name, source, **safety)
             kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)

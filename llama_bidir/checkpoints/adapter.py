@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..configuration_llama_bidir import find_file, read_json
-from ..modeling_llama_bidir import check_weights_file
+from ..modeling_llama_bidir import check_weight_file
 from ..utils.extras import require
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -40,7 +40,7 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
     if fields.get("megatron_config") is not None:
         raise ValueError(f"{file!r}: megatron_config imports the module megatron_core, which is refused: remove it")
     if (weights := find_file(name_or_path, WEIGHTS, source)) is not None:
-        check_weights_file(weights)
+        check_weight_file(weights)
         return
     pickled = find_file(name_or_path, PICKLED, source)
     if pickled is None:
@@ -50,4 +50,4 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
             f"{name_or_path!r} holds its weights as a pickle ({PICKLED}), a format that can run code: pass "
             "model_kwargs={'use_safetensors': False} to read it with torch's safe loader, and save it as safetensors"
         )
-    check_weights_file(pickled)
+    check_weight_file(pickled)

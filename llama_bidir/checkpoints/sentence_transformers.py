@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from ..configuration_llama_bidir import find_file, is_inside, read_json
-from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, check_weights_file
+from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification, check_weight_file
 from .chat_template import make_chat_template, save_tokenizer
 from .files import fold_temperature, llama_config, write_json
 
@@ -141,7 +141,7 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             f"{mode!r} and {dense}"
         )
     weights = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
-    check_weights_file(str(weights))
+    check_weight_file(str(weights))
     head = load_file(weights).get("linear.weight")
     if head is None or head.ndim != 2:
         raise ValueError(f"{str(weights)!r} must hold the matrix linear.weight, the weight of the score head")
