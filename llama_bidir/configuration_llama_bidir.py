@@ -291,7 +291,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
             default is that of NVIDIA's rerankers, `"question:{query} \n \n passage:{passage}"`.
         rerank_max_length (`int`, *optional*, defaults to 512, or `max_position_embeddings` where that is smaller):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
-            `max_position_embeddings`.
+            `max_position_embeddings`, or to `original_max_position_embeddings` with the rope_type `longrope`.
         num_labels (`int`, *optional*, defaults to 1):
             The number of outputs of the score head.
 

@@ -58,7 +58,8 @@ class CrossEncoder(SavedReranker):
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
         num_labels: outputs of the head.
         revision, token, cache_folder, local_files_only: where and how files are fetched from the Hub.
-        model_kwargs, tokenizer_kwargs: for `from_pretrained` of the model and of the tokenizer.
+        model_kwargs, tokenizer_kwargs: for `from_pretrained` of the model and of the tokenizer. Pickled weights are
+            refused unless `model_kwargs={"use_safetensors": False}` asks for torch's safe loader.
         backend: `"torch"`, or `"onnx"` for an exported folder, in onnxruntime on a CPU. There,
             `model_kwargs={"file_name": "model_int8.onnx"}` chooses another graph of the folder.
         long_document: `"truncate"` cuts the end of a passage that does not fit into `max_length`. `"max"` and

@@ -146,11 +146,11 @@ def check_weight_files(
     if file is None:
         return  # the loader says so
     if not is_index:
-        check_weights_file(file)
+        check_weight_file(file)
         return
     for shard in read_shards(file, suffix):
         if os.path.isdir(name_or_path):  # the shards of a repository are not fetched yet
-            check_weights_file(os.path.join(os.path.dirname(file), shard))
+            check_weight_file(os.path.join(os.path.dirname(file), shard))
 
 
 def read_shards(index: str, suffix: str) -> list[str]:
@@ -167,7 +167,7 @@ def read_shards(index: str, suffix: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def check_weights_file(path: str) -> None:
+def check_weight_file(path: str) -> None:
     """Raises ValueError, naming the file, for weights that are not whole, or that torch's safe loader refuses."""
     check_is_downloaded(path)
     try:

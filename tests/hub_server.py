@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
         self.commits: list[dict[str, Any]] = []
+        self.faults: dict[str, tuple[int, str | None]] = {}  # by repository or file: status (0 cuts the line) and code
+        self.requests: list[str] = []
 
     @property
     def endpoint(self) -> str:
@@ -43,6 +46,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
+        self.server.requests.append(path)
+        for name, (status, code) in self.server.faults.items():
+            if name in path:
+                if status == 0:
+                    self.close_connection = True
+                    return self.connection.shutdown(socket.SHUT_RDWR)
+                return self.reply(b"", status, **({"X_Error_Code": code} if code else {}), Retry_After="20")
         if path == "/api/whoami-v2":
             return self.reply({"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):

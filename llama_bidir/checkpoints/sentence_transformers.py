@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from ..files_llama_bidir import check_weights_file, find_file, is_inside, read_json
+from ..files_llama_bidir import check_weight_file, find_file, is_inside, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from .chat_template import make_chat_template, save_tokenizer
 from .files import fold_temperature, llama_config, write_json
@@ -142,7 +142,7 @@ def read_head(name_or_path: str, source: Mapping[str, Any]) -> tuple[str, torch.
             f"{mode!r} and {dense}"
         )
     file = _require(name_or_path, f"{modules[2]['path']}/model.safetensors", source)
-    check_weights_file(os.fspath(file))
+    check_weight_file(os.fspath(file))
     weight = load_file(file).get("linear.weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         held = None if weight is None else f"{weight.dtype} of shape {list(weight.shape)}"
