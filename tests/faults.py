@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 
 import torch
 from helpers import ROWS, arguments, make_model, make_tokenizer
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
@@ -218,7 +220,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    disable_progress_bar()  # a child that is killed while it draws one keeps the lock of tqdm
+    disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # a killed child would keep tqdm's own, which processes share
     logging.getLogger("llama_bidir").setLevel(logging.ERROR)
     generator = random.Random(options.seed)
     wrong = 0
