@@ -4,6 +4,7 @@
 The files `*_llama_bidir.py` can be saved beside a checkpoint. They therefore import nothing else from this package.
 """
 
+import logging
 import math
 import operator
 import os
@@ -22,6 +23,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .files_llama_bidir import HUB_ARGUMENTS, check_checkpoint_path, check_depth, find_file, read_json
 from .weights_llama_bidir import check_score, read_weights
+
+logger = logging.getLogger(__name__)
 
 POOLINGS = ("avg", "cls", "last")
 DEFAULT_PROMPT_TEMPLATE = "question:{query} \n \n passage:{passage}"
@@ -261,6 +264,8 @@ def check_fields_of_file(fields: Mapping[str, Any]) -> None:
                 f"{name} {fields[name]!r} is refused in a checkpoint, because transformers may fetch the code of an "
                 f"attention and run it: pass {name.removeprefix('_')}='sdpa' or the one that you trust"
             )
+    if not isinstance(quantization := fields.get("quantization_config"), Mapping | None):
+        raise ValueError(f"quantization_config must be a mapping, got {quantization!r}")
     for name, value in fields.items():
         if name in REFUSED_IN_A_FILE and value is not None:
             raise ValueError(f"{name} is refused in a checkpoint, because it replaces layers or files: remove it")
@@ -404,6 +409,10 @@ class LlamaBidirectionalConfig(LlamaConfig):
         chosen = [name for name in ATTENTION_FIELDS if kwargs.get(name.removeprefix("_")) is not None]
         stored = {name: value for name, value in config_dict.items() if name not in {*given, *chosen}}
         file = f"{kwargs.get('name_or_path') or 'the checkpoint'}: config.json"
+        for name in ATTENTION_FIELDS:
+            if str(stored.get(name)).startswith("flash_attention_"):
+                # transformers would fetch one that is not installed here.
+                logger.warning(f"{file}: {name} {stored.pop(name)!r} is not followed: pass it as an argument to use it")
         try:
             check_depth(stored, file)
             check_fields_of_file(stored)

@@ -18,6 +18,7 @@ from .prompts import PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
+from .scoring.finite import RankedActivation
 from .scoring.forks import leave_threads_of_parent
 from .scoring.pipeline import (
     Activation,
@@ -176,7 +177,8 @@ class CrossEncoder(SavedReranker):
 
         Returns:
             float32 scores in input order: of shape `(num_pairs,)`, or `(num_pairs, num_labels)` for several labels. A
-            single pair gives a scalar, or `(num_labels,)`. A score that is NaN is reported in a warning.
+            single pair gives a scalar, or `(num_labels,)`. A logit that is NaN or infinite is reported in a
+            warning, with its position and the likely cause.
 
         Raises:
             TypeError, ValueError: the pairs are not pairs of strings, with the position.
@@ -246,7 +248,8 @@ class CrossEncoder(SavedReranker):
             `corpus_id` is the position in `documents`.
 
         Raises:
-            TypeError, ValueError: something is not a string, the model has several labels, or a score is NaN.
+            TypeError, ValueError: something is not a string, the model has several labels, or a logit is NaN or
+                infinite.
         """
         query, documents = check_text("query", query), check_texts("documents", documents)
         return self.rank_batch([query], [documents], top_k, return_documents, batch_size, **options)[0]
@@ -276,6 +279,8 @@ class CrossEncoder(SavedReranker):
         queries, groups = check_groups(queries, documents_per_query)
         top_k = check_ranking(self.config, top_k, options)
         pairs = [(query, document) for query, documents in zip(queries, groups, strict=True) for document in documents]
+        activation = options.get("activation_fn") or self.activation_fn
+        options["activation_fn"] = RankedActivation(activation, queries, groups, self.model)
         scores = iter(self.predict(pairs, batch_size, **options).tolist())
         return [
             rank_documents(query, documents, list(islice(scores, len(documents))), top_k, return_documents)
@@ -307,4 +312,5 @@ class CrossEncoder(SavedReranker):
             max_sequences=batch_size,
             long_document=long_document or self.long_document,
             activation_fn=activation_fn or self.activation_fn,
+            model=self.model,
         )

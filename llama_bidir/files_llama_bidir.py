@@ -171,5 +171,7 @@ def check_weights_file(path: str) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path!r} is not a whole safetensors file: {error}. Get the file again") from None
     except Exception as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path!r} cannot be read by torch's safe loader: {why}") from None
+        raise ValueError(
+            f"{path!r} is refused by torch's safe loader, because it is damaged or holds more than tensors "
+            f"({type(error).__name__}): get the weights as safetensors"
+        ) from None

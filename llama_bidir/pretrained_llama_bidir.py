@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def find_base(adapter: str | os.PathLike[str], base: Any) -> str:
             f"{where!r} is an adapter, and the folder {base!r} of its base model does not exist here: {fix}"
         ) from None
     return base
+
+
+def missing_weights(adapter: str | os.PathLike[str], names: Sequence[str]) -> ValueError:
+    """The error for weights that an adapter does not hold, although its configuration calls for them."""
+    shown = f"{', '.join(names[:3])}{' and others' if names[3:] else ''}"
+    return ValueError(
+        f"the adapter {os.fspath(adapter)!r} lacks weights, which would be random: {shown}. Save it again"
+    )
 
 
 def _check_missing(info: dict[str, Any], source: Any) -> None:
@@ -192,12 +201,11 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
                     "without that mask, it needs training before its scores mean anything. Pass is_causal too, to say "
                     "which mask you want"
                 )
-        if hasattr(config, "quantization_config"):
-            return
         check_weights(
             config,
             weights,
             has_head=cls._has_score_head,
+            is_quantized=stored.get("quantization_config") is not None,
             # The caller of an Auto class has changed the configuration before it gets here.
             drops_layers="num_hidden_layers" in kwargs or config.num_hidden_layers != stored.get("num_hidden_layers"),
             replaces_head=bool(kwargs.get("ignore_mismatched_sizes")),
@@ -249,7 +257,9 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         model = cls.load_base(base, *model_args, adapter=folder, **follows, **kwargs)
         if follows:
             model.score.float()  # a base in half precision would round the saved head
-        model.load_adapter(os.fspath(folder))
+        loaded = model.load_adapter(os.fspath(folder))
+        if missing := sorted(getattr(loaded, "missing_keys", None) or ()):
+            raise missing_weights(folder, missing)
         model._score_is_new &= not any("score.modules_to_save" in name for name, _ in model.named_parameters())
         return model.eval()
 

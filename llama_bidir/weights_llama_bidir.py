@@ -80,6 +80,7 @@ def check_weights(
     weights: Mapping[str, Weight],
     *,
     has_head: bool,
+    is_quantized: bool = False,
     drops_layers: bool = False,
     replaces_head: bool = False,
 ) -> None:
@@ -90,6 +91,7 @@ def check_weights(
         config: of the model that is about to be made.
         weights: what [`read_weights`] returned.
         has_head: the model has a score head.
+        is_quantized: the names, shapes and dtypes of linear layers follow the method, so only the others are compared.
         drops_layers: the caller asks for fewer layers than the checkpoint has.
         replaces_head: a head of another shape is replaced by a new one.
 
@@ -109,6 +111,9 @@ def check_weights(
             f"{place} holds no weights of a Llama: their names should be like 'model.layers.0.…', but the first "
             f"is {next(iter(weights), None)!r}. Rename them, or pass the checkpoint that they were made from"
         )
+    if is_quantized:
+        plain = {kind for name, kind in kinds.items() if weights[held[name]].dtype in ("BF16", "F16", "F32", "F64")}
+        sizes = {kind: size for kind, size in sizes.items() if "norm" in kind or (kind in plain and "proj" not in kind)}
     num_layers = max((int(match[1]) + 1 for match in map(_LAYER.match, held) if match), default=0)
     if num_layers > config.num_hidden_layers and not drops_layers:
         raise ValueError(
@@ -129,11 +134,16 @@ def check_weights(
         weight = weights[held[name]]
         if kind in sizes:
             _check_weight(held[name], weight, sizes[kind])
-        elif (match or (has_head and name.startswith("score."))) and not name.endswith((".inv_freq", "score.weight")):
+        elif not is_quantized and _changes_scores(name, has_head=has_head):
             raise ValueError(
                 f"{weight.file} holds {held[name]}, which this model does not have (attention_bias is "
                 f"{config.attention_bias}, mlp_bias is {config.mlp_bias}). Without it, the scores would be wrong"
             )
+
+
+def _changes_scores(name: str, *, has_head: bool) -> bool:
+    is_in_body = _LAYER.match(name) is not None and not name.endswith(".inv_freq")
+    return is_in_body or (has_head and name.startswith("score.") and name != "score.weight")
 
 
 def _missing_weights(sizes: Mapping[str, Any], held: Mapping[str, str], num_layers: int) -> Iterator[str]:

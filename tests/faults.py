@@ -146,7 +146,11 @@ def try_kills(first: Save, second: Save, home: Path, kills: int, generator: rand
             outcomes["WRONG"] += 1
         second(folder)
         if read(folder) != new or sorted(os.listdir(home)) != ["out", "template"]:
-            outcomes["WRONG after the next save"] += 1
+            different = {name for name, _ in read(folder).items() ^ new.items()} | {*os.listdir(home)} - {
+                "out",
+                "template",
+            }
+            outcomes[f"WRONG after the next save: {sorted(different)}"] += 1
     return outcomes
 
 
@@ -230,7 +234,8 @@ def main() -> int:
                 full = try_full_disk(first, second, options.steps)
             except PermissionError as error:
                 full = Counter({f"skipped: {error}": 1})
-            print(f"{name:28} kill -9: {dict(killed)}  full disk: {dict(full)}", flush=True)
+            sys.stdout.write(f"{name:28} kill -9: {dict(killed)}  full disk: {dict(full)}\n")
+            sys.stdout.flush()
             wrong += sum(
                 count
                 for each in (killed, full)
@@ -239,7 +244,7 @@ def main() -> int:
             )
             if name != "in place":
                 wrong += killed["says interrupted"]
-    print(f"{wrong} wrong outcomes")
+    sys.stdout.write(f"{wrong} wrong outcomes\n")
     return int(wrong > 0)
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..files_llama_bidir import check_weights_file, find_file, read_json
+from ..pretrained_llama_bidir import missing_weights
 from ..utils.extras import require
 from .files import write_json
 
@@ -133,8 +134,4 @@ def check_weights(name_or_path: str, adapted: Any, names: set[str] | None, *, ba
         )
     expected = require("peft", "train").get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := sorted(expected.keys() - names):
-        names_shown = f"{', '.join(missing[:3])}{' and others' if missing[3:] else ''}"
-        raise ValueError(
-            f"the adapter {name_or_path!r} lacks weights, which would be random: {names_shown}. Its {CONFIG_FILE} "
-            "calls for them: save it again"
-        )
+        raise missing_weights(name_or_path, missing)

@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from ..files_llama_bidir import find_file, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from ..pretrained_llama_bidir import find_base
+from ..pretrained_llama_bidir import find_base, missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
@@ -247,19 +247,22 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
         dtype=dtype,
         **base_source,
         **fields,
-        head_follows=names is None or any(".score." in name for name in names),
+        head_follows=names is None or any(name.endswith("score.weight") for name in names),
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
     adapter.base_model_name_or_path = absolute_base(base)
+    # The adapter can be trained further. Scoring computes no gradients.
+    is_trainable = not adapter.is_prompt_learning  # which PEFT cannot train further
     try:
         with named_errors(name_or_path):
-            # The adapter can be trained further. Scoring computes no gradients.
-            adapted = peft.PeftModel.from_pretrained(model, name_or_path, is_trainable=True, config=adapter, **source)
-    except KeyError as error:
-        raise ValueError(f"the adapter {name_or_path!r} lacks weights, which would be random: {error}") from None
+            adapted = peft.PeftModel.from_pretrained(
+                model, name_or_path, is_trainable=is_trainable, config=adapter, **source
+            )
+    except KeyError as error:  # of PEFT, for a module that is saved whole
+        raise missing_weights(name_or_path, [str(error.args[0])]) from None
     check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))
     return adapted.eval()
 

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.hub import cached_file
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..files_llama_bidir import check_is_downloaded
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..scoring.packing import pad
 from ..utils.extras import require
@@ -166,7 +167,11 @@ def _open_session(graph: Path) -> Any:
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return runtime.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
+    check_is_downloaded(graph)
+    try:
+        return runtime.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime, also for weights in a file outside of the folder, which it refuses
+        raise ValueError(f"{str(graph)!r} cannot be loaded by onnxruntime: {error}") from None
 
 
 class _Logits(torch.nn.Module):

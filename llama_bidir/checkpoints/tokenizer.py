@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # The files that a tokenizer is made from; one of them is enough.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -43,7 +43,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kwargs)
-            tokenizer("a \u00e9?\n{}")  # a wrong class or setting shows here, and not with the first pair
+            tokenizer("a: \u4e2d")  # a wrong class or setting shows here, and not with the first pair
             return _without_sampling(tokenizer, name)
         except ImportError:
             raise

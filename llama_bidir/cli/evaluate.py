@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.outputs import check_apart, check_free, write_whole
 from ..utils.tables import format_table
+from .options import add_identical_option
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation, Qrels, Report, Run, System
@@ -41,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", metavar="Q", help="texts for the report: JSON Lines (_id, text)")
     parser.add_argument("--corpus", metavar="C", help="texts for the report: JSON Lines (_id, title, text)")
     parser.add_argument("--latency", metavar="L.json", help="latencies for the report: JSON object of seconds by query")
+    add_identical_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.html if they exist")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates the runs, writes the requested outputs and prints the table."""
     _check_paths(arguments)
+    from ..data.identical import drop_own_ids, tell_identical
     from ..data.trec import no_common_query
     from ..evaluation import System, compare, evaluate_queries, make_report, read_qrels, read_run
     from ..evaluation.measures import parse_measures
@@ -58,12 +61,15 @@ def run(arguments: argparse.Namespace) -> None:
     systems = []
     for path in paths:
         entries = read_run(path)
-        judged = {query_id: entries[query_id] for query_id in qrels if query_id in entries}
+        judged: Run = {query_id: entries[query_id] for query_id in qrels if query_id in entries}
         if not judged:
             raise no_common_query(f"{path}: the run", arguments.qrels)
         print(_coverage(path, qrels, entries))
+        if arguments.ignore_identical_ids:
+            judged, num_identical = drop_own_ids(qrels, judged)
+            tell_identical(path, num_identical, "documents")
         name = Path(path).name if has_short_names else path
-        systems.append(System(name, judged, evaluate_queries(qrels, judged, measures)))
+        systems.append(System(name, judged, evaluate_queries(qrels, judged, measures, ignore_identical_ids=False)))
     system, baseline = systems[0], systems[1] if len(systems) > 1 else None
     comparisons = compare(system.evaluation, baseline.evaluation) if baseline else []
     outputs = {}

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_job_options, check_job_options, do_job
+from .options import add_identical_option, add_job_options, check_job_options, do_job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampling", choices=("top", "random"), default="top", help="highest scores first, or a draw; %(default)s")
     add("--seed", type=int, default=42, metavar="N", help="of the draw; %(default)s")
     add("--keep-empty", action="store_true", help="also write rows without a negative")
+    add_identical_option(parser)
     add_job_options(parser)
 
 
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         depth=arguments.depth,
         selection=selection,
         keep_empty=arguments.keep_empty,
+        ignore_identical_ids=arguments.ignore_identical_ids,
     )
     job = open_mining_job(
         task, arguments.model, arguments.output, overwrite=arguments.overwrite, batch_size=arguments.batch_size

@@ -27,6 +27,16 @@ def positive_float(text: str) -> float:
     return value
 
 
+def add_identical_option(parser: argparse.ArgumentParser) -> None:
+    """Declares what becomes of a document that is the query itself."""
+    parser.add_argument(
+        "--ignore-identical-ids",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave out documents that are their query itself, as in ArguAna and Quora; the default",
+    )
+
+
 def add_job_options(parser: argparse.ArgumentParser) -> None:
     """Declares where and how a job scores pairs."""
     add = parser.add_argument

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_job_options, check_job_options, do_job, positive_int
+from .options import add_identical_option, add_job_options, check_job_options, do_job, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tag", default="llama-bidir", help="last column of the output")
     add("--write-run", metavar="FILE", help="keep the run that BM25 makes")
+    add_identical_option(parser)
     add_job_options(parser)
 
 
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         depth=arguments.depth,
         tag=arguments.tag,
         write_run=arguments.write_run,
+        ignore_identical_ids=arguments.ignore_identical_ids,
     )
     job = Job(
         task,

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..utils.extras import require
 from .files import check_file
 from .rows import COLUMNS, PASSAGE_COLUMNS, TrainingRow
@@ -158,9 +160,15 @@ def row_features(passage_type: str) -> "Features":
     return datasets.Features({name: kinds[kind] for name, kind in COLUMNS.items()}, error=text)
 
 
-def row_record(row: TrainingRow) -> dict[str, Any]:
-    """Returns the record of a valid row."""
-    return {**dict(zip(COLUMNS, row, strict=True)), "error": None}
+def record_features(passage_type: str) -> "Features":
+    """Features of the records of rows as they are cached: those of [`row_features`], and what was left out of a row."""
+    datasets = require("datasets", "train")
+    return datasets.Features(row_features(passage_type), num_identical=datasets.Value("int64"))
+
+
+def row_record(row: TrainingRow, num_identical: int = 0) -> dict[str, Any]:
+    """Returns the record of a valid row, of which `num_identical` negatives were the query itself."""
+    return {**dict(zip(COLUMNS, row, strict=True)), "error": None, "num_identical": num_identical}
 
 
 def error_record(error: ValueError) -> dict[str, Any]:
@@ -168,16 +176,17 @@ def error_record(error: ValueError) -> dict[str, Any]:
     return {**row_record(TrainingRow("", [], [])), "error": str(error)}
 
 
-def split_errors(dataset: "Dataset") -> tuple["Dataset", list[str]]:
-    """Returns the valid rows, without the column `error`, and the errors of the other rows."""
+def split_errors(dataset: "Dataset") -> tuple["Dataset", list[str], int]:
+    """Returns the columns of valid rows, the errors of the other rows, and how many negatives were left out."""
     pc = require("pyarrow.compute", "train")
     errors = dataset.data.column("error")
     messages = errors.drop_null().to_pylist()
-    rows = dataset.remove_columns("error")
+    num_identical = pc.sum(dataset.data.column("num_identical")).as_py() or 0
+    rows = dataset.remove_columns(["error", "num_identical"])
     if messages:
         # Signed, because `datasets` searches for numpy's unsigned numbers with fractions.
         rows = rows.select(pc.indices_nonzero(errors.is_null()).cast("int64").to_numpy())
-    return rows, messages
+    return rows, messages, num_identical
 
 
 def are_valid(rows: Any) -> bool:
@@ -219,6 +228,19 @@ def iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:
     """Yields a column as Arrow arrays of at most 1,000 rows, as it is stored."""
     for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
         yield batch.column(name).combine_chunks()
+
+
+def have_negatives(rows: Any) -> Any:
+    """Returns, as a `np.ndarray` of bools, which rows have a negative that is not also one of their positives."""
+    columns = zip(iterate_column(rows, "pos_doc"), iterate_column(rows, "neg_doc"), strict=True)
+    return np.array(
+        [
+            not set(negatives) <= set(positives)
+            for column in columns
+            for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
+        ],
+        dtype=bool,
+    )
 
 
 class DocumentTexts:

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arrow import FileStamp, error_record, row_features, row_record, stamp, write_dataset
+import numpy as np
+
+from .arrow import FileStamp, error_record, record_features, row_record, stamp, write_dataset
 from .corpus import Corpus, open_corpus, read_queries
 from .files import check_file
+from .identical import find_identical
 from .rows import TrainingRow
-from .trec import RankedRun, read_judgements, unknown_id
+from .trec import RankedRun, read_judgements, tell_missing, unknown_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,6 +54,28 @@ class RelevantDocuments:
             raise ValueError(f"{files.qrels}: no query has a relevant document, one with a score of 1 or more")
         self._queries = read_queries(files.queries)
 
+    def drop_missing(self) -> None:
+        """
+        Leaves out relevant documents that are not in the corpus and queries that have no text, with a warning of each.
+
+        Raises:
+            ValueError: nothing remains, with file and line of the first that is missing.
+        """
+        first = next(iter(self.judgements))
+        queries = [query_id for query_id in self.judgements if query_id not in self._queries]
+        documents = dict[str, None]()
+        kept = {}
+        for query_id, judged in self.judgements.items():
+            known = [judgement for judgement in judged if judgement.doc_id in self._index]
+            documents |= dict.fromkeys(each.doc_id for each in judged if each.doc_id not in self._index)
+            if known and query_id in self._queries:
+                kept[query_id] = known
+        if not kept:
+            self.read(first)
+        self.judgements = kept
+        tell_missing(self._files.qrels, "judged queries", queries, self._files.queries)
+        tell_missing(self._files.qrels, "relevant documents", list(documents), self._files.corpus)
+
     def read(self, query_id: str) -> tuple[str, list[int]]:
         """
         Returns the text of a query and the row numbers of its relevant documents.
@@ -75,6 +100,7 @@ def load_beir(
     qrels: str | None = None,
     run: str | None = None,
     depth: int | None = None,
+    ignore_identical_ids: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple["Dataset", "Dataset"]:
     """
@@ -84,6 +110,7 @@ def load_beir(
     Args:
         folder, qrels, run: see [`find_files`] and [`find_run`].
         depth: how many documents of the run to consider for each query; None is all of them.
+        ignore_identical_ids: leave out negatives that are the query itself. They do not count for `depth`.
         cache_dir: see [`write_dataset`].
 
     Returns:
@@ -101,9 +128,10 @@ def load_beir(
         "corpus": corpus,
         "run": run_path,
         "depth": depth,
+        "ignore_identical_ids": ignore_identical_ids,
         "states": tuple(map(stamp, (*files, run_path))),
     }
-    return write_dataset(_generate_rows, row_features("int64"), arguments, cache_dir), corpus.dataset
+    return write_dataset(_generate_rows, record_features("int64"), arguments, cache_dir), corpus.dataset
 
 
 def find_files(folder: Path, *, qrels: str | None = None) -> BeirFiles:
@@ -159,7 +187,13 @@ def _choose(folder: Path, kind: str, name: str | None, candidates: Iterable[str]
 
 
 def _generate_rows(
-    files: BeirFiles, corpus: Corpus, run: Path, depth: int | None, states: tuple[FileStamp, ...], version: int
+    files: BeirFiles,
+    corpus: Corpus,
+    run: Path,
+    depth: int | None,
+    ignore_identical_ids: bool,
+    states: tuple[FileStamp, ...],
+    version: int,
 ) -> Iterator[dict[str, Any]]:
     index = corpus.index()
     relevant = RelevantDocuments(files, index)
@@ -167,8 +201,12 @@ def _generate_rows(
     for query_id in relevant.judgements:
         try:
             query, positives = relevant.read(query_id)
+            rows = np.array(ranked.rows(query_id), dtype=np.int64)
+            mask = np.zeros(len(rows), dtype=bool)
+            if ignore_identical_ids:
+                mask = find_identical(corpus, query_id, query, rows, index) & ~np.isin(rows, positives)
             known = set(positives)
-            negatives = [row for row in ranked.rows(query_id)[:depth] if row not in known]
-            yield row_record(TrainingRow(query, positives, negatives))
+            negatives = [row for row in rows[~mask][:depth].tolist() if row not in known]
+            yield row_record(TrainingRow(query, positives, negatives), int(mask.sum()))
         except ValueError as error:
             yield error_record(error)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ..utils.extras import require
 from ..utils.validation import check_text, describe
 from .arrow import ArrowFiles, FileStamp, iterate_column, stamp, write_dataset
 from .files import as_id, read_id, read_json_lines
+from .identical import is_same_text, plain_text, text_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[np.int64]
 ID_TYPES = ("string", "large_string", "int64", "int32")
 TEXT_TYPES = ("string", "large_string")
+# Of each document's text with and without its title, where the documents were read from JSON Lines.
+KEY_COLUMNS = ("whole_key", "text_key")
 
 
 class Corpus:
@@ -79,6 +83,22 @@ class Corpus:
         for part in iterate_column(self.dataset, "text"):
             yield from part.to_pylist()
 
+    def has_text(self, text: str, rows: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Returns which documents have a text, with or without their title. White space does not count."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if not plain_text(text):
+            return np.zeros(len(rows), dtype=bool)
+        if self._keys is not None:
+            return (self._keys[rows] == text_key(text)).any(axis=1)
+        column = self.dataset.data.column("text")
+        return np.array([is_same_text(text, column[row].as_py()) for row in rows.tolist()], dtype=bool)
+
+    @cached_property
+    def _keys(self) -> Numbers | None:
+        if not set(KEY_COLUMNS) <= set(self.dataset.column_names):
+            return None
+        return np.stack([self.dataset.data.column(name).to_numpy() for name in KEY_COLUMNS], axis=1)
+
     def text_bytes(self) -> Numbers:
         """Returns the length of each document's text in UTF-8 bytes."""
         pc = require("pyarrow.compute", "train")
@@ -127,7 +147,7 @@ def cache_documents(
     paths: Sequence[str], cache_dir: str | os.PathLike[str] | None, *, id_field: str | None = None
 ) -> "Dataset":
     """
-    Returns the documents of JSON Lines files, with the columns `id` and `text`.
+    Returns the documents of JSON Lines files, with the columns `id`, `text` and `KEY_COLUMNS`.
 
     Args:
         paths: of the files.
@@ -140,7 +160,8 @@ def cache_documents(
     datasets = require("datasets", "train")
     text = datasets.Value("string")
     arguments = {"paths": tuple(paths), "states": tuple(map(stamp, paths)), "id_field": id_field}
-    return write_dataset(_generate_documents, datasets.Features(id=text, text=text), arguments, cache_dir)
+    features = datasets.Features(id=text, text=text, **dict.fromkeys(KEY_COLUMNS, datasets.Value("int64")))
+    return write_dataset(_generate_documents, features, arguments, cache_dir)
 
 
 def join_texts(corpora: Iterable[Corpus]) -> "Dataset":
@@ -159,7 +180,18 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         ValueError: a line breaks its rule, an `_id` comes twice, or there is no document, with file and line.
     """
+    for doc_id, title, text in read_titled_documents(path):
+        yield doc_id, join_title(title, text)
+
+
+def read_titled_documents(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields the identifier, the title and the text of each document of a corpus, as [`read_documents`] reads it."""
     return _read_texts(path, "document")
+
+
+def join_title(title: str, text: str) -> str:
+    """Returns the text of a document with a title, which may be empty."""
+    return f"{title} {text}" if title else text
 
 
 def read_queries(path: Path) -> dict[str, str]:
@@ -169,7 +201,7 @@ def read_queries(path: Path) -> dict[str, str]:
     Raises:
         ValueError: a line breaks its rule, an `_id` comes twice, or there is no query, with file and line.
     """
-    return dict(_read_texts(path, "query"))
+    return {query_id: text for query_id, _, text in _read_texts(path, "query")}
 
 
 def write_corpus(path: str | os.PathLike[str], corpus: Mapping[str, str]) -> None:
@@ -189,13 +221,15 @@ def _write_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, str]]
 
 def _generate_documents(
     paths: tuple[str, ...], states: tuple[FileStamp, ...], id_field: str | None, version: int
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, str | int]]:
     for path in paths:
-        for identifier, text in _read_texts(Path(path), "document", id_field):
-            yield {"id": identifier, "text": text}
+        for identifier, title, text in _read_texts(Path(path), "document", id_field):
+            whole, key = join_title(title, text), text_key(text)
+            keys = (text_key(whole) if title else key, key)
+            yield {"id": identifier, "text": whole, **dict(zip(KEY_COLUMNS, keys, strict=True))}
 
 
-def _read_texts(path: Path, kind: str, id_field: str | None = None) -> Iterator[tuple[str, str]]:
+def _read_texts(path: Path, kind: str, id_field: str | None = None) -> Iterator[tuple[str, str, str]]:
     is_beir, id_field = id_field is None, id_field or "_id"
     lines: dict[str, int] = {}
     for number, row in read_json_lines(path):
@@ -206,10 +240,9 @@ def _read_texts(path: Path, kind: str, id_field: str | None = None) -> Iterator[
                 f"{where}: {id_field}: the {kind} {identifier!r} is there already, in line {lines[identifier]}; keep "
                 "one of the lines"
             )
+        has_title = is_beir and kind == "document" and row.get("title") is not None
         text = _read_text(row, "text", where)
-        if is_beir and kind == "document" and row.get("title") is not None:
-            text = f"{title} {text}" if (title := _read_text(row, "title", where)) else text
-        yield identifier, text
+        yield identifier, _read_text(row, "title", where) if has_title else "", text
     if is_beir and not lines:
         raise ValueError(f"{path}:1: the file has no lines; it needs one JSON object per line, one for each {kind}")
 

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..utils.extras import require
 from ..utils.validation import describe
-from .arrow import FileStamp, error_record, load_folder, row_features, row_record, stamp, write_dataset
+from .arrow import FileStamp, error_record, load_folder, record_features, row_record, stamp, write_dataset
 from .corpus import Corpus, cache_documents, join_texts
 from .files import read_id, read_json
-from .rows import PASSAGE_COLUMNS, parse_row
+from .identical import find_identical, find_query_id
+from .rows import PASSAGE_COLUMNS, drop_negatives, parse_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,9 +27,15 @@ METADATA = "merlin_metadata.json"
 ID_COLUMNS = {"TextQADataset": "id", "WikiSSNQDataset": "docid"}
 
 
-def load_corpus_id(path: Path, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset"]:
+def load_corpus_id(
+    path: Path, cache_dir: str | os.PathLike[str] | None, *, ignore_identical_ids: bool = True
+) -> tuple["Dataset", "Dataset"]:
     """
     Reads a JSON file in the corpus-id layout.
+
+    Args:
+        path: of the file.
+        cache_dir, ignore_identical_ids: see [`load_rows`].
 
     Returns:
         the records of the rows, whose passages are row numbers, and the documents (column `text`) that these refer to.
@@ -36,7 +45,7 @@ def load_corpus_id(path: Path, cache_dir: str | os.PathLike[str] | None) -> tupl
         ValueError: one of them breaks its rule. A row that does becomes a record with `error`.
     """
     datasets = require("datasets", "train")
-    arguments = {"path": os.fspath(path), "state": stamp(path)}
+    arguments: dict[str, Any] = {"path": os.fspath(path), "state": stamp(path)}
     # A dataset of its own, so that processes that find both in the cache need not parse the whole file.
     folders = write_dataset(_generate_folders, datasets.Features(folder=datasets.Value("string")), arguments, cache_dir)
     corpora: dict[str, Corpus] = {}
@@ -49,7 +58,8 @@ def load_corpus_id(path: Path, cache_dir: str | os.PathLike[str] | None) -> tupl
                 f"{path}: corpus[{index}]: {folder} has the corpus_id {corpus_id!r} of {name}; give each folder a "
                 "corpus_id of its own"
             )
-    rows = write_dataset(_generate_rows, row_features("int64"), {**arguments, "corpora": corpora}, cache_dir)
+    arguments |= {"corpora": corpora, "ignore_identical_ids": ignore_identical_ids}
+    rows = write_dataset(_generate_rows, record_features("int64"), arguments, cache_dir)
     return rows, join_texts(corpora.values())
 
 
@@ -78,7 +88,12 @@ def open_folder(folder: Path, id_column: str, cache_dir: str | os.PathLike[str] 
 
 
 def corpus_rows(
-    rows: Iterable[tuple[str, Any]], corpora: Mapping[str, Corpus], *, corpus_id: str | None = None, first: int = 0
+    rows: Iterable[tuple[str, Any]],
+    corpora: Mapping[str, Corpus],
+    *,
+    corpus_id: str | None = None,
+    first: int = 0,
+    ignore_identical_ids: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """
     Yields the records of rows that name their passages by identifier.
@@ -90,10 +105,11 @@ def corpus_rows(
         corpora: the corpora by `corpus_id`. Their documents are numbered in this order.
         corpus_id: the corpus of all rows, which then need not name it.
         first: the number of the first document.
+        ignore_identical_ids: see [`load_rows`].
     """
-    readers = {}
+    indices, starts = {}, {}
     for name, corpus in corpora.items():
-        readers[name] = _passage_reader(name, corpus.index(first))
+        indices[name], starts[name] = corpus.index(first), first
         first += len(corpus)
     for where, row in rows:
         try:
@@ -102,10 +118,15 @@ def corpus_rows(
                     f"{where}: a row must be an object with question, corpus_id and pos_doc, got {describe(row)}"
                 )
             name = read_id(row, "corpus_id", where) if corpus_id is None else corpus_id
-            if name not in readers:
-                known = ", ".join(map(repr, readers))
+            if name not in indices:
+                known = ", ".join(map(repr, indices))
                 raise ValueError(f"{where}: corpus_id: there is no corpus {name!r}; the file's corpora are {known}")
-            yield row_record(parse_row(_with_scores(row), where, readers[name]))
+            parsed = parse_row(_with_scores(row), where, _passage_reader(name, indices[name]))
+            mask = np.zeros(len(parsed.negatives), dtype=bool)
+            if ignore_identical_ids and parsed.negatives:
+                numbers = [number - starts[name] for number in parsed.negatives]
+                mask = find_identical(corpora[name], find_query_id(row), parsed.query, numbers)
+            yield row_record(*drop_negatives(parsed, mask.tolist()))
         except ValueError as error:
             yield error_record(error)
 
@@ -165,8 +186,11 @@ def _generate_folders(path: str, state: FileStamp, version: int) -> Iterator[dic
         yield {"folder": os.path.normpath(os.path.join(os.path.dirname(state.path), folder))}
 
 
-def _generate_rows(path: str, state: FileStamp, corpora: dict[str, Corpus], version: int) -> Iterator[dict[str, Any]]:
+def _generate_rows(
+    path: str, state: FileStamp, corpora: dict[str, Corpus], ignore_identical_ids: bool, version: int
+) -> Iterator[dict[str, Any]]:
     data = read_json(Path(path)).get("data")
     if not isinstance(data, list) or not data:
         raise ValueError(f"{path}: data must be a list of rows, got {describe(data)}")
-    yield from corpus_rows(((f"{path}: data[{index}]", row) for index, row in enumerate(data)), corpora)
+    rows = ((f"{path}: data[{index}]", row) for index, row in enumerate(data))
+    yield from corpus_rows(rows, corpora, ignore_identical_ids=ignore_identical_ids)

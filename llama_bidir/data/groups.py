@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .arrow import are_valid, iterate_column
+from .arrow import are_valid, have_negatives, iterate_column
 from .rows import COLUMNS, TrainingRow, parse_row
 
 POSITIVES = ("cycle", "expand")
@@ -66,6 +66,25 @@ class Grouping:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
+    @classmethod
+    def for_evaluation(cls, group_size: int | None) -> "Grouping":
+        """
+        Returns how rows become groups in evaluation: with the first negatives.
+
+        Raises:
+            ValueError: `group_size` is 1, so that every group would be ranked perfectly.
+        """
+        if group_size == 1:
+            raise ValueError(
+                "eval_group_size must be None or at least 2: a group of one passage is always ranked perfectly"
+            )
+        return cls(group_size=group_size, negatives="first")
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether each row must have a negative: without one, a group has nothing to compare or to rank."""
+        return self.group_size != 1
+
     @property
     def expands(self) -> bool:
         """Whether each positive of a row makes a group of its own."""
@@ -83,15 +102,17 @@ class Grouping:
             positive: the index of the positive; None lets the epoch decide.
 
         Raises:
-            ValueError: the row has no negative, and `group_size` needs some.
+            ValueError: the row has no negative, and `group_size` is not 1.
         """
         known = set(row.positives)
         negatives = [index for index, passage in enumerate(row.negatives) if passage not in known]
+        if self.needs_negatives and not negatives:
+            raise self.no_negatives(where)
         if self.group_size is None:
             positives = list(range(len(row.positives)))
         else:
             positives = [epoch % len(row.positives) if positive is None else positive]
-            negatives = self._choose(negatives, self.group_size - 1, where, f"{self.seed} {epoch} {key}")
+            negatives = self._choose(negatives, self.group_size - 1, f"{self.seed} {epoch} {key}")
         scores = None
         if row.positive_scores is not None and (row.negative_scores is not None or not negatives):
             scores = [row.positive_scores[index] for index in positives]
@@ -103,12 +124,14 @@ class Grouping:
             "teacher_scores": scores,
         }
 
-    def _choose(self, negatives: list[int], count: int, where: str, draw: str) -> list[int]:
-        if count and not negatives:
-            raise ValueError(
-                f"{where}: the row has no neg_doc that is not one of its positives, but groups of {self.group_size} "
-                "need at least one"
-            )
+    def no_negatives(self, where: str) -> ValueError:
+        """The error of a row without the negatives that its group needs."""
+        size = "all passages of a row" if self.group_size is None else str(self.group_size)
+        return ValueError(
+            f"{where}: the row has no neg_doc that is not one of its positives, but groups of {size} need at least one"
+        )
+
+    def _choose(self, negatives: list[int], count: int, draw: str) -> list[int]:
         if len(negatives) > count:
             if self.negatives == "first":
                 return negatives[:count]
@@ -206,6 +229,17 @@ class GroupDataset(Dataset[Group]):
             positive=positive,
         )
 
+    def check_negatives(self) -> None:
+        """Raises ValueError, before the first group is made, for a row without the negatives that its group needs."""
+        for source, (rows, _) in enumerate(self.sources if self.grouping.needs_negatives else ()):
+            if self._are_valid[source]:
+                bare = np.flatnonzero(~have_negatives(rows))
+            else:
+                parsed = (self._read(source, row) for row in range(len(rows)))
+                bare = np.array([row for row, each in enumerate(parsed) if set(each.negatives) <= set(each.positives)])
+            if len(bare):
+                raise self.grouping.no_negatives(self._name(source, int(bare[0])))
+
     def num_characters(self) -> list[int]:
         """Returns the characters of each group's longest pair in this epoch, for batches of similar lengths."""
         groups = (self[index] for index in range(len(self)))
@@ -241,9 +275,18 @@ class FixedGroups(Dataset[Group]):
     The groups of the first epoch, or of a list, every time they are read. Evaluation needs this.
 
     It has no `set_epoch`, because accelerate would call it for each evaluation and so change what is measured.
+
+    Raises:
+        ValueError: a group has no negative, so that it would be ranked perfectly whatever its scores, or a row of a
+            dataset breaks its rule.
     """
 
     def __init__(self, groups: GroupDataset | Sequence[Group]):
+        if isinstance(groups, GroupDataset):
+            Grouping.for_evaluation(groups.grouping.group_size)
+            groups.check_negatives()
+        elif bare := [index for index, group in enumerate(groups) if min(group["labels"], default=1) > 0]:
+            raise ValueError(f"group {bare[0]} has no passage with label 0, so it would always be ranked perfectly")
         self.groups = groups
 
     def __len__(self) -> int:

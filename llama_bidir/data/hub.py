@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..utils.extras import require
-from .arrow import ArrowFiles, load_train_split, row_features, write_dataset
+from .arrow import ArrowFiles, load_train_split, record_features, write_dataset
 from .corpus import Corpus, join_texts
 from .corpus_id import corpus_rows
 from .files import read_id, read_json
@@ -31,13 +31,19 @@ class Subset(NamedTuple):
     rows: ArrowFiles
 
 
-def load_hub(source: str, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset"]:
+def load_hub(
+    source: str, cache_dir: str | os.PathLike[str] | None, *, ignore_identical_ids: bool = True
+) -> tuple["Dataset", "Dataset"]:
     """
     Reads `hf://org/repo/subset`, or all subsets of `hf://org/repo`.
 
     A subset has a file `{subset}/dataset_metadata.json` with `corpus_id`, and two configurations with a split `train`:
     `{subset}_corpus` with the columns `id` and `text`, and `{subset}` with `question`, `pos_doc` and, optionally,
     `neg_doc`. What has been downloaded once needs no network the next time.
+
+    Args:
+        source: the name.
+        cache_dir, ignore_identical_ids: see [`load_rows`].
 
     Returns:
         the records of the rows, whose passages are row numbers, and the documents (column `text`) that these refer to.
@@ -49,7 +55,8 @@ def load_hub(source: str, cache_dir: str | os.PathLike[str] | None) -> tuple["Da
     repo_id, subset_name = parse_hub_source(source)
     names = [subset_name] if subset_name else _list_subsets(repo_id, source)
     subsets = tuple(_load_subset(repo_id, name, cache_dir) for name in names)
-    rows = write_dataset(_generate_rows, row_features("int64"), {"subsets": subsets}, cache_dir)
+    arguments = {"subsets": subsets, "ignore_identical_ids": ignore_identical_ids}
+    rows = write_dataset(_generate_rows, record_features("int64"), arguments, cache_dir)
     return rows, join_texts(subset.corpus for subset in subsets)
 
 
@@ -111,9 +118,11 @@ def _ask_hub(source: str, ask: Callable[[], T]) -> T:
         ) from error
 
 
-def _generate_rows(subsets: tuple[Subset, ...], version: int) -> Iterator[dict[str, Any]]:
+def _generate_rows(subsets: tuple[Subset, ...], ignore_identical_ids: bool, version: int) -> Iterator[dict[str, Any]]:
     first = 0
     for name, corpus_id, corpus, files in subsets:
         rows = ((f"{name}: train[{number}]", row) for number, row in enumerate(files.open()))
-        yield from corpus_rows(rows, {corpus_id: corpus}, corpus_id=corpus_id, first=first)
+        yield from corpus_rows(
+            rows, {corpus_id: corpus}, corpus_id=corpus_id, first=first, ignore_identical_ids=ignore_identical_ids
+        )
         first += len(corpus)

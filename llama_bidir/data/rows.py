@@ -1,7 +1,7 @@
 """One training row: its fields, its columns and its validation."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..utils.validation import check_text, describe
@@ -87,6 +87,22 @@ def read_query(row: Mapping[str, Any], where: str) -> str:
     if not isinstance(query, str):
         raise ValueError(f"{where}: query (or question) must be a string, got {describe(query)}")
     return check_text(f"{where}: query", query)
+
+
+def drop_negatives(row: TrainingRow, mask: Sequence[bool]) -> tuple[TrainingRow, int]:
+    """Returns a row without some of its negatives and their scores, and how many these were."""
+    if not any(mask):
+        return row, 0
+    kept = [index for index, is_dropped in enumerate(mask) if not is_dropped]
+    scores = None if row.negative_scores is None else [row.negative_scores[index] for index in kept]
+    negatives = [row.negatives[index] for index in kept]
+    return row._replace(negatives=negatives, negative_scores=scores), len(row.negatives) - len(kept)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Returns the passages of a field, which may be None, a single one, a list, a tuple or an array."""
+    value = _plain(value)
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def no_rows(path: object) -> ValueError:

@@ -12,10 +12,11 @@ import numpy as np
 
 from ..utils.names import nearest
 from ..utils.validation import check_positive_int, describe
-from .arrow import DocumentTexts, iterate_column, split_errors
+from .arrow import DocumentTexts, have_negatives, iterate_column, split_errors
 from .beir_folder import load_beir
 from .corpus_id import load_corpus_id
 from .hub import PREFIX, load_hub
+from .identical import tell_identical
 from .jsonl import load_jsonl
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ class Source:
         weight: how often an epoch shows each row (see [`GroupDataset`]).
         options: for a BEIR folder: `qrels` and `run`, paths in the folder, and `depth`, how many documents of the run
             may become negatives of a query.
+        ignore_identical_ids: leave out negatives that are the query itself (see [`load_rows`]).
     """
 
     path: str
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    ignore_identical_ids: bool = True
 
 
 def parse_source(entry: Any, where: str = "a source of rows") -> Source:
@@ -53,7 +56,8 @@ def parse_source(entry: Any, where: str = "a source of rows") -> Source:
     Reads an entry of `data.train`.
 
     Args:
-        entry: a path, a mapping with `path` and, optionally, `weight`, `qrels`, `run` and `depth`, or a [`Source`].
+        entry: a path, a mapping with `path` and, optionally, `weight`, `ignore_identical_ids`, `qrels`, `run` and
+            `depth`, or a [`Source`].
         where: what errors call the entry, such as `data.train[0]`.
 
     Raises:
@@ -62,7 +66,7 @@ def parse_source(entry: Any, where: str = "a source of rows") -> Source:
     if isinstance(entry, Source):
         return entry
     values = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    known = ("path", "weight", *BEIR_OPTIONS)
+    known = ("path", "weight", "ignore_identical_ids", *BEIR_OPTIONS)
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {nearest(key, known)!r}")
@@ -71,8 +75,14 @@ def parse_source(entry: Any, where: str = "a source of rows") -> Source:
         if key in options:
             options[key] = _read_path(options[key], f"{where}: {key}")
     check_positive_int(f"{where}: depth", options.get("depth"))
+    ignore_identical_ids = values.get("ignore_identical_ids", True)
+    if not isinstance(ignore_identical_ids, bool):
+        raise ValueError(f"{where}: ignore_identical_ids must be true or false, got {describe(ignore_identical_ids)}")
     return Source(
-        _read_path(values.get("path"), f"{where}: path"), _read_weight(values.get("weight", 1.0), where), options
+        _read_path(values.get("path"), f"{where}: path"),
+        _read_weight(values.get("weight", 1.0), where),
+        options,
+        ignore_identical_ids,
     )
 
 
@@ -80,6 +90,7 @@ def load_rows(
     source: "str | os.PathLike[str] | Mapping[str, Any] | Source",
     *,
     skip_bad_rows: bool = False,
+    ignore_identical_ids: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> "Dataset":
     """
@@ -95,6 +106,8 @@ def load_rows(
             file in NeMo AutoModel's corpus-id layout (see [`load_corpus_id`]); `hf://org/repo/subset` (see
             [`load_hub`]); a BEIR folder (see [`load_beir`]); or a mapping of a path and options (see [`parse_source`]).
         skip_bad_rows: leave out invalid rows, with one warning, instead of raising. At least one row must be valid.
+        ignore_identical_ids: leave out negatives that are the query itself, as in ArguAna and Quora (see
+            [`~data.identical`]), with one warning. An entry of `source` with `ignore_identical_ids: false` keeps them.
         cache_dir: where the files are kept; None is the cache of `datasets`.
 
     Returns:
@@ -106,7 +119,7 @@ def load_rows(
         OSError: a dataset on the Hub cannot be read.
         ValueError: the source is of no known kind, or a row or file breaks its rule, with file, line and field.
     """
-    dataset, errors = read_rows(source, cache_dir=cache_dir)
+    dataset, errors, num_identical = _read(source, cache_dir, ignore_identical_ids=ignore_identical_ids)
     if errors and not skip_bad_rows:
         more = f" (and {len(errors) - 1} more; --skip-bad-rows leaves them out)" if len(errors) > 1 else ""
         raise ValueError(errors[0] + more)
@@ -116,6 +129,7 @@ def load_rows(
         shown = "".join(f"\n  {error}" for error in errors[:SHOWN_ERRORS])
         more = f"\n  and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
         logger.warning(f"{parse_source(source).path}: left out {len(errors)} bad rows:{shown}{more}")
+    tell_identical(parse_source(source).path, num_identical, "negatives")
     return dataset
 
 
@@ -131,14 +145,7 @@ def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> 
     Raises:
         ValueError: a row has no such negative.
     """
-    columns = zip(iterate_column(rows, "pos_doc"), iterate_column(rows, "neg_doc"), strict=True)
-    has_negative = np.array(
-        [
-            not set(negatives) <= set(positives)
-            for column in columns
-            for positives, negatives in zip(*(part.to_pylist() for part in column), strict=True)
-        ]
-    )
+    has_negative = have_negatives(rows)
     if has_negative.all():
         return rows
     others = np.flatnonzero(~has_negative)
@@ -166,13 +173,14 @@ def check_teacher_scores(rows: "Dataset", name: str) -> None:
 def read_rows(
     source: "str | os.PathLike[str] | Mapping[str, Any] | Source",
     *,
+    ignore_identical_ids: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple["Dataset", list[str]]:
     """
     Reads training rows, and the errors of the invalid ones.
 
     Args:
-        source, cache_dir: see [`load_rows`].
+        source, ignore_identical_ids, cache_dir: see [`load_rows`].
 
     Returns:
         the valid rows, as [`load_rows`] returns them, and one message per invalid row, in the order of the source.
@@ -181,10 +189,7 @@ def read_rows(
         FileNotFoundError, OSError: as [`load_rows`] does.
         ValueError: as [`load_rows`] does, except for bad rows.
     """
-    source = parse_source(source)
-    records, documents = _load(source, cache_dir)
-    dataset, errors = split_errors(records)
-    return (dataset if documents is None else dataset.with_transform(DocumentTexts(documents))), errors
+    return _read(source, cache_dir, ignore_identical_ids=ignore_identical_ids)[:2]
 
 
 def not_beir(path: str, options: Iterable[str]) -> ValueError:
@@ -192,19 +197,37 @@ def not_beir(path: str, options: Iterable[str]) -> ValueError:
     return ValueError(f"{path}: {', '.join(options)} can be given for a BEIR folder only, and this is not one")
 
 
-def _load(source: Source, cache_dir: str | os.PathLike[str] | None) -> tuple["Dataset", "Dataset | None"]:
+def _read(
+    source: "str | os.PathLike[str] | Mapping[str, Any] | Source",
+    cache_dir: str | os.PathLike[str] | None,
+    *,
+    ignore_identical_ids: bool,
+) -> tuple["Dataset", list[str], int]:
+    """Returns the valid rows, the errors of the others, and how many negatives were the query itself."""
+    source = parse_source(source)
+    ignore_identical_ids = ignore_identical_ids and source.ignore_identical_ids
+    records, documents = _load(source, cache_dir, ignore_identical_ids)
+    dataset, errors, num_identical = split_errors(records)
+    if documents is not None:
+        dataset = dataset.with_transform(DocumentTexts(documents))
+    return dataset, errors, num_identical
+
+
+def _load(
+    source: Source, cache_dir: str | os.PathLike[str] | None, ignore_identical_ids: bool
+) -> tuple["Dataset", "Dataset | None"]:
     path, name = Path(source.path), source.path.lower()
     is_folder = path.is_dir() and not source.path.startswith(PREFIX)
     if source.options and not is_folder:
         raise not_beir(source.path, source.options)
     if source.path.startswith(PREFIX):
-        return load_hub(source.path, cache_dir)
+        return load_hub(source.path, cache_dir, ignore_identical_ids=ignore_identical_ids)
     if is_folder:
-        return load_beir(path, **source.options, cache_dir=cache_dir)
+        return load_beir(path, **source.options, cache_dir=cache_dir, ignore_identical_ids=ignore_identical_ids)
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return load_jsonl(path, cache_dir), None
+        return load_jsonl(path, cache_dir, ignore_identical_ids=ignore_identical_ids), None
     if name.endswith((".json", ".json.gz")):
-        return load_corpus_id(path, cache_dir)
+        return load_corpus_id(path, cache_dir, ignore_identical_ids=ignore_identical_ids)
     if not path.exists() and not path.suffix:
         raise FileNotFoundError(f"there is no folder {source.path!r}; training rows are read from {READABLE}")
     raise ValueError(f"training rows are read from {READABLE}; got {source.path!r}")

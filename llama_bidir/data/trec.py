@@ -4,17 +4,18 @@ Qrels and runs: BEIR's TSV with its header or TREC's four columns, and TREC's si
 Readers decompress `.gz`, and their errors name file and line. Each rule of these files stands here and nowhere else.
 """
 
+import logging
 import math
 import os
 from array import array
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..utils.validation import describe
-from .corpus import Corpus, Numbers, read_documents, read_queries
+from .corpus import Corpus, Numbers, join_title, read_queries, read_titled_documents
 from .files import BLANKS, check_file, read_lines
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -23,6 +24,9 @@ QRELS_RULES = {
     False: "4 columns (query-id, 0, doc-id, relevance), or 3 separated by tabs under a line query-id, corpus-id, score",
 }
 UNKNOWN = -1
+EXAMPLES = 5
+
+logger = logging.getLogger(__name__)
 
 
 class Judgement(NamedTuple):
@@ -252,7 +256,8 @@ def read_judged_queries(
     path: str | os.PathLike[str], qrels: Mapping[str, object], qrels_path: str | os.PathLike[str]
 ) -> dict[str, str]:
     """
-    Returns the texts of the judged queries, in the order of the qrels.
+    Returns the texts of the judged queries, in the order of the qrels. Queries without a text, as in NFCorpus, are left
+    out with a warning.
 
     Args:
         path: the queries, JSON Lines (`_id`, `text`).
@@ -261,17 +266,23 @@ def read_judged_queries(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line breaks its rule, or a judged query is missing, with file and line.
+        ValueError: a line breaks its rule, or all judged queries are missing, with file and line.
     """
     texts = read_queries(check_file(path))
-    if missing := [query_id for query_id in qrels if query_id not in texts]:
+    missing = [query_id for query_id in qrels if query_id not in texts]
+    if missing and len(missing) == len(qrels):
         first = next(iter(read_judgements(Path(qrels_path))[missing[0]].values()))
         raise unknown_id(f"{os.fspath(qrels_path)}:{first.line}: query-id", "query", missing[0], path)
-    return {query_id: texts[query_id] for query_id in qrels}
+    tell_missing(qrels_path, "judged queries", missing, path)
+    return {query_id: texts[query_id] for query_id in qrels if query_id in texts}
 
 
 def read_run_documents(
-    path: str | os.PathLike[str], keep: Container[str], runs: Mapping[Path, Mapping[str, Mapping[str, float]]]
+    path: str | os.PathLike[str],
+    keep: Container[str],
+    runs: Mapping[Path, Mapping[str, Mapping[str, float]]],
+    *,
+    see: Callable[[str, str, str], object] | None = None,
 ) -> dict[str, str]:
     """
     Returns the texts of some documents of a corpus, without the others in memory.
@@ -280,6 +291,7 @@ def read_run_documents(
         path: the corpus, JSON Lines (`_id`, `title`, `text`).
         keep: the doc_ids.
         runs: runs that may list documents of the corpus only, by the file that they were read from.
+        see: called with the doc_id, the title and the text of each document of the corpus.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -287,10 +299,12 @@ def read_run_documents(
     """
     unknown = {doc_id for run in runs.values() for documents in run.values() for doc_id in documents}
     texts = {}
-    for doc_id, text in read_documents(check_file(path)):
+    for doc_id, title, text in read_titled_documents(check_file(path)):
         unknown.discard(doc_id)
         if doc_id in keep:
-            texts[doc_id] = text
+            texts[doc_id] = join_title(title, text)
+        if see is not None:
+            see(doc_id, title, text)
     for run_path, run in runs.items() if unknown else ():
         for entry in iterate_run(run_path):
             if entry.doc_id in unknown and entry.doc_id in run.get(entry.query_id, ()):
@@ -303,6 +317,13 @@ def unknown_id(where: str, kind: str, identifier: str, path: str | os.PathLike[s
     return ValueError(
         f"{where}: there is no {kind} {identifier!r} in {os.fspath(path)}; both files must be of the same dataset"
     )
+
+
+def tell_missing(where: object, kind: str, identifiers: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Logs which identifiers in qrels `path`, the corpus or the queries, lacks, if any."""
+    if identifiers:
+        examples = ", ".join(identifiers[:EXAMPLES]) + ", ..." * (len(identifiers) > EXAMPLES)
+        logger.warning(f"{where}: left out {len(identifiers)} {kind} that {os.fspath(path)} lacks: {examples}")
 
 
 def no_common_query(run: str, source: str) -> ValueError:
@@ -341,7 +362,7 @@ def _malformed(where: str, kind: str, rule: str, line: str) -> ValueError:
 
 def _read_int(text: str, where: str) -> int:
     try:
-        value = int(_plain_number(text))
+        value = int(_check_digits(text))
     except ValueError:
         raise ValueError(f"{where} must be a whole number, got {text!r}; correct or remove the line") from None
     if abs(value) >= 2**31:
@@ -351,7 +372,7 @@ def _read_int(text: str, where: str) -> int:
 
 def _read_float(text: str, where: str) -> float:
     try:
-        value = float(_plain_number(text))
+        value = float(_check_digits(text))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
@@ -359,8 +380,8 @@ def _read_float(text: str, where: str) -> float:
     return value
 
 
-def _plain_number(text: str) -> str:
-    """Returns the text of a number; raises ValueError for what Python alone would read, such as 1_0."""
+def _check_digits(text: str) -> str:
+    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10) and digits of other scripts."""
     if "_" in text or not text.isascii() or text != text.strip():
         raise ValueError
     return text

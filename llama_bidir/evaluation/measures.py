@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from subprocess import SubprocessError
 from typing import Any, NamedTuple
 
+from ..data.identical import drop_own_ids, tell_identical
 from ..utils.extras import require
 from ..utils.names import nearest
 
@@ -30,12 +31,24 @@ class Evaluation(NamedTuple):
     per_query: dict[str, dict[str, float]]
 
 
-def evaluate_run(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEFAULT_MEASURES) -> dict[str, float]:
+def evaluate_run(
+    qrels: Qrels,
+    run: Run,
+    measures: str | Iterable[str] = DEFAULT_MEASURES,
+    *,
+    ignore_identical_ids: bool = True,
+) -> dict[str, float]:
     """Returns the `aggregated` values of [`evaluate_queries`]."""
-    return evaluate_queries(qrels, run, measures).aggregated
+    return evaluate_queries(qrels, run, measures, ignore_identical_ids=ignore_identical_ids).aggregated
 
 
-def evaluate_queries(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEFAULT_MEASURES) -> Evaluation:
+def evaluate_queries(
+    qrels: Qrels,
+    run: Run,
+    measures: str | Iterable[str] = DEFAULT_MEASURES,
+    *,
+    ignore_identical_ids: bool = True,
+) -> Evaluation:
     """
     Computes measures for each query of the qrels. A query that the run lacks counts as 0.
 
@@ -44,6 +57,8 @@ def evaluate_queries(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEF
         run: score by doc_id by query_id. [`rank_documents`] ranks the documents for all measures, because the tools
             behind ir_measures break ties in different ways.
         measures: see [`parse_measures`].
+        ignore_identical_ids: leave out documents with the identifier of their query, as BEIR does (see
+            [`~data.identical`]), with a warning that counts them.
 
     Raises:
         ValueError: a measure is invalid, there are no qrels, or a score is NaN.
@@ -53,6 +68,9 @@ def evaluate_queries(qrels: Qrels, run: Run, measures: str | Iterable[str] = DEF
     parsed = parse_measures(measures)
     if not qrels:
         raise ValueError("qrels must judge at least one query, got none")
+    if ignore_identical_ids:
+        run, num_identical = drop_own_ids(qrels, {query_id: run[query_id] for query_id in qrels if query_id in run})
+        tell_identical("the run", num_identical, "documents")
     # The queries are numbered because one of the tools (gdeval, for ERR) accepts only numbers.
     query_ids = {str(number): query_id for number, query_id in enumerate(qrels, start=1)}
     judged = {number: dict(qrels[query_id]) for number, query_id in query_ids.items()}

@@ -19,7 +19,7 @@ from ..utils.sharing import deal
 from ..utils.validation import check_positive_int
 from .journal import Journal
 from .ranks import Ranks, check_shared_file
-from .scoring import fix_scoring
+from .scoring import fix_scoring, naming_the_cause
 from .task import Limits, NothingToWriteError, Task, TextPath
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,9 @@ def score_windows(
         progress=progress,
     )
     for window, scores in zip(second, chunks, strict=True):
-        yield task.record(window, scores.tolist())
+        with naming_the_cause(cross_encoder):
+            record = task.record(window, scores.tolist())
+        yield record
 
 
 @contextmanager

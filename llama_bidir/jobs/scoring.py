@@ -4,11 +4,14 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..cross_encoder import CrossEncoder
+from ..scoring.finite import find_cause
 from ..scoring.pipeline import check_one_label
 from ..utils.errors import ScoreError
 
@@ -22,9 +25,16 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_score(name: str, score: float) -> None:
     """Raises ScoreError if a score is NaN or infinite."""
     if not math.isfinite(score):
-        raise ScoreError(
-            f"{name} is {score} and has no rank: check the weights of the model, or use a dtype with more range"
-        )
+        raise ScoreError(f"{name} is {score} and has no rank")
+
+
+@contextmanager
+def naming_the_cause(cross_encoder: CrossEncoder) -> Iterator[None]:
+    """Adds to a ScoreError why the model probably gave the score."""
+    try:
+        yield
+    except ScoreError as error:
+        raise ScoreError(f"{error}: {find_cause(cross_encoder.model)}") from None
 
 
 def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:

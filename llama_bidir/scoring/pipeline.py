@@ -16,6 +16,7 @@ from ..utils.errors import ScoreError
 from ..utils.validation import check_chunk, check_positive_int
 from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
+from .finite import NotFinite
 from .packing import empty_logits
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Scorer:
         max_tokens, max_sequences: of a batch (see [`Engine.logits`]).
         long_document: see [`PromptEncoder.encode`].
         activation_fn: makes scores of the logits of a chunk; None leaves them as they are.
+        model: what gives the logits, to explain those that are not finite.
     """
 
     def __init__(
@@ -123,12 +125,13 @@ class Scorer:
         max_sequences: int | None,
         long_document: str,
         activation_fn: Activation | None = None,
+        model: Any = None,
     ):
         self.encoder, self.engine, self.progress, self.num_labels = encoder, engine, progress, num_labels
         self.max_tokens, self.max_sequences, self.long_document = max_tokens, max_sequences, long_document
-        self.activation_fn = activation_fn
+        self.activation_fn, self.model = activation_fn, model
         self.tally = Tally()
-        self.num_activated = self.num_nan = self.first_nan = 0
+        self.not_finite = NotFinite()
 
     def score(self, pairs: Iterable[Pair]) -> torch.Tensor:
         """
@@ -148,17 +151,13 @@ class Scorer:
         return map(self.activate, self._logits_of_chunks(chunks))
 
     def activate(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the scores of the next logits, of shape `(num_pairs, num_labels)`, and notes those that are NaN."""
-        nan = logits.isnan().any(dim=-1).nonzero().flatten().tolist()
-        if nan and not self.num_nan:
-            self.first_nan = self.num_activated + nan[0]
-        self.num_nan += len(nan)
-        self.num_activated += len(logits)
+        """Returns the scores of the next `(num_pairs, num_labels)` logits, and counts those that are not finite."""
+        self.not_finite.add(logits)
         scores = logits.squeeze(-1) if self.num_labels == 1 else logits
         return scores if self.activation_fn is None else self.activation_fn(scores)
 
     def log(self) -> None:
-        """Reports once how many pairs were cut or split, and how many have NaN logits."""
+        """Reports once how many pairs were cut or split, and how many have NaN or infinite logits."""
         tally, limit = self.tally, f"longer than {self.encoder.max_length} tokens"
         if tally.num_truncated:
             logger.warning(
@@ -170,11 +169,8 @@ class Scorer:
                 f"{tally.num_windowed} of {tally.num_pairs} pairs were {limit} and were scored in {tally.num_windows} "
                 "windows, the best of which counts"
             )
-        if self.num_nan and tally.num_pairs:  # in the first of several processes
-            logger.warning(
-                f"{self.num_nan} of {self.num_activated} pairs have NaN logits, first pair {self.first_nan}: the "
-                "weights hold NaN or infinity, or the dtype overflows; check the checkpoint, or use bfloat16 or float32"
-            )
+        if self.not_finite.first is not None and tally.num_pairs:  # in the first of several processes
+            logger.warning(self.not_finite.describe(self.model))
 
     def _logits_of_chunks(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
         """An accelerator computes a chunk while the next one is tokenized."""
@@ -286,14 +282,14 @@ def rank_documents(
         the first `top_k` results, as [`~cross_encoder.CrossEncoder.rank`] documents them.
 
     Raises:
-        ScoreError: a score is NaN.
+        ScoreError: the activation has made NaN of a logit.
     """
     results: list[dict[str, Any]] = []
     for corpus_id, (document, score) in enumerate(zip(documents, scores, strict=True)):
         if score != score:
             raise ScoreError(
-                f"the score of document {corpus_id} for query {query!r} is NaN and has no rank: check the weights of "
-                "the model, or use a dtype with more range"
+                f"the score of document {corpus_id} for query {query!r} is NaN and has no rank, although its logit "
+                "is finite: check activation_fn"
             )
         text = {"text": document} if return_documents else {}
         results.append({"corpus_id": corpus_id, "score": float(score), **text})

@@ -85,7 +85,7 @@ class DataArguments:
 
     def eval_grouping(self) -> Grouping:
         """How rows become groups in evaluation."""
-        return Grouping(group_size=self.eval_group_size, negatives="first")
+        return Grouping.for_evaluation(self.eval_group_size)
 
 
 @dataclass

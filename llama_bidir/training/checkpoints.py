@@ -15,8 +15,9 @@ from safetensors import safe_open
 from ..data import GroupDataset
 from ..files_llama_bidir import INTERRUPTED_SAVE
 from ..utils.extras import require
-from ..utils.outputs import SAVING, write_whole
+from ..utils.outputs import write_whole
 from ..utils.resume import describe_changes
+from ..utils.workspace import SAVING
 from .arguments import CrossEncoderTrainingArguments
 from .history import HISTORY_NAME, PLOT_NAME
 

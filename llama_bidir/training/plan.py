@@ -20,6 +20,7 @@ from ..data import GroupDataset, parse_source, read_rows
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder
 from ..utils.tables import format_table
+from ..weights_llama_bidir import check_weights, read_weights
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
@@ -217,6 +218,9 @@ def _read_checkpoint(
     name = model_args.model_name_or_path
     check_source(name, {"revision": model_args.revision})
     config = LlamaBidirectionalConfig.from_pretrained(name, **config_fields(model_args, data_args))
+    if os.path.isdir(name) and (weights := read_weights(name)) is not None:
+        is_quantized = getattr(config, "quantization_config", None) is not None
+        check_weights(config, weights, has_head=True, is_quantized=is_quantized)
     tokenizer = load_tokenizer(name, revision=model_args.revision)
     if data_args.prompt_template is None:
         config.prompt_template = find_prompt_template(tokenizer, config)

@@ -167,7 +167,7 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
             and a row has none.
     """
     rows = load_rows(source, skip_bad_rows=data_args.skip_bad_rows)
-    if grouping.group_size != 1:
+    if grouping.needs_negatives:
         rows = with_negatives(rows, source.path, skip_others=data_args.skip_bad_rows)
     if loss in TEACHER_LOSSES:
         check_teacher_scores(rows, source.path)

@@ -58,7 +58,8 @@ class CrossEncoderTrainer(Trainer):
         processing_class: the model's fast tokenizer, saved with every checkpoint.
         loss: a name in [`~losses.LOSSES`], or a function with their arguments. The default is `args.loss`.
         group_size: passages per query in training.
-        eval_group_size: the same in evaluation. None takes all passages of a row.
+        eval_group_size: the same in evaluation, at least 2. None takes all passages of a row. Every row for evaluation
+            needs a negative.
         positives, negatives, short_groups: see [`~data.Grouping`].
         prompt_template: replaces the model's, as in [`CrossEncoder`]. By default, a model with the default template
             gets the template that NeMo AutoModel has saved with the tokenizer, if there is one.
@@ -118,7 +119,7 @@ class CrossEncoderTrainer(Trainer):
             grouping = train_dataset.grouping
         if grouping.group_size == 1 and self.loss in LOSSES.values() and self.loss is not binary_cross_entropy:
             raise ValueError(f"{self.loss.__name__} compares the passages of a group: group_size must be at least 2")
-        eval_grouping = Grouping(group_size=eval_group_size, negatives="first")
+        eval_grouping = Grouping.for_evaluation(eval_group_size)
         ensure_pad_token(processing_class, model.config.vocab_size)
         if prompt_template is None:
             prompt_template = find_prompt_template(processing_class, model.config)  # type: ignore[arg-type]

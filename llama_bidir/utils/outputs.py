@@ -1,31 +1,20 @@
 """Outputs that appear whole or not at all."""
 
 import errno
-import glob
 import logging
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import IO
 
 from ..files_llama_bidir import INTERRUPTED_SAVE
 from .exchange import NO_SPACE, exchange, must_stay
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from .workspace import SAVING, explained, workspace_for
 
 logger = logging.getLogger(__name__)
 
-SAVING = ".saving-"
 ENTRY_POINTS = ("config.json", "adapter_config.json")
-LOCK_NAME = "in_use"
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool, is_file: bool = False) -> None:
@@ -109,78 +98,17 @@ def whole_folder(
     check_free(path, overwrite=overwrite)
     if target.is_file():
         raise NotADirectoryError(f"{os.fspath(path)!r} is a file: name a folder")
-    with _workspace(target) as workspace, _explained(path):
+    with workspace_for(target) as workspace, explained(path):
         new = workspace / "new"
-        new.mkdir()  # follows the umask, which the private folder of mkdtemp does not
+        new.mkdir()  # follows the umask, unlike the workspace
         yield new
         check_free(path, overwrite=overwrite)  # `path` may have appeared during the block
-        _settle(new, mode=(workspace / LOCK_NAME).stat().st_mode & 0o777)
+        _settle(new, mode=new.stat().st_mode & 0o666)
         if not target.exists():
             new.rename(target)
         elif is_shared or not _take_its_place(target, new, replaces):
             _move_into(target, new, replaces)
         _sync(target.parent)
-
-
-@contextmanager
-def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes the errors of a full disk and of missing rights name the output, whichever library wrote the file."""
-    try:
-        yield
-    except Exception as error:
-        in_text = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
-        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
-        if "inline_container" in str(error):  # torch gives no reason
-            number = errno.ENOSPC if shutil.disk_usage(Path(path).absolute().parent).free < 2**20 else errno.EIO
-        if number not in WRITE_ERRORS:
-            raise
-        at = getattr(error, "filename", None)
-        if at is not None and not Path(os.fsdecode(at)).is_relative_to(Path(os.path.realpath(path)).parent):
-            raise  # of a file that is read
-        reason = f"{os.strerror(number)}; not saved, and what the folder held is unchanged"
-        raise OSError(number, reason, os.fspath(path)) from error
-
-
-@contextmanager
-def _workspace(target: Path) -> Iterator[Path]:
-    """Yields a folder to prepare `target` in: beside it, or inside it where it must stay or its parent is read-only."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    is_inside = target.is_dir() and (must_stay(target) or not os.access(target.parent, os.W_OK))
-    home, prefix = (target, SAVING) if is_inside else (target.parent, f".{target.name}-")
-    _remove_abandoned(home, prefix)
-    with _explained(target):
-        workspace = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
-    try:
-        with (workspace / LOCK_NAME).open("ab") as file:
-            _try_lock(file)
-            yield workspace
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _remove_abandoned(home: Path, prefix: str) -> None:
-    """Removes the workspaces that killed processes have left behind. A process that is alive holds the lock of its."""
-    for workspace in home.glob(f"{glob.escape(prefix)}{'[a-z0-9_]' * 8}"):
-        try:
-            with (workspace / LOCK_NAME).open("rb") as file:
-                if _try_lock(file):
-                    shutil.rmtree(workspace)
-                    logger.warning(f"removed {workspace}, which a killed process had left behind")
-        except FileNotFoundError:  # something else, or another process removes it
-            continue
-        except OSError as error:
-            logger.warning(f"{workspace} was left behind by a killed process and cannot be removed: {error}")
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """Returns whether the lock was free and can be held until the file is closed."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _settle(folder: Path, mode: int) -> None:

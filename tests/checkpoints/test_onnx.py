@@ -1,5 +1,8 @@
 """ONNX: the graph that onnxruntime runs."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from helpers import PAIRS
@@ -62,6 +65,13 @@ def test_a_graph_scores_padded_batches_and_says_what_it_cannot_do(graph_folder, 
         CrossEncoder(graph_folder, backend="onnx", model_kwargs={"attn_implementation": "eager"})
     with pytest.raises(ValueError, match="backend 'onnx' computes on the CPU"):
         CrossEncoder(graph_folder, backend="onnx", device="cuda")
+
+
+def test_copies_open_the_graph_again(graph_folder):
+    reranker = CrossEncoder(graph_folder, backend="onnx")
+    for copied in (pickle.loads(pickle.dumps(reranker)), copy.deepcopy(reranker)):
+        assert copied.model is not reranker.model
+        np.testing.assert_array_equal(copied.predict(PAIRS), reranker.predict(PAIRS))
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,25 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_model, tiny_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    TorchAoConfig,
+)
 
 from llama_bidir import (
     CrossEncoder,
@@ -304,3 +314,64 @@ def test_the_command_line_names_what_is_missing_in_one_line(broken, tmp_path, ca
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if "lacks model.layers.1." in line]) == 1
     assert not [line for line in lines if "Traceback" in line]
+
+
+def test_quantized_weights_are_compared_as_far_as_they_are_plain(broken, tmp_path):
+    pytest.importorskip("accelerate")
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    load = LlamaBidirectionalForSequenceClassification.from_pretrained
+    folder = tmp_path / "quantized"
+    load(broken(), quantization_config=config).save_pretrained(folder)
+    load(folder)
+    for fields, message in {
+        ("num_hidden_layers", 1): "num_hidden_layers is 1 in the configuration, but .* holds 2 layers",
+        ("num_hidden_layers", 10**9): f"num_hidden_layers is {10**9}, but the checkpoint holds 2 layers",
+        ("vocab_size", 10**9): rf"has vocab_size {10**9}, so model\.embed_tokens\.weight should have shape",
+        ("hidden_size", 10**9): f"has hidden_size {10**9}, so ",
+    }.items():
+        broken_folder = shutil.copytree(folder, tmp_path / "-".join(map(str, fields)))
+        edit_config(broken_folder, **dict([fields]))
+        with pytest.raises(ValueError, match=message):
+            load(broken_folder)
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    kept = {name: weight for name, weight in load_file(file).items() if "layers.1.mlp.up_proj" not in name}
+    save_file(kept, file, metadata=metadata)
+    with pytest.raises(ValueError, match=r"quantized lacks model\.layers\.1\.mlp\.up_proj\.weight, or holds"):
+        load(folder)
+
+
+@pytest.mark.parametrize("missing", [None, "blk.1.ffn_up.weight", "token_embd.weight"])
+def test_a_gguf_file_without_some_of_its_weights_is_refused(tmp_path, missing):
+    pytest.importorskip("accelerate")
+    gguf = pytest.importorskip("gguf")
+    names = {
+        "token_embd": (320, 32), "output_norm": (32,), "attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32),
+        "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32),
+        "ffn_down": (32, 48),
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_vocab_size(320)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_context_length(256)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, shape in names.items():
+        for full in [name] if name.startswith(("token", "output")) else [f"blk.{layer}.{name}" for layer in range(2)]:
+            if f"{full}.weight" != missing:
+                writer.add_tensor(f"{full}.weight", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for cls in (LlamaBidirectionalForSequenceClassification, LlamaBidirectionalModel):
+        if missing is None:
+            assert cls.from_pretrained(tmp_path, gguf_file="model.gguf").config.hidden_size == 32
+            continue
+        with pytest.raises(ValueError, match=r"\.gguf lacks (layers\.1\.mlp\.up_proj|embed_tokens)\.weight, or holds"):
+            cls.from_pretrained(tmp_path, gguf_file="model.gguf")

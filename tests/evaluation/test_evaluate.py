@@ -130,6 +130,47 @@ def test_the_report_shows_the_texts_and_the_latency(folder):
         assert text in page
 
 
+def test_a_report_shows_the_identifier_of_a_judged_query_without_a_text(folder, caplog):
+    write(folder / "qrels.tsv", QRELS + "q9\td1\t2\n")
+    assert evaluate(*REPORT) == 0
+    assert caplog.messages == ["qrels.tsv: left out 1 judged queries that queries.jsonl lacks: q9"]
+    page = (folder / "out.html").read_text(encoding="utf-8")
+    assert "query 1" in page
+    assert "q9" in page
+
+
+OWN = "documents that are the query itself, by identifier or text; ignore_identical_ids=False"
+
+
+def test_documents_with_the_identifier_of_their_query_are_left_out_as_in_beir(folder, caplog):
+    write(folder / "qrels.tsv", "query-id\tcorpus-id\tscore\na\tb\t1\nb\tb\t1\nc\td\t1\n")
+    write(
+        folder / "run.trec",
+        "".join(f"{q} Q0 {d} 1 {s} t\n" for q in "abc" for d, s in zip("abcd", "9876", strict=True)),
+    )
+    assert evaluate("--measures", "RR@10", "--json", "out.json") == 0
+    left_out = json.loads((folder / "out.json").read_text())["per_query"]["RR@10"]
+    # Without a and c themselves. A judgement says that b is relevant to b.
+    assert left_out == {"a": 1.0, "b": 0.5, "c": 1 / 3}
+    assert caplog.messages == [f"run.trec: left out 2 {OWN} (--no-ignore-identical-ids) keeps them"]
+    caplog.clear()
+    assert evaluate("--measures", "RR@10", "--json", "out.json", "--overwrite", "--no-ignore-identical-ids") == 0
+    assert json.loads((folder / "out.json").read_text())["per_query"]["RR@10"] == {"a": 0.5, "b": 0.5, "c": 0.25}
+    assert caplog.messages == []
+    qrels, run = read_qrels("qrels.tsv"), read_run("run.trec")
+    assert evaluate_run(qrels, run, "RR@10")["RR@10"] == (1 + 0.5 + 1 / 3) / 3
+    assert evaluate_run(qrels, run, "RR@10", ignore_identical_ids=False)["RR@10"] == (0.5 + 0.5 + 0.25) / 3
+    assert caplog.messages == [f"the run: left out 2 {OWN} (--no-ignore-identical-ids) keeps them"]
+
+
+def test_numbers_of_queries_and_documents_that_coincide_by_chance_stay(capsys, caplog):
+    """Query 1 of Cranfield is not its document 1; a judgement of such a pair as relevant tells."""
+    qrels, run = read_qrels(CRANFIELD / "qrels.tsv"), read_run(CRANFIELD / "run.bm25.trec")
+    assert sum(query_id in run[query_id] for query_id in qrels) == 7
+    assert evaluate_run(qrels, run) == evaluate_run(qrels, run, ignore_identical_ids=False)
+    assert caplog.messages == []
+
+
 def test_runs_with_the_same_file_name_are_shown_with_their_paths(folder):
     write(folder / "old" / "run.trec", BASELINE)
     assert evaluate("--baseline", "old/run.trec", *REPORT) == 0
@@ -223,8 +264,8 @@ MALFORMED = [
     ),
     (
         "qrels.tsv",
-        QRELS + "q9\td1\t2\n",
-        ":6: query-id: there is no query 'q9' in queries.jsonl; both files must be of the same dataset",
+        QRELS.replace("q", "p").replace("puery", "query") + "other\td1\t2\n",
+        ":2: query-id: there is no query 'p1' in queries.jsonl; both files must be of the same dataset",
     ),
     (
         "qrels.tsv",

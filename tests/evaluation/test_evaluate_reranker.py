@@ -91,6 +91,64 @@ def test_a_folder_gives_the_same_as_a_dataset(cross_encoder, tmp_path):
     assert evaluate_reranker(cross_encoder, tmp_path, depth=1).num_pairs == 1
 
 
+def test_judged_queries_without_a_text_are_left_out(cross_encoder, tmp_path, caplog):
+    expected = evaluate_reranker(cross_encoder, DATASET._replace(qrels={"q1": QRELS["q1"], "q3": QRELS["q3"]}))
+    queries = {"q1": QUERIES["q1"], "q3": QUERIES["q3"]}
+    result = evaluate_reranker(cross_encoder, DATASET._replace(queries=queries))
+    assert result._replace(seconds=0) == expected._replace(seconds=0)
+    write_folder(tmp_path, DATASET._replace(queries=queries))
+    from_folder = evaluate_reranker(cross_encoder, tmp_path)
+    assert from_folder._replace(seconds=0) == expected._replace(seconds=0)
+    assert caplog.messages == [
+        "the qrels: left out 1 judged queries that queries lacks: q2",
+        f"{tmp_path}/qrels.tsv: left out 1 judged queries that {tmp_path}/queries.jsonl lacks: q2",
+    ]
+
+
+def write_folder(folder, dataset):
+    write(folder / "corpus.jsonl", lines(*[{"_id": key, "text": text} for key, text in dataset.corpus.items()]))
+    write(folder / "queries.jsonl", lines(*[{"_id": key, "text": text} for key, text in dataset.queries.items()]))
+    judgements = [f"{query}\t{doc}\t{value}\n" for query, docs in dataset.qrels.items() for doc, value in docs.items()]
+    write(folder / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + "".join(judgements))
+    entries = [f"{query} Q0 {doc} 1 {score} t\n" for query, docs in dataset.run.items() for doc, score in docs.items()]
+    write(folder / "run.trec", "".join(entries))
+
+
+def test_documents_that_are_their_query_are_left_out_before_and_after(cross_encoder, tmp_path, caplog):
+    own = Dataset(
+        {**CORPUS, "a": "bees", "copy": " why? ", "7": "seven"},
+        {"a": "an argument", "q3": "why?", "7": "a number"},
+        {"a": {"d1": 1}, "q3": {"d1": 1}, "7": {"d2": 1}},
+        {
+            "a": {"a": 9.0, "d1": 8.0, "d2": 7.0},
+            "q3": {"d2": 9.0, "copy": 8.0, "d1": 7.0, "d3": 6.0},
+            "7": {"7": 9.0, "d2": 8.0},
+        },
+    )
+    result = evaluate_reranker(cross_encoder, own, depth=2, measures="RR@10")
+    assert result.run_before == {
+        "a": {"d1": 8.0, "d2": 7.0},
+        "q3": {"d2": 9.0, "d1": 7.0, "d3": 6.0},
+        "7": {"7": 9.0, "d2": 8.0},
+    }
+    assert result.before.per_query["RR@10"] == {"a": 1.0, "q3": 0.5, "7": 0.5}
+    assert {query_id: set(docs) for query_id, docs in result.run.items()} == {
+        query_id: set(docs) for query_id, docs in result.run_before.items()
+    }
+    assert result.num_pairs == 6  # the next documents move up within the depth
+    write_folder(tmp_path, own)
+    from_folder = evaluate_reranker(cross_encoder, tmp_path, depth=2, measures="RR@10")
+    assert from_folder._replace(seconds=0) == result._replace(seconds=0)
+    assert set(load_dataset(tmp_path, depth=2).corpus) == {"d1", "d2", "7"}
+    tail = "left out 2 candidates that are the query itself, by identifier or text; ignore_identical_ids=False"
+    tail += " (--no-ignore-identical-ids) keeps them"
+    assert caplog.messages == [f"the run: {tail}", *[f"{tmp_path}/run.trec: {tail}"] * 2]
+    kept = evaluate_reranker(cross_encoder, tmp_path, depth=2, measures="RR@10", ignore_identical_ids=False)
+    assert kept.before.per_query["RR@10"] == {"a": 0.5, "q3": 1 / 3, "7": 0.5}
+    judged = own._replace(qrels={**own.qrels, "a": {"a": 1}})
+    assert evaluate_reranker(cross_encoder, judged, measures="RR@10").before.per_query["RR@10"]["a"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("dataset", "options", "error", "message"),
     [

@@ -365,7 +365,7 @@ def test_a_beir_folder(has_run, tmp_path, reranker_checkpoint):
             "q1\td0\t1\nq1\td0\t2\n",
             r"qrels\.tsv:3: score: the document 'd0' of query 'q1' is judged 2 here and 1 in line 2",
         ),
-        ("q1\td0\t1\nq9\td0\t1\n", r"qrels\.tsv:3: query-id: there is no query 'q9' in .*queries\.jsonl"),
+        ("q9\td0\t1\n", r"qrels\.tsv:2: query-id: there is no query 'q9' in .*queries\.jsonl"),
         ("q1\td99\t1\n", r"qrels\.tsv:2: corpus-id: there is no document 'd99' in .*corpus\.jsonl"),
         ("q1\td0\t0\n", r"qrels\.tsv: no query has a relevant document, one with a score of 1 or more"),
     ],

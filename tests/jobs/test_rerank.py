@@ -148,8 +148,8 @@ def test_a_score_that_has_no_rank_is_a_failure_at_work(verb, files, reranker_che
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"llama-bidir: error: .*the score of .* is nan and has no rank: check the weights of the model, or use a dtype "
-        r"with more range.*",
+        r"llama-bidir: error: .*the score of .* is nan and has no rank.*: the weights hold NaN or infinity, first in "
+        r"score\.weight: check the checkpoint, or use bfloat16 or float32",
         error,
     )
 

@@ -1,6 +1,7 @@
 """Scoring in several processes: worker devices, and ranks under torchrun."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -86,6 +87,25 @@ def test_an_error_between_two_batches_leaves_no_answer_behind(pooled, single):
     with pytest.raises(KeyError):
         pooled.engine().logits([[number % 300] * 50 for number in range(200)], on_tokens=fail)
     np.testing.assert_allclose(pooled.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_bar_that_scores_on_the_same_workers_is_told(pooled, single):
+    with pytest.raises(RuntimeError, match="worker processes score one call at a time: do not score within a progress"):
+        pooled.engine().logits(
+            [[number % 300] * 50 for number in range(200)], on_tokens=lambda tokens: pooled.predict(PAIRS)
+        )
+    np.testing.assert_allclose(pooled.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_copies_have_workers_of_their_own(pooled, single):
+    workers = [process.pid for process in pooled.engine()._processes]
+    copied = pickle.loads(pickle.dumps(pooled))
+    assert copied.devices == pooled.devices
+    np.testing.assert_allclose(copied.predict(PAIRS), single.predict(PAIRS), rtol=1e-5, atol=1e-6)
+    copied.close()
+    assert [process.pid for process in pooled.engine()._processes] == workers
 
 
 @pytest.mark.slow

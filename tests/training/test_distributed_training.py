@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def train_in(tmp_path_factory, base_checkpoint):
     for path, rows in ((train_rows, ROWS[:13]), (eval_rows, ROWS[:19])):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    @cache
     def run(name, processes, *fields):
         command = [sys.executable]
         if processes > 1:
@@ -84,7 +86,7 @@ def test_two_processes_equal_one(fields, alone, train_in, request):
 
 def test_sharded_runs_resume(alone, train_in):
     fields = ["fsdp=true", 'fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}']
-    folder, _ = train_in("whole", 2, *fields)
+    folder, _ = train_in("fsdp2-sharded", 2, *fields)
     stop(folder, folder.with_name("stopped"), "checkpoint-3")
     resumed, history = train_in("stopped", 2, *fields)
     _, expected = alone

@@ -75,7 +75,7 @@ def interrupt(command, output, number, log):
     return status
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_and_resumes(number, command, tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
     assert interrupt(command(), output, number, log) == 130
@@ -88,6 +88,7 @@ def test_an_interrupted_run_ends_and_resumes(number, command, tmp_path):
     assert CrossEncoder(output).config.model_type == "llama_bidirec"
 
 
+@pytest.mark.slow
 def test_interrupted_processes_of_torchrun_end(command, tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
     assert interrupt(command(*TORCHRUN), output, signal.SIGINT, log) != 0

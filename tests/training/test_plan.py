@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -312,3 +313,11 @@ def test_no_source():
     arguments = (ModelArguments(model_name_or_path="m"), DataArguments(), CrossEncoderTrainingArguments(use_cpu=True))
     with pytest.raises(ValueError, match=r"data\.train must name at least one source of training rows"):
         plan(*arguments)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_its_layers_are_counted(base_checkpoint, rows_file, tmp_path):
+    folder = shutil.copytree(base_checkpoint, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match=f"num_hidden_layers is {10**9}, but the checkpoint holds 2 layers"):
+        make_plan(folder, rows_file)

@@ -186,7 +186,10 @@ def test_values_fit_their_fields(tmp_path):
         ("training: {max_steps: 2.5}", "training: max_steps must be a whole number, got 2.5"),
         ("training: {bf16: 1}", "training: bf16 must be true or false, got 1"),
         ("training: {save_strategy: no}", "training: save_strategy must be text, got False: put it in quotes"),
-        ("model: {revision: 0012}", "model: revision must be text, got 10: put it in quotes"),
+        ("model: {revision: 12}", "model: revision must be text, got 12: put it in quotes"),
+        ("lora: {target_modules: [q_proj, no]}", "lora: target_modules[1] must be text, got False: put it in quotes"),
+        ("a: 1\n---\nb: 2", "a recipe is a YAML file: expected a single document"),
+        ("training:\n\tseed: 1", "a recipe is a YAML file: while scanning for the next token found character '\\t'"),
         ("data: {train: 5}", "data: train must be a list, got 5"),
         ("lora: {r: many}", "lora: r must be a whole number, got 'many'"),
         ("training: {lr_scheduler_type: sloped}", "training: sloped is not a valid SchedulerType"),
@@ -197,6 +200,61 @@ def test_wrong_recipes(content, message, tmp_path):
     base = "" if content.startswith(("model", "-", "a:")) else "model: {model_name_or_path: m}\n"
     with pytest.raises(ValueError, match=re.escape(f"recipe.yaml: {message}")):
         load_text(base + content, tmp_path)
+
+
+REPEATED = "is there already, in line {}; keep one of them"
+BASE_8 = (
+    "is not a plain number in YAML: with a leading zero, it is of base 8; write a plain number, or put text in quotes"
+)
+BASE_60 = "is not a plain number in YAML: with a colon, it is of base 60; write a plain number, or put text in quotes"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", f":5: the key 'seed' {REPEATED.format(3)}"),
+        ("data: {train: a}\ntraining: {seed: 1}\ndata: {eval: b}\n", f":4: the key 'data' {REPEATED.format(2)}"),
+        ("training: {seed: 1, seed: 1}\n", f":2: the key 'seed' {REPEATED.format(2)}"),
+        ("training: {seed: 1, 'seed': 1}\n", f":2: the key 'seed' {REPEATED.format(2)}"),
+        ("data:\n  train:\n    - {path: a,\n       path: b}\n", f":5: the key 'path' {REPEATED.format(4)}"),
+        ("training: {<<: {seed: 1}, <<: {seed: 2}}\n", f":2: the key '<<' {REPEATED.format(2)}"),
+        ("training:\n  warmup_steps: 010\n", f":3: 010 {BASE_8}"),
+        ("model: {revision: 0012}\n", f":2: 0012 {BASE_8}"),
+        ("training: {eval_steps: 1:30}\n", f":2: 1:30 {BASE_60}"),
+        ("training: {learning_rate: 1:30.5}\n", f":2: 1:30.5 {BASE_60}"),
+    ],
+)
+def test_what_yaml_would_silently_change_is_refused_with_file_and_line(content, message, tmp_path):
+    with pytest.raises(ValueError, match=f"{re.escape(f'recipe.yaml{message}')}$"):
+        load_text("# a recipe\n" + content, tmp_path)
+
+
+def test_anchors_merged_keys_dates_and_a_byte_order_mark_are_read(tmp_path):
+    recipe = load_text(
+        """\ufeff
+        model: {model_name_or_path: m}
+        data:
+          train: &sources [{path: a, weight: 2}]
+          eval: *sources
+        training: &base
+          <<: {seed: 1, max_steps: 5}
+          seed: 3
+          run_name: 2026-11-27
+          logging_steps: 0x10
+        lora:
+        """,
+        tmp_path,
+    )
+    assert recipe.data.train == recipe.data.eval == [{"path": "a", "weight": 2}]
+    training = recipe.training
+    assert (training.seed, training.max_steps, training.run_name, training.logging_steps) == (3, 5, "2026-11-27", 16)
+
+
+def test_a_repeated_override_is_told(caplog):
+    assert parse_overrides(["--seed", "1", "--training.seed=2"]) == {"training": {"seed": 2}}
+    assert caplog.messages == ["--training.seed is given more than once: the last value holds"]
+    with pytest.raises(ValueError, match=r"^--training\.fsdp_config:1: the key 'version' is there already, in line 1"):
+        parse_overrides(["--training.fsdp_config", "{version: 1, version: 2}"])
 
 
 def test_missing_recipe():

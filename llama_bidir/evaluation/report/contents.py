@@ -158,7 +158,7 @@ def make_report(
 def _curve(qrels: Qrels, run: Run) -> list[tuple[int, float]]:
     longest = max((len(run.get(query_id, ())) for query_id in qrels), default=0)
     depths = [depth for depth in DEPTHS if depth <= max(longest, MIN_DEPTH)]
-    ndcg = evaluate_run(qrels, run, [f"nDCG@{depth}" for depth in depths])
+    ndcg = evaluate_run(qrels, run, [f"nDCG@{depth}" for depth in depths], ignore_identical_ids=False)
     return [(depth, ndcg[f"nDCG@{depth}"]) for depth in depths]
 
 

@@ -28,6 +28,7 @@ class MiningResult(NamedTuple):
         num_negatives: how many of them were taken.
         removed: how many of them were not taken, by reason (see [`select_negatives`]).
         without_negatives: what errors call the rows of which no candidate passed.
+        num_identical: how many candidates were left out before, because they are the query itself.
     """
 
     num_rows: int
@@ -36,6 +37,7 @@ class MiningResult(NamedTuple):
     num_negatives: int
     removed: dict[str, int]
     without_negatives: list[str]
+    num_identical: int = 0
 
     def format(self) -> str:
         """Returns the result as text."""

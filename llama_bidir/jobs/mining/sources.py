@@ -12,13 +12,11 @@ from ...data.beir_folder import RelevantDocuments, find_files, find_run, list_ru
 from ...data.corpus import Corpus, open_corpus
 from ...data.files import as_id, read_id, read_json, read_json_lines
 from ...data.hub import PREFIX
+from ...data.identical import QUERY_IDS, identify
+from ...data.rows import as_list
 from ...data.sources import not_beir
 from ...utils.extras import require
 from ...utils.validation import describe
-from .windows import as_list
-
-QUERY_IDS = ("query_id", "question_id", "_id")
-DOC_IDS = ("id", "_id", "doc_id")
 
 
 class SourceRow(NamedTuple):
@@ -72,7 +70,12 @@ def describe_state(path: str | os.PathLike[str]) -> str:
 
 
 def open_source(
-    source: str, *, qrels: str | None = None, run: str | None = None, takes_run: bool = True
+    source: str,
+    *,
+    qrels: str | None = None,
+    run: str | None = None,
+    takes_run: bool = True,
+    ignore_identical_ids: bool = True,
 ) -> MiningSource:
     """
     Opens the rows that [`load_rows`] reads under the same name.
@@ -86,6 +89,7 @@ def open_source(
         qrels: for a BEIR folder, a path in it (see [`find_files`]).
         run: for a BEIR folder, the path of a run to use instead of its own.
         takes_run: whether to look for a run in a BEIR folder.
+        ignore_identical_ids: for rows that [`load_rows`] reads.
 
     Raises:
         FileNotFoundError, OSError: the source is missing or cannot be read.
@@ -98,7 +102,7 @@ def open_source(
         raise not_beir(source, ["qrels"])
     if name.endswith((".jsonl", ".jsonl.gz")):
         return MiningSource(lambda: _read_jsonl(path), [describe_state(path)], files=[path])
-    dataset = load_rows(source)
+    dataset = load_rows(source, ignore_identical_ids=ignore_identical_ids)
     if name.endswith((".json", ".json.gz")):
         # Memory-mapped like the rows, so the fields beside the schema need no memory either.
         datasets = require("datasets", "train")
@@ -116,13 +120,6 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
 def _find_ids(fields: Mapping[str, Any]) -> frozenset[str]:
     """Identifiers of positives that are objects, beside their text."""
     return frozenset().union(*map(identify, as_list(fields.get("pos_doc"))))
-
-
-def identify(passage: Any) -> frozenset[str]:
-    """Identifiers of a passage that is an object, beside its text."""
-    if not isinstance(passage, Mapping):
-        return frozenset()
-    return frozenset(as_id(passage[name]) for name in DOC_IDS if passage.get(name) is not None)
 
 
 def _read_corpus_id(path: Path, dataset: Any, records: Any) -> Iterator[SourceRow]:
@@ -152,6 +149,7 @@ def _open_beir(folder: Path, qrels: str | None, run: str | None, *, takes_run: b
         run_path = find_run(folder, None if run is None else os.path.abspath(run))
     corpus = open_corpus(files.corpus)
     documents = RelevantDocuments(files, corpus.index())
+    documents.drop_missing()
     relevant = {query_id: documents.read(query_id) for query_id in documents.judgements}
     return MiningSource(
         lambda: _read_beir(files.qrels, corpus, relevant), list(map(describe_state, files)), corpus, run_path, files

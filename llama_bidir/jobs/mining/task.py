@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 from ...cross_encoder import CrossEncoder
 from ...data import parse_row
 from ...data.corpus import Corpus, open_corpus
+from ...data.identical import tell_identical
 from ...files_llama_bidir import check_checkpoint_path
 from ..job import Job, run_job
 from ..task import NothingToWriteError, TextPath, Window
@@ -28,7 +29,7 @@ class MiningTask:
     Describes mining to a [`Job`]: windows of rows, of which the journal keeps the lines of the output and counts.
 
     Args:
-        source, corpus, run, qrels, candidates, depth, selection, keep_empty: see [`mine_file`].
+        source, corpus, run, qrels, candidates, depth, selection, keep_empty, ignore_identical_ids: see [`mine_file`].
 
     Raises:
         ValueError: an argument breaks its rule.
@@ -42,6 +43,7 @@ class MiningTask:
     depth: int = 100
     selection: Selection = DEFAULT_SELECTION
     keep_empty: bool = False
+    ignore_identical_ids: bool = True
 
     verb = "mine"
     label = "Mining"
@@ -66,12 +68,25 @@ class MiningTask:
         source = os.fspath(self.source)
         run = None if self.run is None else os.fspath(self.run)
         takes_run = self.candidates in ("auto", "run")
-        self._rows: MiningSource = open_source(source, qrels=self.qrels, run=run, takes_run=takes_run)
+        self._rows: MiningSource = open_source(
+            source,
+            qrels=self.qrels,
+            run=run,
+            takes_run=takes_run,
+            ignore_identical_ids=self.ignore_identical_ids,
+        )
         if self.corpus is not None and self._rows.corpus is not None:
             raise ValueError(f"{source}: corpus must not be given for a BEIR folder, which has its own")
         self._corpus: Corpus | None = self._rows.corpus if self.corpus is None else open_corpus(Path(self.corpus))
         self._run = self._rows.run if run is None else Path(run)
-        self._finder = CandidateFinder(self._rows, self.candidates, self._corpus, self._run, self.depth)
+        self._finder = CandidateFinder(
+            self._rows,
+            self.candidates,
+            self._corpus,
+            self._run,
+            self.depth,
+            ignore_identical_ids=self.ignore_identical_ids,
+        )
         self._num_rows = self._finder.check(source)
         self._unread: Iterator[SourceRow] = iter(())
         self._next_row = self._num_rows
@@ -92,6 +107,7 @@ class MiningTask:
             "depth": self.depth,
             **asdict(self.selection),
             "keep_empty": self.keep_empty,
+            "ignore_identical_ids": self.ignore_identical_ids,
         }
 
     def working_files(self) -> list[Path]:
@@ -133,6 +149,7 @@ class MiningTask:
         for row in rows:
             counts.update(row.removed)
             counts.update(num_candidates=row.num_candidates, num_negatives=len(row.fields["neg_doc"]))
+            counts.update(num_identical=row.num_identical)
         without = [row.where for row in rows if not row.fields["neg_doc"]]
         return json.dumps([counts, without]).encode() + b"\n" + b"".join(map(_format_row, kept))
 
@@ -152,7 +169,9 @@ class MiningTask:
             counts["num_negatives"],
             {reason: counts[reason] for reason in REASONS},
             without_negatives,
+            counts["num_identical"],
         )
+        tell_identical(self.source, result.num_identical)
         if not result.num_written:
             raise NothingToWriteError(
                 f"{os.fspath(self.source)}: no candidate of any row passed, and nothing was written: "
@@ -191,6 +210,7 @@ def mine_file(
     depth: int = 100,
     selection: Selection = DEFAULT_SELECTION,
     keep_empty: bool = False,
+    ignore_identical_ids: bool = True,
     batch_size: int | None = None,
     device: str | Sequence[str] | None = None,
     dtype: str | None = None,
@@ -216,6 +236,8 @@ def mine_file(
         candidates, depth: see [`CandidateFinder`].
         selection: which candidates become negatives.
         keep_empty: also write the rows without a negative, with an empty `neg_doc`.
+        ignore_identical_ids: leave out candidates that are the query itself, as in ArguAna and Quora (see
+            [`~data.identical`]), with a warning that counts them.
         batch_size, device, dtype, max_length: see [`CrossEncoder`].
         overwrite: replace `output`, and drop a stopped job with different arguments.
         window_pairs: a window of rows, which a kill may lose, ends as soon as it has this many pairs. Chosen for the
@@ -242,6 +264,7 @@ def mine_file(
         depth=depth,
         selection=selection,
         keep_empty=keep_empty,
+        ignore_identical_ids=ignore_identical_ids,
     )
     limits = {"batch_size": batch_size, "window_pairs": window_pairs}
     job = open_mining_job(task, model, output, overwrite=overwrite, **limits)

@@ -8,9 +8,12 @@ import torch
 
 from ...cross_encoder import CrossEncoder
 from ...data import TrainingRow, parse_row
+from ...data.identical import find_query_id, is_query, tell_identical
+from ...data.rows import as_list
 from ...scoring.pipeline import Pair, check_one_label
 from ...utils.errors import ScoreError
 from ...utils.validation import describe
+from ..scoring import naming_the_cause
 from .selection import DEFAULT_SELECTION, Selection, select_negatives
 
 WINDOW_PAIRS = 4096
@@ -26,11 +29,13 @@ class CandidateRow(NamedTuple):
         where: what errors call the row.
         fields: of the training schema (see [`~data.parse_row`]) and others. `neg_doc` holds the candidates, best first.
         known_positives: relevant passages besides the row's own.
+        num_identical: how many candidates were left out because they are the query itself.
     """
 
     where: str
     fields: Mapping[str, Any]
     known_positives: Sequence[str] = ()
+    num_identical: int = 0
 
 
 class MinedRow(NamedTuple):
@@ -43,12 +48,14 @@ class MinedRow(NamedTuple):
             candidate passed.
         num_candidates: how many the row had.
         removed: how many of them were not taken, by reason (see [`select_negatives`]).
+        num_identical: how many candidates were left out before, because they are the query itself.
     """
 
     where: str
     fields: dict[str, Any]
     num_candidates: int
     removed: dict[str, int]
+    num_identical: int = 0
 
 
 class ParsedRow(NamedTuple):
@@ -72,6 +79,7 @@ def mine_negatives(
     rows: Iterable[Mapping[str, Any]],
     selection: Selection = DEFAULT_SELECTION,
     *,
+    ignore_identical_ids: bool = True,
     batch_size: int | None = None,
     window_pairs: int = WINDOW_PAIRS,
 ) -> Iterator[MinedRow]:
@@ -82,6 +90,8 @@ def mine_negatives(
         cross_encoder: the teacher, a model with one label.
         rows: rows of the training schema (see [`~data.parse_row`]) whose `neg_doc` holds the candidates, best first.
         selection: which candidates become negatives.
+        ignore_identical_ids: leave out candidates that are the query itself (see [`~data.identical`]), with a warning
+            that counts them after the last row.
         batch_size: see [`CrossEncoder.predict`].
         window_pairs: a window of rows ends as soon as it has this many pairs.
 
@@ -94,11 +104,17 @@ def mine_negatives(
     """
     check_one_label(cross_encoder.config, "mining")
     named = (CandidateRow(f"row {number}", row) for number, row in enumerate(rows))
-    first, second = tee(_cut(map(ParsedRow.parse, named), window_pairs))
+    checked = map(_without_query, named) if ignore_identical_ids else named
+    num_identical = 0
+    first, second = tee(_cut(map(ParsedRow.parse, checked), window_pairs))
     chunks = ([pair for row in window for pair in row.pairs()] for window in first)
     scores = cross_encoder.predict_chunks(chunks, batch_size, activation_fn=LOGITS)
     for window, window_scores in zip(second, scores, strict=True):
-        yield from choose_negatives(window, window_scores.tolist(), selection)
+        num_identical += sum(row.given.num_identical for row in window)
+        with naming_the_cause(cross_encoder):
+            mined = list(choose_negatives(window, window_scores.tolist(), selection))
+        yield from mined
+    tell_identical("the rows", num_identical)
 
 
 def choose_negatives(window: Sequence[ParsedRow], scores: Sequence[float], selection: Selection) -> Iterator[MinedRow]:
@@ -125,13 +141,21 @@ def choose_negatives(window: Sequence[ParsedRow], scores: Sequence[float], selec
             "pos_score": positive_scores,
             "neg_score": [negative_scores[index] for index in indices],
         }
-        yield MinedRow(given.where, {**given.fields, **mined}, len(negative_scores), removed)
+        fields = {**given.fields, **mined}
+        yield MinedRow(given.where, fields, len(negative_scores), removed, given.num_identical)
 
 
-def as_list(value: Any) -> list[Any]:
-    """Returns the passages of a field, which may be None, a single one, a list, a tuple or an array."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+def _without_query(given: CandidateRow) -> CandidateRow:
+    """Returns a row without the candidates that are its query itself. Any scores of the row belong to all of them."""
+    row = parse_row(given.fields, given.where)
+    candidates = as_list(given.fields.get("neg_doc"))
+    query_id = find_query_id(given.fields)
+    mask = [is_query(query_id, row.query, *pair) for pair in zip(candidates, row.negatives, strict=True)]
+    if not any(mask):
+        return given
+    kept = [candidate for candidate, is_own in zip(candidates, mask, strict=True) if not is_own]
+    fields = {**given.fields, "neg_doc": kept, "pos_score": None, "neg_score": None}
+    return given._replace(fields=fields, num_identical=sum(mask))
 
 
 def _cut(rows: Iterable[ParsedRow], window_pairs: int) -> Iterator[list[ParsedRow]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...data.arrow import FileStamp, stamp, write_dataset
 from ...data.corpus import Corpus, Numbers, read_queries
+from ...data.identical import find_identical
 from ...data.trec import iterate_run, sort_entries, unknown_id
 from ...scoring.pipeline import Pair
 from ...utils.extras import require
@@ -49,6 +50,8 @@ class Candidates:
         query_of_block = blocks.data.column("query").to_numpy()
         self._order = np.argsort(query_of_block, kind="stable")
         self._numbers, self._starts = np.unique(query_of_block[self._order], return_index=True)
+        self.num_identical: int = pc.sum(blocks.data.column("num_identical")).as_py()
+        """How many documents were left out because they are their query itself."""
         sizes = pc.list_value_length(blocks.data.column("row")).to_numpy().astype(np.int64)
         self.counts: Numbers = np.add.reduceat(sizes[self._order], self._starts)
         """How many documents each query has."""
@@ -121,6 +124,7 @@ def open_candidates(
     run: Path,
     *,
     texts: Mapping[str, str] | None = None,
+    ignore_identical_ids: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Candidates:
     """
@@ -131,19 +135,23 @@ def open_candidates(
         queries: BEIR's JSON Lines.
         run: TREC's six columns.
         texts: of the queries by query_id; None reads them from `queries`.
+        ignore_identical_ids: leave out documents that are their query itself (see [`~data.identical`]).
         cache_dir: where the Arrow file is kept (see [`~data.arrow.write_dataset`]).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line breaks its rule, or names an unknown query or document, with file and line.
+        ValueError: a line breaks its rule, or names an unknown query or document, with file and line; or all documents
+            are left out.
     """
     datasets = require("datasets", "train")
     numbers = [datasets.Value("int64")]
-    features = datasets.Features(query=datasets.Value("int64"), rank=numbers, line=numbers, row=numbers)
+    number = datasets.Value("int64")
+    features = datasets.Features(query=number, rank=numbers, line=numbers, row=numbers, num_identical=number)
     arguments = {
         "corpus": corpus,
         "queries": os.fspath(queries),
         "run": os.fspath(run),
+        "ignore_identical_ids": ignore_identical_ids,
         "states": (stamp(queries), stamp(run)),
     }
     blocks = write_dataset(_generate_blocks, features, arguments, cache_dir)
@@ -151,16 +159,18 @@ def open_candidates(
 
 
 def _generate_blocks(
-    corpus: Corpus, queries: str, run: str, states: tuple[FileStamp, ...], version: int
+    corpus: Corpus, queries: str, run: str, ignore_identical_ids: bool, states: tuple[FileStamp, ...], version: int
 ) -> Iterator[dict[str, Any]]:
     """
     Yields a record for each block of lines about one query, by rank.
 
     Only one block is in memory at a time. A run usually has one block per query; one that returns to a query later has
-    several.
+    several. The last record holds the number of all documents that were left out.
     """
     index = corpus.index()
-    numbers = {query_id: number for number, query_id in enumerate(read_queries(Path(queries)))}
+    texts = read_queries(Path(queries))
+    numbers = {query_id: number for number, query_id in enumerate(texts)}
+    record, num_identical = None, 0
     for query_id, block in groupby(iterate_run(Path(run)), key=lambda entry: entry.query_id):
         flat = array("q")
         for entry in block:
@@ -170,5 +180,18 @@ def _generate_blocks(
                 raise unknown_id(f"{run}:{entry.line}: doc-id", "document", entry.doc_id, corpus.name)
             flat.extend((entry.rank, entry.line, index[entry.doc_id]))
         entries = sort_entries(np.frombuffer(flat, np.int64).reshape(-1, 3), Path(run), query_id, corpus)
+        if ignore_identical_ids:
+            mask = find_identical(corpus, query_id, texts[query_id], entries[:, 2], index)
+            entries, num_identical = entries[~mask], num_identical + int(mask.sum())
+        if not len(entries):
+            continue
+        if record is not None:
+            yield record
         ranks, lines, rows = entries.T
-        yield {"query": numbers[query_id], "rank": ranks, "line": lines, "row": rows}
+        record = {"query": numbers[query_id], "rank": ranks, "line": lines, "row": rows, "num_identical": 0}
+    if record is None:
+        raise ValueError(
+            f"{run}: every document is its query itself, so there is nothing to rerank: pass "
+            "ignore_identical_ids=False (--no-ignore-identical-ids), or another run"
+        )
+    yield {**record, "num_identical": num_identical}

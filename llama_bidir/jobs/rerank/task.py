@@ -12,6 +12,7 @@ import numpy as np
 from ...cross_encoder import CrossEncoder
 from ...data.arrow import stamp
 from ...data.corpus import open_corpus, read_queries
+from ...data.identical import SPARE_DOCUMENTS, find_identical, tell_identical
 from ...data.trec import is_word, run_lines
 from ...evaluation.bm25 import rank_bm25
 from ...evaluation.ranking import rank_candidates
@@ -36,7 +37,7 @@ class RerankTask:
     Describes reranking to a [`Job`]: windows of whole queries, of which the journal keeps the scores.
 
     Args:
-        corpus, queries, run, depth, tag, write_run, cache_dir: see [`rerank_run`].
+        corpus, queries, run, depth, tag, write_run, ignore_identical_ids, cache_dir: see [`rerank_run`].
 
     Raises:
         ValueError: an argument breaks its rule.
@@ -48,6 +49,7 @@ class RerankTask:
     depth: int = 100
     tag: str = "llama-bidir"
     write_run: TextPath | None = None
+    ignore_identical_ids: bool = True
     cache_dir: TextPath | None = None
 
     verb = "rerank"
@@ -92,7 +94,8 @@ class RerankTask:
             if path is not None
             for field, value in stamp(path)._asdict().items()
         }
-        return {"run.path": None, **stamps, "depth": self.depth, "tag": self.tag}
+        options = {"depth": self.depth, "tag": self.tag, "ignore_identical_ids": self.ignore_identical_ids}
+        return {"run.path": None, **stamps, **options}
 
     def working_files(self) -> list[Path]:
         return [] if self.run is not None else [self._working_run]
@@ -101,13 +104,21 @@ class RerankTask:
         """Makes the run if none is given. Raises ValueError if BM25 finds nothing."""
         if self.run is not None:
             return
-        num_documents = 0
+        num_documents = num_identical = 0
+        spare = SPARE_DOCUMENTS if self.ignore_identical_ids else 0
         with open_binary(self._working_run, is_compressed=self._working_run.suffix == ".gz") as file:
-            rankings = rank_bm25(self._documents.all_texts(), self._texts.values(), self.depth)
-            for query_id, (rows, scores) in zip(self._texts, rankings, strict=True):
+            rankings = rank_bm25(self._documents.all_texts(), self._texts.values(), self.depth + spare)
+            for (query_id, text), (rows, scores) in zip(self._texts.items(), rankings, strict=True):
                 ids = self._documents.ids(rows) if rows else []
+                if self.ignore_identical_ids:
+                    mask = find_identical(self._documents, query_id, text, rows)
+                    kept = np.flatnonzero(~mask).tolist()
+                    ids, scores = [ids[place] for place in kept], [scores[place] for place in kept]
+                    num_identical += int(mask.sum())
+                ids, scores = ids[: self.depth], scores[: self.depth]
                 file.writelines(line.encode() for line in run_lines(query_id, ids, scores, BM25_TAG))
-                num_documents += len(rows)
+                num_documents += len(ids)
+        tell_identical(self.corpus, num_identical)
         if not num_documents:
             self._working_run.unlink()
             raise ValueError(
@@ -118,6 +129,7 @@ class RerankTask:
     def cut(self, window_pairs: int) -> list[range]:
         if self.run is None:
             self._open_run(self._working_run)
+        tell_identical(self.run or self.corpus, self._candidates.num_identical)
         if missing := self._candidates.without_documents:
             examples = ", ".join(missing[:EXAMPLES]) + ", ..." * (len(missing) > EXAMPLES)
             logger.warning(
@@ -175,7 +187,14 @@ class RerankTask:
 
     def _open_run(self, run: Path) -> None:
         queries = Path(self.queries)
-        self._candidates = open_candidates(self._documents, queries, run, texts=self._texts, cache_dir=self.cache_dir)
+        self._candidates = open_candidates(
+            self._documents,
+            queries,
+            run,
+            texts=self._texts,
+            ignore_identical_ids=self.ignore_identical_ids,
+            cache_dir=self.cache_dir,
+        )
 
     def _check_words(self) -> None:
         """Raises ValueError for an identifier that cannot be a column of the run that BM25 makes."""
@@ -199,6 +218,7 @@ def rerank_run(
     max_tokens_per_batch: int | None = None,
     tag: str = "llama-bidir",
     write_run: TextPath | None = None,
+    ignore_identical_ids: bool = True,
     overwrite: bool = False,
     cache_dir: TextPath | None = None,
     show_progress_bar: bool | None = None,
@@ -221,6 +241,8 @@ def rerank_run(
         batch_size, max_tokens_per_batch: as in [`CrossEncoder.predict`].
         tag: the last column of the output.
         write_run: where to keep the run that BM25 makes.
+        ignore_identical_ids: leave out documents that are their query itself, as in ArguAna and Quora (see
+            [`~data.identical`]), with a warning that counts them.
         overwrite: replace what is at `output` and `write_run`, and drop a stopped job with different arguments.
         cache_dir: where the corpus and the run are kept as Arrow files; None is the cache of `datasets`.
         show_progress_bar: shown when not given and `llama_bidir.jobs.job` logs at INFO.
@@ -234,7 +256,14 @@ def rerank_run(
         RuntimeError: another process failed, or is at work on the same output.
     """
     task = RerankTask(
-        corpus=corpus, queries=queries, run=run, depth=depth, tag=tag, write_run=write_run, cache_dir=cache_dir
+        corpus=corpus,
+        queries=queries,
+        run=run,
+        depth=depth,
+        tag=tag,
+        write_run=write_run,
+        ignore_identical_ids=ignore_identical_ids,
+        cache_dir=cache_dir,
     )
     job = Job(task, output, overwrite=overwrite, batch_size=batch_size, max_tokens_per_batch=max_tokens_per_batch)
     return run_job(job, cross_encoder, show_progress_bar=show_progress_bar)

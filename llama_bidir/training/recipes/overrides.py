@@ -1,14 +1,16 @@
 """Values of a recipe on the command line: `--training.learning_rate 1e-5 --data.train a.jsonl b.jsonl`."""
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import yaml
-
 from ...utils.names import nearest
+from .loader import RecipeError, load_yaml
 from .recipe import Recipe, block_hints
 from .values import YAML_ERRORS, element_kinds, kinds_of
+
+logger = logging.getLogger(__name__)
 
 
 def parse_overrides(arguments: Sequence[str], *, options: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -17,7 +19,7 @@ def parse_overrides(arguments: Sequence[str], *, options: Sequence[str] = ()) ->
 
     A key may be written with dashes. Its block may be left out where only one block has the key. Values are read as
     YAML where the field does not take text. Several values are a list. An empty value and `null` are None. A key that
-    takes true or false is true when it has no value.
+    takes true or false is true when it has no value. The last value of a repeated key holds, with a warning.
 
     Args:
         arguments: the part of a command line that holds the keys of the recipe.
@@ -41,6 +43,8 @@ def parse_overrides(arguments: Sequence[str], *, options: Sequence[str] = ()) ->
     overrides: dict[str, dict[str, Any]] = {}
     for option, texts in given:
         block, key = _find(option, options)
+        if key in overrides.get(block, {}):
+            logger.warning(f"--{block}.{key} is given more than once: the last value holds")
         overrides.setdefault(block, {})[key] = _parse(texts, block_hints(block)[key], f"--{block}.{key}")
     return overrides
 
@@ -86,6 +90,8 @@ def _parse_value(text: str, kinds: set[type], where: str) -> Any:
     if str in kinds and not kinds & {bool, int, float} and not is_collection:
         return text
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text, where)
+    except RecipeError:
+        raise
     except YAML_ERRORS as error:
         raise ValueError(f"{where}: {text!r} is not a value in YAML: {' '.join(str(error).split())}") from error

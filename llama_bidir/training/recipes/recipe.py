@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import yaml
 
 from ...utils.extras import require
 from ...utils.launch import launch_number
 from ...utils.names import nearest
 from .. import CrossEncoderTrainingArguments, DataArguments, ModelArguments
+from .loader import RecipeError, load_yaml
 from .values import YAML_ERRORS, convert, field_hints
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,9 @@ def _find(name: str) -> Traversable:
 
 def _read(name: str) -> Mapping[Any, Any]:
     try:
-        content = yaml.safe_load(_find(name).read_text(encoding="utf-8"))
+        content = load_yaml(_find(name).read_text(encoding="utf-8"), name)
+    except RecipeError:
+        raise
     except YAML_ERRORS as error:
         raise ValueError(f"{name}: a recipe is a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):

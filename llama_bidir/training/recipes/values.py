@@ -71,6 +71,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     kinds, given = kinds_of(hint), value
     if isinstance(value, str) and str not in kinds and kinds & {bool, int, float}:
         value = _read_number(value)
+    elements = element_kinds(hint)
+    for index, item in enumerate(value if isinstance(value, list) and str in elements else ()):
+        if isinstance(item, int | float) and type(item) not in elements:
+            raise ValueError(f"{where}[{index}] must be text, got {item!r}: put it in quotes")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {given!r}")
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
