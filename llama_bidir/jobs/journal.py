@@ -58,9 +58,12 @@ class StateFile:
                 self.is_new = not self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
                 is_ours = self._database.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
             is_known = self.is_new or (is_ours and self.get("verb") == verb)
-        except sqlite3.Error:  # such as a failing disk
-            self.close()
-            raise
+        except sqlite3.Error as error:
+            # `lock` has opened the file, so its header is the reason if SQLite cannot.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CANTOPEN:  # such as a failing disk
+                self.close()
+                raise
+            is_known = False
         except ValueError:
             is_known = False
         if not is_known:

@@ -1,6 +1,7 @@
 """Jobs: damaged journals, shares, batches, selections of negatives, and outputs that appear whole or not at all."""
 
 import os
+import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from fractions import Fraction
@@ -42,17 +43,24 @@ def journal_bytes() -> bytes:
     return journal.path.read_bytes()
 
 
+class Content(bytes):
+    """Bytes that a report of a failure shows in short."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} bytes of {zlib.crc32(self):08x}"
+
+
 @st.composite
 def journals(draw: st.DrawFn) -> bytes:
     content = journal_bytes()
     if draw(st.booleans()):
-        return draw(damaged(content))
+        return Content(draw(damaged(content)))
     # The few places that hold something: SQLite's header, its pages' headers and the records at their ends.
     for _ in range(draw(st.integers(1, 4))):
         page = 4096 * draw(st.integers(0, len(content) // 4096 - 1))
         place = page + draw(st.integers(0, 120) | st.integers(3700, 4095))
         content = content[:place] + bytes([draw(st.integers(0, 255))]) + content[place + 1 :]
-    return content
+    return Content(content)
 
 
 def check_journal(content: bytes) -> None:

@@ -13,6 +13,7 @@ from llama_bidir.data import GroupDataset, Grouping, GroupStream, load_rows, par
 from llama_bidir.data.arrow import are_valid, row_features, row_record
 from llama_bidir.data.corpus import Corpus
 from llama_bidir.data.corpus_id import corpus_rows
+from llama_bidir.data.rows import COLUMNS
 from llama_bidir.data.sources import BEIR_OPTIONS
 from tests.helpers import lines, write
 
@@ -76,11 +77,16 @@ def check_row(row: Any) -> None:
     return None
 
 
+def in_arrow(rows: list[dict[str, Any]]) -> Any:
+    """Rows as `load_rows` returns them."""
+    features = row_features("string")
+    records = [{name: row_record(parse_row(row, "row"))[name] for name in features} for row in rows]
+    return datasets.Dataset.from_list(records, features=features).select_columns(list(COLUMNS))
+
+
 def check_arrow(rows: list[dict[str, Any]]) -> None:
     """Rows that pass through Arrow are the same, and are known to be valid without being parsed."""
-    table = datasets.Dataset.from_list(
-        [row_record(parse_row(row, "row")) for row in rows], features=row_features("string")
-    ).remove_columns("error")
+    table = in_arrow(rows)
     assert are_valid(table)
     for row, read in zip(rows, table, strict=True):
         assert parse_row(read, "row") == parse_row(row, "row")
@@ -106,15 +112,7 @@ def check_groups(
     assert len(dataset) == sum(sizes)
     dataset.set_epoch(epoch)
     groups = [dataset[index] for index in range(len(dataset))]
-    as_arrow = [
-        (
-            datasets.Dataset.from_list(
-                [row_record(parse_row(row, "")) for row in rows], features=row_features("string")
-            ).remove_columns("error"),
-            weight,
-        )
-        for rows, weight in sources
-    ]
+    as_arrow = [(in_arrow(rows), weight) for rows, weight in sources]
     others = [GroupDataset(as_arrow, how), *(pickle.loads(pickle.dumps(dataset)) for _ in range(num_processes - 1))]
     for rank, other in enumerate(others):
         other.set_epoch(epoch)

@@ -126,3 +126,14 @@ def test_damaged_pages_are_named(tmp_path):
     with pytest.raises(ValueError, match=message):
         journal.start({"depth": 1}, {}, overwrite=False)
     journal.close()
+
+
+def test_a_damaged_header_is_named(tmp_path):
+    journal = Journal(tmp_path / "out", "rerank")
+    journal.start({"depth": 1}, {}, overwrite=False)
+    journal.close()
+    with journal.path.open("r+b") as file:
+        file.seek(18)
+        file.write(b"\x02\x02")  # a write-ahead log, which SQLite cannot open without locks
+    with pytest.raises(ValueError, match=r"out\.partial: is not a journal of rerank: move it away"):
+        journal.start({"depth": 1}, {}, overwrite=False)

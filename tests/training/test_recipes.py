@@ -257,6 +257,13 @@ def test_a_repeated_override_is_told(caplog):
         parse_overrides(["--training.fsdp_config", "{version: 1, version: 2}"])
 
 
+def test_a_file_that_a_key_names_is_missing():
+    with pytest.raises(
+        FileNotFoundError, match=r"^quickstart: training: \[Errno 2\] No such file or directory: 'gone'$"
+    ):
+        load_recipe("quickstart", {"training": {"accelerator_config": "gone"}})
+
+
 def test_missing_recipe():
     with pytest.raises(FileNotFoundError, match=r"there is no recipe 'nope': pass a YAML file or one of .*quickstart"):
         load_recipe("nope")

@@ -141,6 +141,8 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    except OSError as error:  # of a key that may name a file, such as accelerator_config
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _fit_to_machine(training: dict[str, Any], name: str) -> None:
