@@ -22,6 +22,8 @@ class Hub(ThreadingHTTPServer):
         self.commits: list[dict[str, Any]] = []
         self.faults: dict[str, tuple[int, str | None]] = {}  # by repository or file: status (0 cuts the line) and code
         self.requests: list[str] = []
+        self.failing: dict[str, int] = {}
+        """The status with which requests of a path (a regular expression) fail."""
 
     @property
     def endpoint(self) -> str:
@@ -43,6 +45,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def parse_request(self) -> bool:
+        is_good = super().parse_request()
+        for pattern, status in self.server.failing.items():
+            if is_good and re.search(pattern, self.path):
+                self.reply({"error": "out of order"}, status)
+                self.close_connection = True
+                return False
+        return is_good
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]

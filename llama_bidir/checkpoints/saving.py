@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
@@ -109,19 +110,25 @@ class SavedReranker:
 
         Raises:
             TypeError, ValueError: as in [`save_pretrained`]; nothing is created on the Hub.
+            OSError: the Hub or the connection failed; the repository may be new, but nothing was committed.
         """
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, model_id=repo_id, **kwargs)
-            # The Hub adds the user's name to a bare one, and the card's code loads the whole name.
-            full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if full_id != repo_id:
-                write_model_card(folder, self.config, full_id, evaluation=kwargs.get("evaluation"))
-            commit = api.upload_folder(
-                repo_id=full_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            try:
+                # The Hub adds the user's name to a bare one, and the card's code loads the whole name.
+                full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if full_id != repo_id:
+                    write_model_card(folder, self.config, full_id, evaluation=kwargs.get("evaluation"))
+                commit = api.upload_folder(
+                    repo_id=full_id,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except HFValidationError:  # the name of the repository breaks a rule
+                raise
+            except Exception as error:  # of the Hub, of the connection or of the upload, each of its own class
+                raise OSError(f"not pushed to {repo_id!r}, where nothing was committed: {error}") from error
         return str(commit.commit_url)

@@ -85,6 +85,40 @@ for arguments, options in (({{"backend": "onnx"}}, {{}}), ({{}}, {{"evaluation":
     assert hub.repos == {}
 
 
+def test_a_push_that_fails_names_the_repository(hub, reranker_checkpoint, tmp_path):
+    hub.failing["/commit/"] = 400  # the client tries again for the better part of a minute after 429 or 500
+    printed = run_python(
+        f"""
+from llama_bidir import CrossEncoder
+try:
+    CrossEncoder({str(reranker_checkpoint)!r}).push_to_hub("tester/tiny")
+except OSError as error:
+    print(error)
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.endpoint,
+    )
+    assert printed.startswith("not pushed to 'tester/tiny', where nothing was committed: ")
+    assert hub.commits == []
+    assert not hub.repos.get("tester/tiny")
+
+
+def test_a_download_that_fails_names_the_repository_and_leaves_nothing_half_written(hub, reranker_checkpoint, tmp_path):
+    hub.repos["tester/ready"] = {path.name: path.read_bytes() for path in reranker_checkpoint.iterdir()}
+    code = f"""
+from llama_bidir import CrossEncoder
+try:
+    print(CrossEncoder("tester/ready").predict({TWO_PAIRS!r}).tolist())
+except OSError as error:
+    print("tester/ready" in str(error))
+"""
+    hub.failing["model.safetensors"] = 400
+    assert run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint) == "True\n"
+    hub.failing.clear()
+    scores = json.loads(run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint))
+    assert scores == CrossEncoder(reranker_checkpoint).predict(TWO_PAIRS).tolist()
+
+
 def test_trainer_pushes_model_tokenizer_and_card(hub, reranker_checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     run_python(
