@@ -25,6 +25,19 @@ def test_a_page_prints_what_it_says(page, num_blocks, quickstart_output, tmp_pat
     assert printed.endswith(expected) if "trainer" in text else printed == expected
 
 
+@pytest.mark.parametrize("page", ["reliability.md", "security.md"])
+def test_the_test_of_each_promise_exists(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    tables = re.findall(r"^\|.*\| test \|\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.split("|")[-2])
+        assert named, row
+        for path, name in named:
+            assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, name)
+
+
 def test_the_plain_trainer_of_the_example_trains(base_checkpoint, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
