@@ -56,7 +56,15 @@ def named_errors(name_or_path: str) -> Iterator[None]:
     """Makes what PEFT raises for a wrong field, such as AttributeError, a ValueError that names the adapter."""
     try:
         yield
-    except (AssertionError, AttributeError, IndexError, RecursionError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"the adapter {name_or_path!r} cannot be used: {type(error).__name__}: {reason}; correct {CONFIG_FILE}"

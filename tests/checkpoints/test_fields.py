@@ -39,6 +39,7 @@ def test_a_configuration_with_two_wrong_fields_is_named(tmp_path):
         ("arrow_config", [None], "TypeError"),
         ("monteclora_config", {"x": 1}, "RecursionError"),
         ("r", -1, "ValueError"),
+        ("bias", "", "NotImplementedError"),
     ],
 )
 def test_an_adapter(base_checkpoint, tmp_path, field, value, error):
