@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..files_llama_bidir import ADAPTER_STEMS, check_weight_files, find_file, read_json
-from ..pretrained_llama_bidir import missing_weights
+from ..pretrained_llama_bidir import find_base, missing_weights
 from ..utils.extras import require
 from .files import write_json
 
@@ -22,9 +22,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE, PICKLED_FILE = "adapter_model.safetensors", "adapter_model.bin"
 
 
-def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetensors: bool | None = None) -> None:
+def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetensors: bool | None = None) -> str:
     """
-    Checks the configuration and the weights of an adapter.
+    Checks the configuration and the weights of an adapter, and returns the path or the Hub id of its base model.
 
     Args:
         name_or_path: the folder or the Hub id of the adapter.
@@ -32,9 +32,9 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
         use_safetensors: False allows pickled weights, for torch's safe loader.
 
     Raises:
-        ValueError: a file is damaged, the adapter names no base model or imports a module, or its weights are a pickle
+        ValueError: a file is damaged, the adapter imports a module or is its own base model, or its weights are a pickle
             and `use_safetensors` is not False. The message names the file.
-        FileNotFoundError: the adapter has no weights.
+        FileNotFoundError: the adapter has no weights, names no base model, or names a folder that does not exist.
     """
     file = str(find_adapter_config_file(name_or_path, **source))
     fields = read_json(file)
@@ -46,9 +46,11 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
         raise ValueError(f"{file!r}: base_model_name_or_path names the adapter itself: write the base model there")
     if fields.get("megatron_config") is not None:
         raise ValueError(f"{file!r}: megatron_config imports the module megatron_core, which is refused: remove it")
+    base = find_base(name_or_path, base)
     check_weight_files(name_or_path, source, use_safetensors=use_safetensors, stems=ADAPTER_STEMS)
     if all(find_file(name_or_path, name, source) is None for name in (WEIGHTS_FILE, PICKLED_FILE)):
         raise FileNotFoundError(f"the adapter {name_or_path!r} has no {WEIGHTS_FILE}")
+    return base
 
 
 @contextmanager

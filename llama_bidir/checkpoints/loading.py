@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
 from ..files_llama_bidir import find_file, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from ..pretrained_llama_bidir import find_base, missing_weights
+from ..pretrained_llama_bidir import missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
@@ -213,14 +213,13 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
         model.score.weight.data = weight.to(model.score.weight.device)
         return model
     peft = require("peft", "train")
-    check_adapter(name_or_path, source, use_safetensors=model_kwargs.get("use_safetensors"))
+    base = check_adapter(name_or_path, source, use_safetensors=model_kwargs.get("use_safetensors"))
     with named_errors(name_or_path):
         adapter = peft.PeftConfig.from_pretrained(name_or_path, **source)
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
     names = read_names(find_file(name_or_path, WEIGHTS_FILE, source))
-    base = find_base(name_or_path, adapter.base_model_name_or_path)
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
     try:

@@ -209,14 +209,14 @@ ADAPTERS = [
     ("a pointer", put("adapter_config.json", LFS_POINTER), rf"adapter_config\.json{POINTER}"),
     ("nothing", put("adapter_config.json", "{}"), "peft_type must be one of .*, got None"),
     ("an unknown type", put("adapter_config.json", '{"peft_type": "FOO"}'), "peft_type must be one of .*, got 'FOO'"),
-    ("no base", put("adapter_config.json", '{"peft_type": "LORA"}'), "base_model_name_or_path must name .*, got None"),
+    ("no base", put("adapter_config.json", '{"peft_type": "LORA"}'), "is an adapter that does not name its base model"),
     (
         "a base that is gone",
         lambda folder: [
             put("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "/no/such/base"}')(folder),
             (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
         ],
-        "'/no/such/base' is not a checkpoint: there is no such folder",
+        "is an adapter, and the folder '/no/such/base' of its base model does not exist here",
     ),
     (
         "a module to import",

@@ -96,7 +96,7 @@ def test_every_verb_names_the_model_in_one_line(tmp_path):
         "quickstart": "--model nomodel --output out",
     }
     (tmp_path / "c.jsonl").write_text('{"_id": "d", "text": "t"}\n')
-    (tmp_path / "q.jsonl").write_text('{"_id": "q", "text": "t"}\n')
+    (tmp_path / "q.jsonl").write_text('{"_id": "q", "text": "u"}\n')
     (tmp_path / "r.trec").write_text("q Q0 d 1 1.0 x\n")
     (tmp_path / "rows.jsonl").write_text('{"query": "q", "pos_doc": ["p"], "neg_doc": ["n"]}\n')
     code = f"""
