@@ -28,6 +28,13 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from llama_bidir import LlamaBidirectionalForSequenceClassification
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup`, a process runs whole files, and one process all tests that need the quickstart."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        needs_quickstart = "quickstart_output" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("quickstart" if needs_quickstart else item.path.name))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 

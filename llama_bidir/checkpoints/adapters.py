@@ -32,7 +32,7 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
         use_safetensors: False allows pickled weights, for torch's safe loader.
 
     Raises:
-        ValueError: a file is damaged, the adapter imports a module or is its own base model, or its weights are a pickle
+        ValueError: a file is damaged, the adapter imports a module or is its own base, or the weights are a pickle
             and `use_safetensors` is not False. The message names the file.
         FileNotFoundError: the adapter has no weights, names no base model, or names a folder that does not exist.
     """
