@@ -24,7 +24,7 @@ INTEGERS = [2, np.int64(2), np.uint8(2), np.array(2), torch.tensor(2), Index()]
 NOT_INTEGERS = [True, np.bool_(True), 2.0, np.float64(2), "2", b"2", [2], np.array([2, 2]), 2j]
 
 
-@pytest.mark.parametrize("value", INTEGERS, ids=repr)
+@pytest.mark.parametrize("value", INTEGERS, ids=lambda value: type(value).__name__)
 def test_an_integer_of_any_type_is_an_int(value):
     assert (as_int(value), type(as_int(value))) == (2, int)
     assert type(check_positive_int("top_k", value)) is int
