@@ -30,12 +30,12 @@ POOLINGS = ("avg", "cls", "last")
 DEFAULT_PROMPT_TEMPLATE = "question:{query} \n \n passage:{passage}"
 DEFAULT_RERANK_MAX_LENGTH = 512
 MIN_RERANK_MAX_LENGTH = 8
-MAX_NUM_LABELS = 65_536  # transformers names each label, which takes gigabytes for absurd numbers
+MAX_NUM_LABELS = 65_536  # transformers creates a name for each label, which takes gigabytes for absurd numbers
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-# The fields of each type of rotary embedding that have no default.
+# For each type of rotary embedding, the fields without a default.
 ROPE_FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -46,9 +46,9 @@ OPTIONAL_ROPE_FIELDS = (
     "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
     "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
 )  # fmt: skip
-# The types whose frequencies follow the longest sequence of a batch, beyond [`longest_sequence`].
+# The types whose frequencies depend on the longest sequence of a batch if it exceeds [`longest_sequence`].
 ROPE_OF_A_BATCH = ("dynamic", "longrope")
-# The attention that a config.json may choose. transformers may fetch others from the Hub and run them.
+# The attention implementations that a config.json may choose. transformers may fetch others from the Hub and run them.
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 ATTENTION_OF_A_FILE = (None, "eager", "sdpa", "flex_attention")
 # Fields that make transformers replace layers or read weights from other files.
@@ -137,8 +137,8 @@ def _is_number(value: Any) -> bool:
 
 def longest_sequence(config: Any) -> int:
     """
-    Returns the most tokens of a sequence: `max_position_embeddings`, or `original_max_position_embeddings` where
-    `longrope` changes the frequencies of a whole batch beyond it.
+    Returns the maximum number of tokens of a sequence: `max_position_embeddings`, or `original_max_position_embeddings`
+    with `longrope`, because a longer sequence would change the frequencies of its whole batch.
     """
     rope, longest = config.rope_parameters or {}, int(config.max_position_embeddings)
     if rope.get("rope_type") != "longrope":
@@ -148,7 +148,7 @@ def longest_sequence(config: Any) -> int:
 
 
 def check_length(config: Any, length: int) -> None:
-    """Raises ValueError for a sequence so long that the rotary embedding of its whole batch would follow it."""
+    """Raises ValueError for a sequence that is long enough to change the rotary embedding of its whole batch."""
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type in ROPE_OF_A_BATCH and length > longest_sequence(config):
         raise ValueError(
@@ -158,7 +158,7 @@ def check_length(config: Any, length: int) -> None:
 
 
 def as_int(value: Any) -> int | None:
-    """Returns a whole number of any integer type, such as numpy's, as an int; None for anything else and for a bool."""
+    """Returns a number of any integer type, such as numpy's, as an int. Returns None for a bool and anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -169,7 +169,8 @@ def check_rerank_max_length(rerank_max_length: Any, config: Any) -> int:
     """Returns `rerank_max_length`. Raises ValueError unless it is an int from 8 to [`longest_sequence`]."""
     longest, limit, why = longest_sequence(config), "max_position_embeddings", ""
     if longest != config.max_position_embeddings:
-        limit, why = "original_max_position_embeddings", "; beyond it, rope_type 'longrope' changes the whole batch"
+        limit = "original_max_position_embeddings"
+        why = "; beyond it, rope_type 'longrope' changes the scores of the whole batch"
     length, lowest = as_int(rerank_max_length), min(MIN_RERANK_MAX_LENGTH, longest)
     if length is None or not lowest <= length <= longest:
         raise ValueError(
@@ -193,8 +194,8 @@ def check_num_labels(num_labels: Any) -> int | None:
 
 def check_size(field: str, size: Any) -> Any:
     """
-    Returns `size`. Raises ValueError unless it is an int above 0. A model may have 0 layers, and `head_dim` and
-    `num_key_value_heads` may be None.
+    Returns `size`. Raises ValueError unless it is an int above 0. There are two exceptions: a model may have 0 layers,
+    and `head_dim` and `num_key_value_heads` may be None.
     """
     lowest = 0 if field == "num_hidden_layers" else 1
     if size is None and field in ("head_dim", "num_key_value_heads"):
@@ -205,7 +206,7 @@ def check_size(field: str, size: Any) -> Any:
 
 
 def check_heads(config: LlamaConfig) -> None:
-    """Raises ValueError unless the attention heads divide what they share, and RoPE can rotate pairs of their sizes."""
+    """Raises ValueError unless the sizes are multiples of the numbers of heads, and `head_dim` is even (for RoPE)."""
     heads, shared, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if config.hidden_size % heads:
         raise ValueError(f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads ({heads})")
@@ -225,7 +226,7 @@ def check_model_type(model_type: Any, source: str = "the configuration") -> None
 
 
 def is_stock(config_dict: Mapping[str, Any]) -> bool:
-    """Returns whether a `config.json` is of a plain Llama, not of a reranker or of one of its exports."""
+    """Returns whether a `config.json` belongs to a plain Llama, and not to a reranker or to one of its exports."""
     return config_dict.get("model_type") == "llama" and "pooling" not in config_dict
 
 
@@ -237,9 +238,9 @@ def check_stock_head(
 
     Args:
         config_dict: the content of `config.json`.
-        given: what the caller passes. `is_causal` or `pooling` says how to use the head.
+        given: the arguments of the caller. `is_causal` or `pooling` says how to use the head.
         source: the name of the checkpoint.
-        has_score: its weights include `score.weight`.
+        has_score: whether the weights include `score.weight`.
     """
     if not is_stock(config_dict) or given.keys() & {"is_causal", "pooling"}:
         return
@@ -378,7 +379,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except Exception as error:
-            _read_config_again(name, source)  # raises an error that names the file, if the file is the cause
+            _read_config_again(name, source)  # if the file is the cause, this raises an error that names it
             if isinstance(error, (ValueError, OSError)):
                 raise
             raise ValueError(f"{name}: config.json cannot be used: {type(error).__name__}: {error}") from error
@@ -411,8 +412,8 @@ class LlamaBidirectionalConfig(LlamaConfig):
         file = f"{kwargs.get('name_or_path') or 'the checkpoint'}: config.json"
         for name in ATTENTION_FIELDS:
             if str(stored.get(name)).startswith("flash_attention_"):
-                # transformers would fetch one that is not installed here.
-                logger.warning(f"{file}: {name} {stored.pop(name)!r} is not followed: pass it as an argument to use it")
+                # transformers would download a flash attention that is not installed.
+                logger.warning(f"{file}: {name} {stored.pop(name)!r} is ignored: pass it as an argument to use it")
         try:
             check_depth(stored, file)
             check_fields_of_file(stored)
@@ -427,7 +428,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
 
     @classmethod
     def _wrong_field(cls, stored: dict[str, Any], given: dict[str, Any]) -> str | None:
-        """Returns the name of the stored field without which a configuration can be built, or None."""
+        """Returns the name of a stored field whose removal makes the configuration valid, or None."""
 
         def can_be_built(fields: dict[str, Any]) -> bool:
             try:
@@ -454,7 +455,7 @@ def _read_config_again(name: str, source: Mapping[str, Any]) -> None:
         read_json(path)
 
 
-# Architectures with a trained head. Those of this package, which vLLM's layout names too, say how they pool.
+# Architectures with a trained head. Those of this package are excluded, because their configuration says how they pool.
 _HEADS = re.compile(r"^(?!LlamaBidirectional).*(Classification|QuestionAnswering|Reward|Score|Regress|ValueHead)")
 
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {

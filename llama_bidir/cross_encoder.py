@@ -46,13 +46,14 @@ class CrossEncoder(SavedReranker):
     Args:
         model_name_or_path_or_model: a folder, the id of a Hub repository, or a loaded
             [`LlamaBidirectionalForSequenceClassification`], which keeps its attention, layers, mode and dtype. A plain
-            Llama checkpoint gets a new, untrained head. An adapter (LoRA) is put on the base model that it names.
-        tokenizer: the model's fast tokenizer; loaded from the same place when not given. One without a pad token is
-            given one (see [`~prompts.ensure_pad_token`]).
-        device: such as `"cuda:1"`; the first accelerator when there is one, else the CPU. A list, such as `["cuda:0",
-            "cuda:1"]`, scores in one worker process per device (see [`~scoring.workers.WorkerPool`]).
-        dtype: `torch.dtype` or its name. When not given, the checkpoint's on an accelerator. On a CPU it is bfloat16
-            where the checkpoint is stored in bfloat16 and the CPU multiplies it faster, else float32.
+            Llama language model gets a new, untrained head. A plain Llama with a trained head needs `is_causal` or
+            `pooling` in `model_kwargs`. An adapter (LoRA) is loaded onto the base model that it names.
+        tokenizer: the model's fast tokenizer. By default, it is loaded from the same place as the model. A tokenizer
+            without a pad token gets one (see [`~prompts.ensure_pad_token`]).
+        device: such as `"cuda:1"`. Defaults to the first accelerator, or to the CPU if there is none. A list, such as
+            `["cuda:0", "cuda:1"]`, scores in one worker process per device (see [`~scoring.workers.WorkerPool`]).
+        dtype: `torch.dtype` or its name. On an accelerator, the default is the dtype of the checkpoint. On a CPU, it is
+            bfloat16 if the checkpoint is stored in bfloat16 and the CPU multiplies bfloat16 faster, else float32.
         max_length: maximum tokens of a rendered pair, special tokens included; saved as `rerank_max_length`.
         prompt_template: text with one `{query}` and one `{passage}`.
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
@@ -60,18 +61,18 @@ class CrossEncoder(SavedReranker):
         revision, token, cache_folder, local_files_only: where and how files are fetched from the Hub.
         model_kwargs, tokenizer_kwargs: for `from_pretrained` of the model and of the tokenizer. Pickled weights are
             refused unless `model_kwargs={"use_safetensors": False}` asks for torch's safe loader.
-        backend: `"torch"`, or `"onnx"` for an exported folder, in onnxruntime on a CPU. There,
+        backend: `"torch"`, or `"onnx"` for an exported folder, in onnxruntime on a CPU. With `"onnx"`,
             `model_kwargs={"file_name": "model_int8.onnx"}` chooses another graph of the folder.
         long_document: `"truncate"` cuts the end of a passage that does not fit into `max_length`. `"max"` and
             `"first_max"` score it in windows and keep the best score (see [`~prompts.PromptEncoder.encode`]).
-        parse_special_tokens: read control tokens that a query or a passage spells, such as `<|eot_id|>`. By default
-            they are text.
+        parse_special_tokens: read control tokens that a query or a passage spells, such as `<|eot_id|>`. By default,
+            they are tokenized as ordinary text.
         max_tokens_per_batch: maximum tokens of a forward pass; chosen for the device and the model when not given.
         distributed: under torchrun or accelerate, share the pairs of each call among the processes. Every process must
             then make the same calls, and gets all scores. By default each process scores for itself.
 
     Raises:
-        OSError, ValueError: there is no checkpoint at that place, it is not a Llama, or a value breaks its rule.
+        OSError, ValueError: there is no such checkpoint, it is not a Llama, or a value breaks its rule.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class CrossEncoder(SavedReranker):
         return f"{type(self).__name__}({self.config.name_or_path or type(self.model).__name__!r}, {fields})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model travels to another process. Locks, worker processes and what is known about a device do not.
+        # The copy in another process gets the model, but not the locks, the worker processes and the device limits.
         return {**vars(self), "_placement": self._placement.worker_devices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,7 +170,7 @@ class CrossEncoder(SavedReranker):
                 their names say otherwise. A generator is read and checked chunk by chunk, so memory stays bounded.
                 Anything else is checked before any compute.
             batch_size: maximum pairs of a forward pass.
-            show_progress_bar: shown when not given and this module logs at INFO.
+            show_progress_bar: whether to show a progress bar. The default shows it if this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
             apply_softmax: softmax over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: return a numpy array, one tensor, or for neither a list of tensors.
@@ -178,8 +179,8 @@ class CrossEncoder(SavedReranker):
 
         Returns:
             float32 scores in input order: of shape `(num_pairs,)`, or `(num_pairs, num_labels)` for several labels. A
-            single pair gives a scalar, or `(num_labels,)`. A logit that is NaN or infinite is reported in a
-            warning, with its position and the likely cause.
+            single pair gives a scalar, or `(num_labels,)`. If logits are NaN or infinite, a warning names the first
+            position and the likely cause.
 
         Raises:
             TypeError, ValueError: the pairs are not pairs of strings, with the position.
@@ -240,7 +241,7 @@ class CrossEncoder(SavedReranker):
 
         Args:
             query, documents: the query and an iterable of passages.
-            top_k: return so many of the best; all when not given.
+            top_k: how many of the best results to return; all when not given.
             return_documents: add the passage to each result as `text`.
             batch_size, options: see [`predict`].
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
-"""The files of a checkpoint: where they are, whether they are whole, and what they must not name."""
+"""Finds and reads the files of a checkpoint, and refuses files that are damaged or name files outside the folder."""
 
 import json
 import os
@@ -16,13 +16,13 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 MAX_JSON_DEPTH = 50
 LFS_BEGIN = b"version https://git-lfs"
 ADAPTER_STEMS = ("adapter_model", "adapter_model")  # see `check_weight_files`
-INTERRUPTED_SAVE = ".interrupted-save"  # the folder of new files while they replace old ones
+INTERRUPTED_SAVE = ".interrupted-save"  # the subfolder that holds new files while they replace old ones
 
 
 def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
     """
-    Raises OSError for a local path without a checkpoint, or with half of one. Otherwise transformers would look for it
-    on the Hub.
+    Raises OSError for a local path without a checkpoint or with an incomplete one. Otherwise transformers would look
+    for the name on the Hub.
     """
     name = os.fspath(name_or_path)
     looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
@@ -44,14 +44,14 @@ def check_checkpoint_path(name_or_path: str | os.PathLike[str]) -> None:
 
 
 def find_file(name_or_path: str, file: str, source: Mapping[str, Any]) -> str | None:
-    """Returns the path of a file of a folder or of a Hub repository, fetched when needed. None if there is none."""
+    """Returns the path of a file in a folder or in a Hub repository, or None if there is none. Downloads if needed."""
     flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     found: str | None = cached_file(name_or_path, file, **flags, **source)
     return found
 
 
 def is_inside(path: Any) -> bool:
-    """Whether a path that a file of a checkpoint names stays in the folder of the checkpoint."""
+    """Returns whether a path in a file of a checkpoint stays inside the folder of the checkpoint."""
     is_path = isinstance(path, str) and "\\" not in path
     return is_path and not os.path.isabs(path) and ".." not in Path(path).parts
 
@@ -70,11 +70,11 @@ def read_json(path: str | os.PathLike[str], kind: type[dict[str, Any]] | type[li
     Reads a JSON file of a checkpoint.
 
     Args:
-        path: of the file, which errors name.
-        kind: the type of its content.
+        path: the file; errors name it.
+        kind: the expected type of its content.
 
     Raises:
-        ValueError: it is a git-lfs pointer, is not JSON in UTF-8, is nested too deep, or holds another type.
+        ValueError: the file is a git-lfs pointer, is not JSON in UTF-8, is nested too deeply, or holds another type.
     """
     name = os.fspath(path)
     check_is_downloaded(name)
@@ -93,7 +93,7 @@ def read_json(path: str | os.PathLike[str], kind: type[dict[str, Any]] | type[li
 
 
 def check_depth(content: Any, name: str) -> None:
-    """Raises ValueError for JSON that is nested so deep that copying it would exceed Python's recursion limit."""
+    """Raises ValueError for JSON that is nested so deeply that copying it would exceed Python's recursion limit."""
     level = [content]
     for _ in range(MAX_JSON_DEPTH):
         nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
@@ -111,22 +111,22 @@ def check_weight_files(
     stems: tuple[str, str] = ("model", "pytorch_model"),
 ) -> None:
     """
-    Checks the files of a checkpoint's weights before they are read.
+    Checks the weight files of a checkpoint before they are read.
 
     Args:
         name_or_path (`str`): a folder or the id of a Hub repository.
-        source (`dict`): arguments of the Hub, such as `revision`.
+        source (`dict`): arguments for the Hub, such as `revision`.
         use_safetensors (`bool`, *optional*): `False` allows pickled weights, for torch's safe loader.
         variant (`str`, *optional*): as in [`PreTrainedModel.from_pretrained`].
-        stems (`tuple`): the names of a safetensors file and of a pickled file, without their endings.
+        stems (`tuple`): the names of the safetensors file and of the pickled file, without extensions.
 
     Raises:
-        ValueError: the weights are a pickle and `use_safetensors` is not `False`, an index names a file outside of the
-            folder, or a file is not whole. The message names the file.
+        ValueError: the weights are a pickle and `use_safetensors` is not `False`, an index names a file outside the
+            folder, or a file is damaged. The message names the file.
     """
 
     def find(stem: str, suffix: str) -> tuple[str | None, bool]:
-        """Returns the file of the weights, or of the index of their shards, and whether it is an index."""
+        """Returns the file with the weights or with the index of their shards, and whether it is an index."""
         name = stem if variant is None else f"{stem}.{variant}"
         if (file := find_file(name_or_path, f"{name}{suffix}", source)) is not None:
             return file, False
@@ -144,17 +144,17 @@ def check_weight_files(
                 "it with torch's safe loader, and save it as safetensors"
             )
     if file is None:
-        return  # the loader says so
+        return  # the loader reports that there are no weights
     if not is_index:
         check_weight_file(file)
         return
     for shard in read_shards(file, suffix):
-        if os.path.isdir(name_or_path):  # the shards of a repository are not fetched yet
+        if os.path.isdir(name_or_path):  # the shards of a repository are not downloaded yet
             check_weight_file(os.path.join(os.path.dirname(file), shard))
 
 
 def read_shards(index: str, suffix: str) -> list[str]:
-    """Returns the file names in the index of a sharded checkpoint. Raises ValueError for one outside of its folder."""
+    """Returns the file names in the index of a sharded checkpoint. Raises ValueError for a file outside its folder."""
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(content.get("metadata"), dict) or not isinstance(weight_map, dict):
@@ -168,7 +168,7 @@ def read_shards(index: str, suffix: str) -> list[str]:
 
 
 def check_weight_file(path: str) -> None:
-    """Raises ValueError, naming the file, for weights that are not whole, or that torch's safe loader refuses."""
+    """Raises ValueError with the name of a weight file that is damaged or that torch's safe loader refuses."""
     check_is_downloaded(path)
     try:
         if path.endswith(".safetensors"):

@@ -61,15 +61,15 @@ def pool_packed(hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor, pooling:
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raises ValueError unless every id has an embedding. Does not read ids on a GPU, which would wait."""
+    """Raises ValueError unless every id has an embedding. Does not check ids on a GPU, which would wait for it."""
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
         return
     smallest, largest = (int(index) for index in input_ids.aminmax())
     if smallest < 0 or largest >= vocab_size:
         raise ValueError(
-            f"input_ids must be from 0 to {vocab_size - 1}, the model has {vocab_size} embeddings, got "
-            f"{smallest if smallest < 0 else largest}: use the tokenizer that belongs to the model, or give the model "
-            "more with resize_token_embeddings"
+            f"input_ids must be from 0 to {vocab_size - 1}, because the model has {vocab_size} embeddings, got "
+            f"{smallest if smallest < 0 else largest}: use the tokenizer that belongs to the model, or add "
+            "embeddings with resize_token_embeddings"
         )
 
 
@@ -149,7 +149,7 @@ class LlamaBidirectionalModel(LlamaBidirectionalPreTrainedModel, LlamaModel):
 
     def __init__(self, config: LlamaBidirectionalConfig):
         try:
-            LlamaRotaryEmbedding(config)  # before the layers, for an error that names the field
+            LlamaRotaryEmbedding(config)  # built before the layers, so that an error names the field
         except Exception as error:
             raise ValueError(
                 f"rope_parameters {config.rope_parameters} cannot be used: {type(error).__name__}: {error}"
@@ -289,12 +289,12 @@ class LlamaBidirectionalForSequenceClassification(LlamaBidirectionalPreTrainedMo
         cls, *args: Any, head_follows: bool = False, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         r"""
-        Loads a checkpoint, as [`LlamaBidirectionalPreTrainedModel.from_pretrained`] does, and warns of a head that it
-        does not hold.
+        Loads a checkpoint, as [`LlamaBidirectionalPreTrainedModel.from_pretrained`] does. Warns if the checkpoint has
+        no head.
 
         Args:
             head_follows (`bool`, *optional*, defaults to `False`):
-                The caller loads the weights of the head next, so a new one is not reported.
+                The caller loads the weights of the head next, so there is no warning about a new head.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model._score_is_new and not head_follows:

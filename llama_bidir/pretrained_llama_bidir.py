@@ -1,5 +1,5 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
-"""How a bidirectional Llama is loaded and saved: the checks of a checkpoint, GGUF files, and adapters on a base."""
+"""Loads and saves bidirectional Llamas: checks of a checkpoint, GGUF files, and adapters on a base model."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ from .weights_llama_bidir import check_weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
-# Everything that a loader may take for the weights of a model, or for a head that replaces its own.
+# All files that a loader may read as the weights of a model, or as a head that replaces its own.
 _WEIGHTS = re.compile(
     r"(adapter_model|model|pytorch_model)([.-][\w.-]+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
     r"|adapter_config\.json|modules\.json|model(_\w+)?\.onnx([._]data)?"
@@ -39,9 +39,9 @@ _WEIGHTS = re.compile(
 
 
 def _replace_weights(folder: Path, staged: Path) -> None:
-    """Moves saved files into a folder, in place of the weights in it. The configuration goes first and comes last."""
+    """Replaces the weights in a folder by saved files. The configuration is removed first and moved in last."""
     names = os.listdir(staged)
-    if not names:  # another process saves
+    if not names:  # another process does the saving
         return
     last = [name for name in ("config.json", "adapter_config.json") if name in names]
     mode = (staged / last[0]).stat().st_mode
@@ -51,7 +51,7 @@ def _replace_weights(folder: Path, staged: Path) -> None:
     for name in [*last, *(name for name in os.listdir(folder) if _WEIGHTS.fullmatch(name))]:
         (folder / name).unlink(missing_ok=True)
     for name in [*(name for name in names if name not in last), *last]:
-        (moving / name).chmod(mode)  # safetensors writes private files
+        (moving / name).chmod(mode)  # safetensors writes files that only their owner can read
         (moving / name).replace(folder / name)
     moving.rmdir()
 
@@ -65,8 +65,8 @@ def find_adapter(name: Any, source: Mapping[str, Any]) -> str | None:
     Returns the folder of an adapter (PEFT), or None for a whole model.
 
     Args:
-        name (`str` or `os.PathLike`): A folder, or the id of a Hub repository, whose files are fetched.
-        source (`dict`): Arguments of the Hub.
+        name (`str` or `os.PathLike`): A folder, or the id of a Hub repository, which is downloaded.
+        source (`dict`): Arguments for the Hub.
     """
     if name is None:
         return None
@@ -84,12 +84,12 @@ def find_base(adapter: str | os.PathLike[str], base: Any) -> str:
     """
     Returns the path or the Hub id of an adapter's base model.
 
-    A relative path that does not exist here is looked for from the folder of the adapter and from those above it, since
-    it may be relative to where training ran.
+    If a relative path does not exist in the working folder, it is looked up in the folder of the adapter and in the
+    folders above it, because it may be relative to the folder where training ran.
 
     Args:
         adapter (`str` or `os.PathLike`): The folder or the Hub id of the adapter.
-        base (`str`): What `base_model_name_or_path` says in its `adapter_config.json`.
+        base (`str`): The value of `base_model_name_or_path` in its `adapter_config.json`.
 
     Raises:
         FileNotFoundError: The adapter names no base model, or a folder that does not exist.
@@ -114,7 +114,7 @@ def find_base(adapter: str | os.PathLike[str], base: Any) -> str:
 
 
 def missing_weights(adapter: str | os.PathLike[str], names: Sequence[str]) -> ValueError:
-    """The error for weights that an adapter does not hold, although its configuration calls for them."""
+    """Returns the error for weights that an adapter lacks, although its configuration requires them."""
     shown = f"{', '.join(names[:3])}{' and others' if names[3:] else ''}"
     return ValueError(
         f"the adapter {os.fspath(adapter)!r} lacks weights, which would be random: {shown}. Save it again"
@@ -127,7 +127,8 @@ def _check_missing(info: dict[str, Any], source: Any) -> None:
     if missing := sorted({*info["missing_keys"], *replaced}):
         raise ValueError(
             f"{source or 'the state_dict'} lacks {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, or "
-            "holds other shapes. They would be random, and only score.weight may be new: pass a complete checkpoint"
+            "holds other shapes. These weights would be random, but only score.weight may be new: pass a complete "
+            "checkpoint"
         )
 
 
@@ -171,7 +172,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         """
         name = pretrained_model_name_or_path
         if kwargs.get("weights_only") is False:
-            raise ValueError("weights_only=False would run code from the file of the weights: leave it out")
+            raise ValueError("weights_only=False could run code from the weights file: leave it out")
         if name is not None:
             check_checkpoint_path(name)
         if gguf_file is not None:
@@ -193,7 +194,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def _check_checkpoint(cls, name: str, *, config: Any = None, **kwargs: Any) -> None:
-        """Checks the files of a checkpoint before a module is made: a wrong size could take all memory."""
+        """Checks the files of a checkpoint before a module is created, because a wrong size could take all memory."""
         hub = _hub_arguments(kwargs)
         config_file = find_file(name, "config.json", hub)
         stored = {} if config_file is None else read_json(config_file)
@@ -224,7 +225,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             weights,
             has_head=cls._has_score_head,
             is_quantized=stored.get("quantization_config") is not None,
-            # The caller of an Auto class has changed the configuration before it gets here.
+            # With an Auto class, the configuration has already been changed before this point.
             drops_layers="num_hidden_layers" in kwargs or config.num_hidden_layers != stored.get("num_hidden_layers"),
             replaces_head=bool(kwargs.get("ignore_mismatched_sizes")),
         )
@@ -259,10 +260,10 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, folder: str | os.PathLike[str], *model_args: Any, **kwargs: Any) -> Any:
-        # transformers takes the config.json beside an adapter for that of a complete model.
+        # transformers reads the config.json beside an adapter as that of a complete model.
         if not is_peft_available():
             raise ImportError(f'{os.fspath(folder)!r} is an adapter: pip install "llama-bidir[train]"')
-        for name in ("adapter_kwargs", "revision", "subfolder"):  # of the adapter, whose folder this is
+        for name in ("adapter_kwargs", "revision", "subfolder"):  # they locate the adapter, which is in `folder`
             kwargs.pop(name, None)
         adapter = read_json(Path(folder, "adapter_config.json"))
         check_weight_files(os.fspath(folder), {}, use_safetensors=kwargs.get("use_safetensors"), stems=ADAPTER_STEMS)
@@ -275,7 +276,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         follows = {"head_follows": True} if cls._has_score_head else {}
         model = cls.load_base(base, *model_args, adapter=folder, **follows, **kwargs)
         if follows:
-            model.score.float()  # a base in half precision would round the saved head
+            model.score.float()  # a base model in half precision would round the saved head
         loaded = model.load_adapter(os.fspath(folder))
         if missing := sorted(getattr(loaded, "missing_keys", None) or ()):
             raise missing_weights(folder, missing)
@@ -285,12 +286,12 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
     @classmethod
     def load_base(cls, base: str, *args: Any, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
         """
-        Loads the base model of an adapter, with the vocabulary that the adapter's configuration gives it.
+        Loads the base model of an adapter, with the vocabulary size of the adapter's configuration.
 
         Args:
             base (`str`): The folder or the Hub id of the base model.
             adapter (`str` or `os.PathLike`): The folder or the Hub id of the adapter, for messages.
-            kwargs: For `from_pretrained`. `config` is the adapter's, where it has one.
+            kwargs: Arguments of `from_pretrained`. `config` is the configuration of the adapter, if it has one.
 
         Raises:
             OSError: The base model cannot be loaded. The message names it and the adapter.
@@ -303,7 +304,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             if config is None or vocab_size in (None, config.vocab_size):
                 return cls.from_pretrained(base, *args, **kwargs)
             first = copy.deepcopy(config)
-            first.vocab_size, first.pad_token_id = vocab_size, None  # which may be one of the added tokens
+            first.vocab_size, first.pad_token_id = vocab_size, None  # the pad token may be one of the added tokens
             model = cls.from_pretrained(base, *args, **{**kwargs, "config": first})
         except OSError as error:
             raise type(error)(
@@ -315,9 +316,9 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
-        Saves as [`PreTrainedModel.save_pretrained`] does, in place of the weights of any kind that the folder holds.
+        Saves as [`PreTrainedModel.save_pretrained`] does, and replaces weights of any kind in the folder.
 
-        The files are written into a subfolder first, and `config.json` moves last. All have the mode of the umask.
+        The files are written into a subfolder first, and `config.json` is moved last. Permissions follow the umask.
         """
         if kwargs.get("distributed_checkpoint") or os.path.isfile(save_directory):
             super().save_pretrained(save_directory, *args, **kwargs)

@@ -53,17 +53,17 @@ class PromptEncoder:
     query stay whole, with one exception: in such a pair, a query that takes more than three quarters of the tokens that
     the template leaves free is cut to three quarters, from its end.
 
-    Queries and passages are text: one that spells a control token, such as `<|eot_id|>` or `</s>`, gets the tokens of
-    these characters. The template keeps its control tokens. The same pair always gets the same ids, even if the
-    tokenizer draws them at random (BPE dropout).
+    Queries and passages are text: if one spells a control token, such as `<|eot_id|>` or `</s>`, the characters are
+    tokenized as ordinary text. The template keeps its control tokens. The same pair always gets the same ids, even if
+    the tokenizer draws ids at random (BPE dropout).
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, which is not changed. Its offsets show which tokens
             belong to the passage.
         prompt_template (`str`): text with one `{query}` and one `{passage}`.
         max_length (`int`): the maximum number of tokens of a rendered pair, including special tokens.
-        parse_special_tokens (`bool`): read control tokens in queries and passages too, as the tokenizer itself does.
-        vocab_size (`int`, *optional*): the number of embeddings of the model, for a check of every id.
+        parse_special_tokens (`bool`): also read control tokens in queries and passages, as the tokenizer itself does.
+        vocab_size (`int`, *optional*): the number of embeddings of the model, to check every id.
 
     Raises:
         TypeError: the tokenizer is not a fast tokenizer.
@@ -88,11 +88,11 @@ class PromptEncoder:
         self.prompt_template = check_prompt_template(prompt_template)
         self.max_length = max_length
         self.parse_special_tokens = parse_special_tokens
-        # Most tokenizers have no id beyond the embeddings, so that no batch needs a check.
+        # If the tokenizer has no id beyond the embeddings, as usual, no batch needs a check.
         self._limit = None if vocab_size is None or largest_id(tokenizer) < vocab_size else vocab_size
         control = [] if parse_special_tokens else control_tokens(tokenizer)
         self._control_token = find_any(*(token.content for token in control))
-        # A normalizer may turn other characters into a control token.
+        # A normalizer may turn other characters into the text of a control token.
         has_normalizer = tokenizer.backend_tokenizer.normalizer is not None
         is_normalized = has_normalizer and any(token.normalized for token in control)
         has_control = self._control_token.search(self.render("", "")) is not None
@@ -156,7 +156,7 @@ class PromptEncoder:
         if largest >= vocab_size:
             raise ValueError(
                 f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model has "
-                f"{vocab_size} embeddings: pass the tokenizer that belongs to the model, or give the model more with "
+                f"{vocab_size} embeddings: pass the tokenizer that belongs to the model, or add embeddings with "
                 "model.resize_token_embeddings(len(tokenizer)) and train them"
             )
 

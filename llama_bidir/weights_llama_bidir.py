@@ -1,5 +1,5 @@
 # Copyright 2026 The llama-bidir authors. Licensed under the Apache License, Version 2.0.
-"""The weights that a checkpoint holds, compared with those that its configuration calls for."""
+"""Compares the weights of a checkpoint with those that its configuration requires."""
 
 import itertools
 import os
@@ -24,11 +24,11 @@ class Weight(NamedTuple):
 
 def find_weights(name_or_path: str | os.PathLike[str], **source: Any) -> list[str]:
     """
-    Returns the paths of a checkpoint's safetensors files; none if its weights are in files of another kind.
+    Returns the paths of a checkpoint's safetensors files. Returns none if its weights are in files of another kind.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
-        source: arguments of the Hub.
+        source: arguments for the Hub.
     """
     may_be_missing = {"_raise_exceptions_for_missing_entries": False, **source}
     if file := cached_file(name_or_path, "model.safetensors", **may_be_missing):
@@ -38,7 +38,7 @@ def find_weights(name_or_path: str | os.PathLike[str], **source: Any) -> list[st
 
 
 def read_weights(files: Iterable[str]) -> dict[str, Weight]:
-    """Reads the headers of safetensors files: the weights that they hold, by name."""
+    """Reads the headers of safetensors files and returns their weights by name."""
     weights = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -50,8 +50,8 @@ def read_weights(files: Iterable[str]) -> dict[str, Weight]:
 
 def weight_sizes(config: LlamaConfig) -> dict[str, tuple[tuple[str, int], ...]]:
     """
-    Returns the shape of each weight of a Llama with a score head: for each dimension, the field that decides its size,
-    and the size. Names have no `model.` in front; `layers.N` stands for each layer.
+    Returns the shape of each weight of a Llama with a score head. Each dimension is a pair: the field that decides its
+    size, and the size. Names do not start with `model.`, and `layers.N` stands for each layer.
     """
     hidden, inner = ("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)
     heads, shared, head_dim = config.num_attention_heads, config.num_key_value_heads or 0, config.head_dim or 0
@@ -87,12 +87,13 @@ def check_weights(
     Compares a configuration with the weights of a checkpoint. Only `score.weight` may be missing.
 
     Args:
-        config: of the model that is about to be made.
+        config: the configuration of the model to be created.
         weights: what [`read_weights`] returned.
-        has_head: the model has a score head.
-        is_quantized: the names, shapes and dtypes of linear layers follow the method, so only the others are compared.
-        drops_layers: the caller asks for fewer layers than the checkpoint has.
-        replaces_head: a head of another shape is replaced by a new one.
+        has_head: whether the model has a score head.
+        is_quantized: whether the weights are quantized. Names, shapes and dtypes of linear layers then depend on the
+            method, so only the other weights are compared.
+        drops_layers: whether the caller asks for fewer layers than the checkpoint has.
+        replaces_head: whether a new head replaces a head of another shape.
 
     Raises:
         ValueError: a weight is missing, has another shape or an integer dtype, or would be ignored although it changes
@@ -146,7 +147,7 @@ def _changes_scores(name: str, *, has_head: bool) -> bool:
 
 
 def _missing_weights(sizes: Mapping[str, Any], held: Mapping[str, str], num_layers: int) -> Iterator[str]:
-    # Lazily, because a broken configuration may ask for any number of layers.
+    # Evaluated lazily, because a broken configuration may ask for any number of layers.
     for kind in sizes:
         if "layers.N." not in kind and kind != "score.weight" and kind not in held:
             yield f"model.{kind}"
@@ -175,6 +176,6 @@ def _check_weight(name: str, weight: Weight, sizes: tuple[tuple[str, int], ...])
 
 
 def check_score(num_labels: int, weights: Mapping[str, Weight]) -> None:
-    """Raises ValueError for another number of labels than the score head of a checkpoint has."""
+    """Raises ValueError unless the number of labels is that of the checkpoint's score head."""
     if (score := weights.get("score.weight")) is not None:
         _check_weight("score.weight", score, (("num_labels", num_labels), ("hidden_size", score.shape[-1])))

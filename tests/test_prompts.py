@@ -153,7 +153,7 @@ def test_a_token_beyond_the_embeddings_is_named_in_training(model, packed):
 @pytest.mark.parametrize(("index", "named"), [(320, 320), (-1, -1), (5000, 5000)])
 def test_the_model_names_an_id_without_an_embedding(model, index, named):
     with pytest.raises(
-        ValueError, match=f"from 0 to 319, the model has 320 embeddings, got {named}: use the tokenizer"
+        ValueError, match=f"from 0 to 319, because the model has 320 embeddings, got {named}: use the tokenizer"
     ):
         model(input_ids=torch.tensor([[1, index]]), labels=torch.tensor([1.0]))
     model.resize_token_embeddings(5001)

@@ -75,7 +75,8 @@ def test_the_length_of_longrope_ends_at_its_first_window():
     legacy = {name: value for name, value in LONGROPE.items() if name != "rope_type"} | {"type": "longrope"}
     for fields in ({"rope_parameters": dict(LONGROPE)}, {"rope_scaling": legacy}):
         assert LlamaBidirectionalConfig(**tiny_config(**fields)).rerank_max_length == 64
-    message = "from 8 to original_max_position_embeddings (64; beyond it, rope_type 'longrope' changes the whole batch)"
+    reason = "beyond it, rope_type 'longrope' changes the scores of the whole batch"
+    message = f"from 8 to original_max_position_embeddings (64; {reason})"
     with pytest.raises(ValueError, match=re.escape(f"{message}, got 65")):
         LlamaBidirectionalConfig(**tiny_config(rope_parameters=dict(LONGROPE), rerank_max_length=65))
     with pytest.raises(ValueError, match=re.escape(f"{message}, got 100")):

@@ -1,4 +1,4 @@
-"""Adapters (PEFT) on disk: checked before PEFT reads them, and completed so that their folder loads anywhere."""
+"""Checks adapter folders (PEFT) before PEFT reads them, and completes saved ones so that they load anywhere."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
 
     Args:
         name_or_path: the folder or the Hub id of the adapter.
-        source: arguments of the Hub, such as `revision`.
+        source: arguments for the Hub, such as `revision`.
         use_safetensors: False allows pickled weights, for torch's safe loader.
 
     Raises:
@@ -43,7 +43,7 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
         raise ValueError(f"{file!r}: peft_type must be one of {', '.join(known)}, got {fields.get('peft_type')!r}")
     base = fields.get("base_model_name_or_path") or ""
     if os.path.isdir(name_or_path) and os.path.realpath(str(base)) == os.path.realpath(name_or_path):
-        raise ValueError(f"{file!r}: base_model_name_or_path names the adapter itself: write the base model there")
+        raise ValueError(f"{file!r}: base_model_name_or_path names the adapter itself: name the base model instead")
     if fields.get("megatron_config") is not None:
         raise ValueError(f"{file!r}: megatron_config imports the module megatron_core, which is refused: remove it")
     base = find_base(name_or_path, base)
@@ -55,7 +55,7 @@ def check_adapter(name_or_path: str, source: Mapping[str, Any], *, use_safetenso
 
 @contextmanager
 def named_errors(name_or_path: str) -> Iterator[None]:
-    """Makes what PEFT raises for a wrong field, such as AttributeError, a ValueError that names the adapter."""
+    """Turns an error of PEFT about a wrong field, such as AttributeError, into a ValueError that names the adapter."""
     try:
         yield
     except (
@@ -74,7 +74,7 @@ def named_errors(name_or_path: str) -> Iterator[None]:
 
 
 def absolute_base(base: Any) -> Any:
-    """Returns the base model of an adapter as an absolute path if it is a folder, else as it is (a Hub id or None)."""
+    """Returns the absolute path of an adapter's base model if it is a folder. Returns a Hub id or None unchanged."""
     return os.path.abspath(base) if isinstance(base, str) and os.path.isdir(base) else base
 
 
@@ -82,8 +82,8 @@ def complete_adapter(model: Any, folder: Path) -> None:
     """
     Completes the folder of an adapter that PEFT has just saved; does nothing for a whole model.
 
-    The adapter in use moves to the top, where loaders look for it. A base model that is a folder is named by its
-    absolute path. PEFT's model card, which describes no reranker, is removed.
+    The files of the active adapter move to the top of the folder, where loaders look for them. If the base model is a
+    folder, the adapter names its absolute path. PEFT's model card is removed, because it does not describe a reranker.
     """
     if not getattr(model, "peft_config", None):
         return
@@ -98,14 +98,14 @@ def complete_adapter(model: Any, folder: Path) -> None:
         base = absolute_base(fields.get("base_model_name_or_path"))
         if not base:
             logger.warning(
-                "the adapter is saved without the name of its base model, because that was made in memory: save the "
-                "base model and write its path into base_model_name_or_path in adapter_config.json"
+                "the adapter is saved without the name of its base model, because the base model was made in memory: "
+                "save it and write its path into base_model_name_or_path in adapter_config.json"
             )
         write_json(path, {**fields, "base_model_name_or_path": base})
 
 
 def read_names(path: str | os.PathLike[str] | None) -> set[str] | None:
-    """Returns the names of the weights in a safetensors file, or None for no such file."""
+    """Returns the names of the weights in a safetensors file, or None if there is no such file."""
     if path is None:
         return None
     with safe_open(path, "pt") as weights:
@@ -114,13 +114,13 @@ def read_names(path: str | os.PathLike[str] | None) -> set[str] | None:
 
 def check_weights(name_or_path: str, adapted: Any, names: set[str] | None, *, base_vocab_size: int) -> None:
     """
-    Checks that an adapter holds all weights that it trains, and the embeddings of tokens that its base does not have.
+    Checks that an adapter holds all weights that it trains, and the embeddings of the tokens that its base lacks.
 
     Args:
         name_or_path: the adapter, for the message.
         adapted: the `PeftModel` into which it was loaded.
-        names: of its weights; None if they are unknown.
-        base_vocab_size: tokens of the base model as it is stored.
+        names: the names of the adapter's weights; None if they are unknown.
+        base_vocab_size: number of tokens of the base model as stored.
 
     Raises:
         ValueError: a weight is missing, so it would be random.

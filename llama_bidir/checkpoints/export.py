@@ -57,7 +57,7 @@ def export_reranker(
 
     Args:
         model: the folder or Hub id of a checkpoint, or of an adapter, which is merged into its base model.
-        output: the folder to write. It appears whole or not at all.
+        output: the folder to write. It appears only when it is complete.
         format: `sentence-transformers`, `vllm`, `onnx` or `hub` (with the code that transformers needs to load it).
         revision: branch, tag or commit of a Hub repository.
         dtype: of the weights. Defaults to the checkpoint's, and to float32 for `onnx` and for an adapter.

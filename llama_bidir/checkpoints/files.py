@@ -1,4 +1,4 @@
-"""What several layouts share: JSON files, the files of a checkpoint, and a reranker's parts for a plain Llama."""
+"""Shared by several layouts: JSON files, the files of a checkpoint, and the parts of a reranker for a plain Llama."""
 
 import json
 import os
@@ -20,7 +20,7 @@ NOT_COPIED = (
 )  # fmt: skip
 
 # The files of a checkpoint in any layout, as transformers, PEFT, sentence-transformers and this package write them. A
-# new checkpoint in their folder replaces them all. Otherwise a loader would take some of them for the new one's.
+# new checkpoint in their folder replaces them all. Otherwise a loader would mix old files with new ones.
 CHECKPOINT_FILES = re.compile(
     r"(adapter_model|model|pytorch_model)([.-][\w.-]+)?\.(safetensors|bin|onnx)(\.index(\.\w+)?\.json|[._]data)?"
     r"|model_\w+\.onnx([._]data)?"
@@ -38,10 +38,10 @@ CHECKPOINT_FOLDERS = re.compile(r"onnx|openvino|\d+_[A-Z]\w*")
 
 def replaced_by_checkpoint(directory: str | os.PathLike[str]) -> Callable[[PurePath], bool]:
     """
-    Returns the rule by which a new checkpoint replaces files of a folder: those of the checkpoint that is in it.
+    Returns the rule that decides which files of a folder a new checkpoint replaces: those of the old checkpoint.
 
-    Other files stay, such as notes, a model card, `checkpoint-N` folders of a training run and scripts. Only the code
-    files that a configuration in the folder names in its `auto_map` go.
+    Other files stay, such as notes, a model card, scripts, and the `checkpoint-N` folders of a training run. Code files
+    are removed only if the `auto_map` of a configuration in the folder names them.
     """
     code = _code_files(Path(directory))
 
@@ -58,7 +58,7 @@ def replaced_by_checkpoint(directory: str | os.PathLike[str]) -> Callable[[PureP
 
 
 def _code_files(folder: Path) -> set[str]:
-    """The names of the code files that the `auto_map` of a checkpoint's configurations names."""
+    """Returns the code files that a checkpoint's configurations name in their `auto_map`."""
     names: set[str] = set()
     for file in ("config.json", "tokenizer_config.json", "adapter_config.json"):
         try:
@@ -67,7 +67,7 @@ def _code_files(folder: Path) -> set[str]:
             for each in classes:
                 parts = each if isinstance(each, (list, tuple)) else [each]
                 names |= {f"{part.split('.')[0]}.py" for part in parts if isinstance(part, str) and "--" not in part}
-        except (OSError, ValueError, AttributeError, RecursionError):  # missing, or not such a file
+        except (OSError, ValueError, AttributeError, RecursionError):  # the file is missing or is not a configuration
             continue
     return names
 

@@ -40,8 +40,8 @@ With `llama-bidir` installed, `llama_bidir.CrossEncoder({model_id})` loads the m
 
 def add_code(directory: str | os.PathLike[str]) -> None:
     """
-    Adds the model files to the folder of a saved reranker and names them in its configuration. transformers runs
-    them under `trust_remote_code=True`, but never where this package is imported.
+    Adds the model code to the folder of a saved reranker and names its files in the configuration. transformers runs
+    the code with `trust_remote_code=True`, but not if this package is imported.
     """
     for name in CODE:
         shutil.copyfile(Path(__file__).parents[1] / name, Path(directory, name))

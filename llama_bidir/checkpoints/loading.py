@@ -170,7 +170,7 @@ def check_reranker(model: Any, num_labels: int | None) -> Any:
 
 @contextmanager
 def _cpu_by_default() -> Iterator[None]:
-    """Loads on the CPU even if `torch.set_default_device` names another device: the caller moves the model."""
+    """Loads on the CPU even if `torch.set_default_device` names another device. The caller moves the model later."""
     with torch.device("cpu"):
         yield
 
@@ -253,14 +253,14 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
         model = model.dequantize() if dequantize else peft.prepare_model_for_kbit_training(model, False)
     model.score.float()  # a base in half precision would round the saved head
     adapter.base_model_name_or_path = absolute_base(base)
-    # The adapter can be trained further. Scoring computes no gradients.
-    is_trainable = not adapter.is_prompt_learning  # which PEFT cannot train further
+    # The adapter can be trained further. Scoring does not compute gradients.
+    is_trainable = not adapter.is_prompt_learning  # PEFT cannot train prompt learning further
     try:
         with named_errors(name_or_path):
             adapted = peft.PeftModel.from_pretrained(
                 model, name_or_path, is_trainable=is_trainable, config=adapter, **source
             )
-    except KeyError as error:  # of PEFT, for a module that is saved whole
+    except KeyError as error:  # raised by PEFT for a module in modules_to_save
         raise missing_weights(name_or_path, [str(error.args[0])]) from None
     check_weights(name_or_path, adapted, names, base_vocab_size=stored.get("vocab_size", adapted.config.vocab_size))
     return adapted.eval()

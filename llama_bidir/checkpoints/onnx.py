@@ -170,7 +170,7 @@ def _open_session(graph: Path) -> Any:
     check_is_downloaded(graph)
     try:
         return runtime.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of onnxruntime, also for weights in a file outside of the folder, which it refuses
+    except Exception as error:  # onnxruntime also refuses weights in a file outside the folder
         raise ValueError(f"{str(graph)!r} cannot be loaded by onnxruntime: {error}") from None
 
 

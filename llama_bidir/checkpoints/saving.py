@@ -45,22 +45,22 @@ class SavedReranker:
         **kwargs: Any,
     ) -> None:
         """
-        Saves model, configuration, tokenizer and, where there is none yet, a model card.
+        Saves model, configuration, tokenizer and, if the folder has none yet, a model card.
 
         The files of another checkpoint in the folder are replaced; all other files stay. If the process is killed, the
-        folder holds the old checkpoint or the new one.
+        folder holds the old checkpoint or the new one. [`~utils.outputs.whole_folder`] has the exceptions.
 
         Args:
-            directory: made when missing.
-            model_id: the name that the card's code loads; `directory` when not given.
-            with_code: put the model files beside the weights, for people without this package, who load them with
-                `trust_remote_code=True`.
-            evaluation: what `llama-bidir evaluate --json` wrote, for the measures of the card, which is then rewritten.
-            kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
+            directory: created if it is missing.
+            model_id: the name that the code in the card loads. Defaults to `directory`.
+            with_code: also save the model code beside the weights. Users without this package can then load the folder
+                with `trust_remote_code=True`.
+            evaluation: a file from `llama-bidir evaluate --json` with measures for the card, which is then rewritten.
+            kwargs: arguments of the model's `save_pretrained`, such as `max_shard_size`.
 
         Raises:
             TypeError: the model is an exported graph.
-            ValueError: `evaluation` is not such a file.
+            ValueError: `evaluation` is not a file of that command.
             OSError: a file cannot be written; the folder is unchanged.
         """
         if not isinstance(self.model, torch.nn.Module):
@@ -102,8 +102,7 @@ class SavedReranker:
         Args:
             repo_id: `"name"` or `"organization/name"`.
             commit_message, private, token, revision, create_pr: as in huggingface_hub.
-            kwargs: for [`save_pretrained`]: `with_code`, `evaluation`, and those of the model's, such as
-                `max_shard_size`.
+            kwargs: arguments of [`save_pretrained`]: `with_code`, `evaluation`, and others such as `max_shard_size`.
 
         Returns:
             the address of the commit.
@@ -116,7 +115,7 @@ class SavedReranker:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, model_id=repo_id, **kwargs)
             try:
-                # The Hub adds the user's name to a bare one, and the card's code loads the whole name.
+                # The Hub adds the user's name to a name without one, and the code in the card loads the whole name.
                 full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 if full_id != repo_id:
                     write_model_card(folder, self.config, full_id, evaluation=kwargs.get("evaluation"))

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, or a Hub repository that answers soon or is reported by name."""
+"""Checks early that a checkpoint exists, as a folder or on the Hub, and names it in errors."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -24,15 +24,15 @@ CONFIG_FILES = ("config.json", "adapter_config.json")
 
 def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any] | None = None) -> None:
     """
-    Checks that there is such a folder or such a Hub repository. The Hub is asked once, and only for a repository that
-    is not cached: transformers would ask again and again, for minutes, where the Hub cannot be reached.
+    Checks that a name is a folder or a Hub repository. The Hub is asked once, and only for a repository that is not
+    cached. If the Hub cannot be reached, transformers alone would ask again and again, for minutes.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
-        source: arguments of the Hub, such as `revision`.
+        source: arguments for the Hub, such as `revision`.
 
     Raises:
-        OSError: there is neither, or the Hub does not answer. The message names both.
+        OSError: there is neither, or the Hub does not answer. The message names the checkpoint and the Hub.
     """
     check_checkpoint_path(name_or_path)
     name, source = os.fspath(name_or_path), {key: value for key, value in (source or {}).items() if value is not None}
@@ -47,14 +47,16 @@ def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any]
         raise FileNotFoundError(f"{missing}it cannot be the id of a Hub repository: {error}") from None
     if is_offline_mode() or source.get("local_files_only"):
         if not Path(cache, repo_folder_name(repo_id=name, repo_type="model")).is_dir():
-            raise FileNotFoundError(f"{missing}the cache holds no such repository, while the Hub is not to be asked")
+            raise FileNotFoundError(
+                f"{missing}the cache holds no such repository, and local_files_only or offline mode forbids a download"
+            )
         return
     if any(isinstance(file, str) for file in cached):
         return
     try:
         get_hf_file_metadata(url, token=source.get("token"))
     except EntryNotFoundError:
-        return  # the repository is there, without a configuration
+        return  # the repository exists, but has no configuration
     except GatedRepoError:
         raise OSError(
             f"{name!r} is a gated repository: ask for access at {constants.ENDPOINT}/{name}, then log in with `hf auth "
@@ -72,7 +74,7 @@ def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any]
         raise OSError(
             f"{missing}{constants.ENDPOINT} cannot serve a repository now, try again later: {answer}"
         ) from None
-    except Exception as error:  # whatever the client raises for a network that fails
+    except Exception as error:  # the HTTP client raises many classes for a network failure
         raise OSError(
             f"{missing}{constants.ENDPOINT} cannot be reached: {type(error).__name__}: {error}. Pass a folder, or "
             "check the network"
@@ -81,7 +83,7 @@ def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any]
 
 @contextmanager
 def naming_the_repository(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an error of the network while files of a repository are fetched into an OSError that names it."""
+    """Turns a network error during a download into an OSError that names the repository."""
     try:
         yield
     except Exception as error:

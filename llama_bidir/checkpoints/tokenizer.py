@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, read from its files without running any code of theirs."""
+"""Loads the tokenizer of a checkpoint from its files, without running any code from the checkpoint."""
 
 import logging
 import os
@@ -12,29 +12,32 @@ from .source import check_source, naming_the_repository
 
 logger = logging.getLogger(__name__)
 
-# The files that a tokenizer is made from; one of them is enough.
+# The files that a tokenizer can be loaded from; one of them is enough.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
     """
-    Loads the tokenizer of a checkpoint. Code of its own is not run: `tokenizer.json` is read as it is.
+    Loads the tokenizer of a checkpoint. Code from the checkpoint does not run: `tokenizer.json` is read directly.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
-        kwargs: for `from_pretrained`, those of the Hub included. `trust_remote_code` is ignored.
+        kwargs: arguments of `from_pretrained`, including those for the Hub. `trust_remote_code` is ignored.
 
     Raises:
         OSError: there is no tokenizer.
-        ValueError: a file is damaged, or the tokenizer cannot be read without code of its own. The message names it.
+        ValueError: a file is damaged, or the tokenizer cannot be read without its own code. The message names it.
         ImportError: the tokenizer needs a package that is not installed.
     """
     name = os.fspath(name_or_path)
     source = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     check_source(name, source)
     if kwargs.pop("trust_remote_code", None):
-        logger.warning("trust_remote_code is ignored: no code of a checkpoint is run. Pass a tokenizer= of your own")
+        logger.warning(
+            "trust_remote_code is ignored, because code from a checkpoint never runs. Load the tokenizer yourself and "
+            "pass it as tokenizer="
+        )
     with naming_the_repository(name):
         if "gguf_file" not in kwargs and all(find_file(name, file, source) is None for file in VOCABULARIES):
             raise FileNotFoundError(
@@ -43,7 +46,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kwargs)
-            tokenizer("a: \u4e2d")  # a wrong class or setting shows here, and not with the first pair
+            tokenizer("a: \u4e2d")  # a wrong class or setting fails here and not at the first pair
             return _without_sampling(tokenizer, name)
         except ImportError:
             raise
@@ -56,9 +59,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
 
 
 def _without_sampling(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer, which from now on gives a text the same ids at each call."""
+    """Switches off random tokenization, so that a text gets the same ids at each call. Returns the tokenizer."""
     if tokenizer.is_fast and is_sampling(tokenizer):
-        logger.warning(f"the tokenizer of {name} draws tokens at random (dropout): switched off")
+        logger.warning(f"the tokenizer of {name} draws tokens at random (dropout): this is switched off")
         stop_sampling(tokenizer)
     return tokenizer
 
@@ -84,7 +87,7 @@ def _load_without_code(name: str, code: Any, source: dict[str, Any], kwargs: dic
             f"the tokenizer of {name!r} consists of code (auto_map {code!r}), which is not run, and there is no "
             "tokenizer.json: load the tokenizer yourself and pass it as tokenizer="
         )
-    logger.warning(f"{name}: the code of the tokenizer (auto_map {code!r}) is not run; tokenizer.json is read as it is")
+    logger.warning(f"{name}: the code of the tokenizer (auto_map {code!r}) is not run; tokenizer.json is read directly")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **kwargs)
-    tokenizer.init_kwargs.pop("auto_map", None)  # it would name code that is not saved with the tokenizer
+    tokenizer.init_kwargs.pop("auto_map", None)  # otherwise it would name code that is not saved with the tokenizer
     return _without_sampling(tokenizer, name)

@@ -11,9 +11,9 @@ from .chat_template import VLLM_TEMPLATE_FILE, save_tokenizer
 from .files import fold_temperature, llama_config, write_json
 
 ARCHITECTURE = "LlamaBidirectionalForSequenceClassification"
-# transformers would load this folder as a causal Llama that scores the last token. It stops instead, because it knows
-# no attention implementation of this name (from 5.0 on) and no weights of this format (until 4.57, which overwrites the
-# name of the attention). vLLM looks up neither.
+# transformers would load this folder as a causal Llama that scores the last token. The name makes it stop with an error
+# instead. From 5.0 on, it does not know an attention implementation of this name. Until 4.57, it overwrites the name of
+# the attention, but it does not know a weight format of this name. vLLM reads neither.
 ONLY_VLLM = "only_vllm_loads_this_folder"
 
 USE = """
@@ -36,7 +36,8 @@ The chat template holds the prompt. vLLM uses it only when `--chat-template` nam
 different input. If the model is a repository on the Hub, download the file first and name the local copy.
 
 Only vLLM loads this folder. Its `model_type` is `llama`, so transformers would score it with a causal mask. To prevent
-that, transformers stops with an error about the attention or the weights, `only_vllm_loads_this_folder`.
+that, it names an attention and a weight format that do not exist, so transformers stops with an error that
+quotes `only_vllm_loads_this_folder`.
 """
 
 
@@ -84,7 +85,7 @@ def write(
 
 
 def _set_format(path: Path, name: str) -> None:
-    """Changes the format that the metadata of a safetensors file names. The bytes of the tensors stay the same."""
+    """Changes the format in the metadata of a safetensors file. The bytes of the tensors stay the same."""
     working = path.with_name(f".{path.name}")
     with path.open("rb") as source, working.open("wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))

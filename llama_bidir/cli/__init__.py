@@ -33,7 +33,7 @@ VERBS = {
 }
 BAD_INPUT = (ValueError, InputTypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
 
-INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
+INTERRUPTED = 130  # the exit status that a shell reports after SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb.parse_unknown(arguments, unknown, options)
         verb.run(arguments)
     except (KeyboardInterrupt, Exception) as error:
-        # At a signal, worker processes end as well. An error about them may arrive in place of the interrupt.
+        # A signal also ends worker processes, so an error about them may arrive instead of the interrupt.
         if signals or isinstance(error, KeyboardInterrupt):
             if rank == 0:
                 tqdm.write("interrupted", file=sys.stderr)
@@ -90,23 +90,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _raise_at_signals() -> list[int]:
     """
-    Makes SIGTERM raise KeyboardInterrupt, as SIGINT does, so that nothing half-made is left behind.
+    Makes SIGTERM raise KeyboardInterrupt, as SIGINT does, so that the command can clean up.
 
     Returns:
-        the list to which each of these signals will be added.
+        a list. Each of these signals is added to it when it arrives.
     """
     signals: list[int] = []
     process = os.getpid()
 
     def interrupt(number: int, frame: Any) -> None:
         if number == signal.SIGINT and os.getpid() != process:
-            return  # a terminal interrupts forked workers too, but their parent ends them
-        # torchrun passes on what a terminal has already sent to all of its processes.
+            return  # a terminal also interrupts forked workers, but the parent ends them
+        # torchrun forwards a signal that a terminal has already sent to all processes, so it may arrive twice.
         if not signals or number in signals:
             signals.append(number)
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts commands in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores SIGINT for commands in the background
         signal.signal(signal.SIGINT, interrupt)
     return signals

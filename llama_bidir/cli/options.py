@@ -17,10 +17,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def say(*lines: str) -> None:
     """
-    Prints the result of finished work. The work is whole even if nobody reads the lines, as behind `| head -1`.
+    Prints the result of finished work. It is not an error if nobody reads all lines, as behind `| head -1`.
 
     Raises:
-        OSError: standard output cannot be written, such as on a full disk.
+        OSError: standard output cannot be written, for example because the disk is full.
     """
     try:
         with naming("standard output"):
@@ -47,12 +47,12 @@ def positive_float(text: str) -> float:
 
 
 def add_identical_option(parser: argparse.ArgumentParser) -> None:
-    """Declares what becomes of a document that is the query itself."""
+    """Declares the option that keeps or leaves out documents that are the query itself."""
     parser.add_argument(
         "--ignore-identical-ids",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="leave out documents that are their query itself, as in ArguAna and Quora; the default",
+        help="leave out documents that are the query itself, as in ArguAna and Quora; the default",
     )
 
 

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 # Part of every cache key: raise it when the same sources give different records.
 RECORD_VERSION = 3
-# The digest takes 0.7 s per GiB. Larger files are told apart by what only the system sets.
+# The digest takes 0.7 s per GiB. Larger files are distinguished by their inode and change time instead.
 MOST_HASHED_BYTES = 4 * 2**30
-# The clock of a file system ticks every few milliseconds, so a younger time of change may hide a later change.
+# The clock of a file system ticks every few milliseconds, so a second change soon after the first may leave the same
+# time. The digest of a file that changed more recently than this is not kept.
 SETTLED_NS = 2 * 10**9
 
 
@@ -35,9 +36,10 @@ class FileStamp(NamedTuple):
     Args:
         path: absolute.
         size: in bytes.
-        mtime_ns: time of change in nanoseconds.
-        content: a digest of the bytes, because tar, rsync and others give different files of one size the same time.
-            For a file above `MOST_HASHED_BYTES`, the inode and the time of its last change, which users cannot set.
+        mtime_ns: modification time in nanoseconds.
+        content: a digest of the bytes, because tar, rsync and other tools can give different files the same size and
+            time. For a file above `MOST_HASHED_BYTES`, the inode and the time of its last change, which users cannot
+            set.
     """
 
     path: str
@@ -70,17 +72,17 @@ def write_dataset(
     cache_dir: str | os.PathLike[str] | None,
 ) -> "Dataset":
     """
-    Returns the records of a generator as a memory-mapped dataset, written if no process has done so before.
+    Returns the records of a generator as a memory-mapped dataset. The file is written if it is not in the cache yet.
 
     Args:
         generate: a module-level function. One process at a time calls it, and the others wait for its file.
-        features: of the records.
-        arguments: of `generate`. Their pickled values and the function's name are the key of the cache, so they
-            include the stamps of the files that are read.
+        features: the features of the records.
+        arguments: the arguments of `generate`. Their pickled values and the name of the function are the key of the
+            cache, so they must include the stamps of the files that are read.
         cache_dir: where the file is kept; None is the cache of `datasets`.
 
     Raises:
-        ValueError, OSError: whatever `generate` raises, or the cache cannot be written.
+        ValueError, OSError: `generate` raised it, or the cache cannot be written.
     """
     datasets = require("datasets", "train")
     cache = datasets.config.HF_DATASETS_CACHE if cache_dir is None else os.fspath(cache_dir)
@@ -100,15 +102,16 @@ def write_dataset(
     except OSError as error:
         if error.errno is not None or error.filename is not None:
             raise
-        # What `datasets` raises before it writes anything.
+        # `datasets` raises this before it writes anything.
         raise OSError(errno.ENOSPC, str(error), cache) from None
 
 
 def load_folder(folder: Path, cache_dir: str | os.PathLike[str] | None) -> "Dataset":
     """
-    Returns the split `train` of a folder, memory-mapped.
+    Returns the split `train` of a folder as a memory-mapped dataset.
 
-    `datasets` knows the files of a folder by their times alone, so each content of the folder has a cache of its own.
+    `datasets` recognizes the files of a folder only by their times. Each content of the folder therefore gets its own
+    cache.
     """
     states = [stamp(path) for path in sorted(folder.rglob("*")) if path.is_file()]
     content = hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
@@ -170,13 +173,13 @@ def row_features(passage_type: str) -> "Features":
 
 
 def record_features(passage_type: str) -> "Features":
-    """Features of the records of rows as they are cached: those of [`row_features`], and what was left out of a row."""
+    """Returns the features of cached rows: those of [`row_features`], and the number of left-out negatives."""
     datasets = require("datasets", "train")
     return datasets.Features(row_features(passage_type), num_identical=datasets.Value("int64"))
 
 
 def row_record(row: TrainingRow, num_identical: int = 0) -> dict[str, Any]:
-    """Returns the record of a valid row, of which `num_identical` negatives were the query itself."""
+    """Returns the record of a valid row. `num_identical` of its negatives were the query itself and are left out."""
     return {**dict(zip(COLUMNS, row, strict=True)), "error": None, "num_identical": num_identical}
 
 
@@ -240,7 +243,7 @@ def iterate_column(rows: "Dataset", name: str) -> Iterator[Any]:
 
 
 def have_negatives(rows: Any) -> Any:
-    """Returns, as a `np.ndarray` of bools, which rows have a negative that is not also one of their positives."""
+    """Returns an `np.ndarray` of bools: whether each row has a negative that is not also one of its positives."""
     columns = zip(iterate_column(rows, "pos_doc"), iterate_column(rows, "neg_doc"), strict=True)
     return np.array(
         [

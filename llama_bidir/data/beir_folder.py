@@ -56,10 +56,10 @@ class RelevantDocuments:
 
     def drop_missing(self) -> None:
         """
-        Leaves out relevant documents that are not in the corpus and queries that have no text, with a warning of each.
+        Leaves out relevant documents that the corpus lacks and queries without a text, with a warning for each kind.
 
         Raises:
-            ValueError: nothing remains, with file and line of the first that is missing.
+            ValueError: nothing remains. The message names file and line of the first missing one.
         """
         first = next(iter(self.judgements))
         queries = [query_id for query_id in self.judgements if query_id not in self._queries]
@@ -109,7 +109,7 @@ def load_beir(
 
     Args:
         folder, qrels, run: see [`find_files`] and [`find_run`].
-        depth: how many documents of the run to consider for each query; None is all of them.
+        depth: how many documents of the run to consider for each query; None considers all.
         ignore_identical_ids: leave out negatives that are the query itself. They do not count for `depth`.
         cache_dir: see [`write_dataset`].
 
@@ -118,8 +118,8 @@ def load_beir(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a line of a file breaks its rule, or no query has a relevant document. A query whose text or
-            documents are missing from the folder becomes a record with `error`.
+        ValueError: a line of a file breaks its rule, or no query has a relevant document. If the folder lacks the text
+            or a document of a query, the query becomes a record with `error`.
     """
     files, run_path = find_files(folder, qrels=qrels), find_run(folder, run)
     corpus = open_corpus(files.corpus, cache_dir)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[np.int64]
 ID_TYPES = ("string", "large_string", "int64", "int32")
 TEXT_TYPES = ("string", "large_string")
-# Of each document's text with and without its title, where the documents were read from JSON Lines.
+# Columns with a key of each document's text, with and without its title. Only documents from JSON Lines have them.
 KEY_COLUMNS = ("whole_key", "text_key")
 
 
@@ -32,7 +32,7 @@ class Corpus:
 
     Args:
         dataset: the documents, with a column of identifiers and the column `text`.
-        name: what errors call the corpus, such as the path of its file.
+        name: the name of the corpus in errors, such as the path of its file.
         id_column: the column of identifiers, strings or ints.
 
     Raises:
@@ -84,7 +84,7 @@ class Corpus:
             yield from part.to_pylist()
 
     def has_text(self, text: str, rows: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Returns which documents have a text, with or without their title. White space does not count."""
+        """Returns which documents have the given text, with or without their title. White space is ignored."""
         rows = np.asarray(rows, dtype=np.int64)
         if not plain_text(text):
             return np.zeros(len(rows), dtype=bool)
@@ -150,9 +150,9 @@ def cache_documents(
     Returns the documents of JSON Lines files, with the columns `id`, `text` and `KEY_COLUMNS`.
 
     Args:
-        paths: of the files.
+        paths: the files.
         cache_dir: see [`open_corpus`].
-        id_field: the field of identifiers where the files are not BEIR's, and so have no title.
+        id_field: the field with the identifiers, for files in another format than BEIR's, which have no titles.
 
     Raises:
         FileNotFoundError, ValueError: as [`open_corpus`] does.
@@ -215,7 +215,7 @@ def write_queries(path: str | os.PathLike[str], queries: Mapping[str, str]) -> N
 
 
 def _write_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, str]]) -> None:
-    # Encoded before the file is opened: a text that cannot be encoded leaves the file as it was.
+    # Encode before opening the file, so that a text that cannot be encoded leaves the file unchanged.
     Path(path).write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 

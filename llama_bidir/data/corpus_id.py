@@ -34,7 +34,7 @@ def load_corpus_id(
     Reads a JSON file in the corpus-id layout.
 
     Args:
-        path: of the file.
+        path: the file.
         cache_dir, ignore_identical_ids: see [`load_rows`].
 
     Returns:
@@ -42,7 +42,7 @@ def load_corpus_id(
 
     Raises:
         FileNotFoundError: the file, a folder of documents or its metadata is missing.
-        ValueError: one of them breaks its rule. A row that does becomes a record with `error`.
+        ValueError: one of them breaks its rule. A row that breaks its rule becomes a record with `error`.
     """
     datasets = require("datasets", "train")
     arguments: dict[str, Any] = {"path": os.fspath(path), "state": stamp(path)}
@@ -99,11 +99,11 @@ def corpus_rows(
     Yields the records of rows that name their passages by identifier.
 
     Args:
-        rows: what errors call a row, and the row: `question` (or `query`), `corpus_id`, `pos_doc` and `neg_doc` with
-            identifiers or objects with `id`; teacher scores as `pos_score` and `neg_score`, or as `score` of every
-            object.
+        rows: pairs of the name of a row in errors, and the row. A row has `question` (or `query`) and `corpus_id`, and
+            identifiers or objects with `id` in `pos_doc` and `neg_doc`. Teacher scores are in `pos_score` and
+            `neg_score`, or in the `score` of every object.
         corpora: the corpora by `corpus_id`. Their documents are numbered in this order.
-        corpus_id: the corpus of all rows, which then need not name it.
+        corpus_id: the corpus of all rows. The rows then need not name it.
         first: the number of the first document.
         ignore_identical_ids: see [`load_rows`].
     """

@@ -11,12 +11,12 @@ from typing import IO, Any
 
 from ..utils.validation import check_text, describe
 
-# What separates columns and ends lines. Other white space, such as U+00A0, is part of a text or an identifier.
+# Characters that separate columns and end lines. Other white space, such as U+00A0, belongs to a text or identifier.
 BLANKS = " \t\r\n"
 
 
 class _RepeatedKeyError(ValueError):
-    """An object has a key twice, and JSON's own rule would silently take the last value."""
+    """An object repeats a key. Python's JSON reader would silently take the last value."""
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def read_id(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def as_id(value: Any) -> str:
-    """Returns an identifier as a string without blanks around it, which qrels and runs cannot tell from separators."""
+    """Returns an identifier as a string without blanks around it: qrels and runs would read these as separators."""
     return str(value).strip(BLANKS)
 
 

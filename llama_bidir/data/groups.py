@@ -69,10 +69,10 @@ class Grouping:
     @classmethod
     def for_evaluation(cls, group_size: int | None) -> "Grouping":
         """
-        Returns how rows become groups in evaluation: with the first negatives.
+        Returns the grouping for evaluation, which takes the first negatives of each row.
 
         Raises:
-            ValueError: `group_size` is 1, so that every group would be ranked perfectly.
+            ValueError: `group_size` is 1, so every group would be ranked perfectly.
         """
         if group_size == 1:
             raise ValueError(
@@ -96,7 +96,7 @@ class Grouping:
 
         Args:
             row: the row. A negative that is also one of its positives is left out.
-            where: what errors call the row.
+            where: the name of the row in errors.
             epoch: decides the positive and the draw of the negatives.
             key: distinguishes rows in the draw: the same key gives the same negatives in the same epoch.
             positive: the index of the positive; None lets the epoch decide.
@@ -125,7 +125,7 @@ class Grouping:
         }
 
     def no_negatives(self, where: str) -> ValueError:
-        """The error of a row without the negatives that its group needs."""
+        """Returns the error for a row that has no negatives, although its group needs one."""
         size = "all passages of a row" if self.group_size is None else str(self.group_size)
         return ValueError(
             f"{where}: the row has no neg_doc that is not one of its positives, but groups of {size} need at least one"
@@ -154,7 +154,7 @@ class GroupDataset(Dataset[Group]):
         sources: (rows, weight) pairs; rows are any sequence of mappings of the training schema. They are parsed when
             they are read (see [`parse_row`]), unless their Arrow columns show that they are valid (see [`are_valid`]).
         grouping: how rows become groups.
-        names: what errors call the sources, such as their paths; by default their numbers.
+        names: the names of the sources in errors, such as their paths. The default is their numbers.
 
     Raises:
         ValueError: a weight is not above 0, or there is no row.
@@ -230,7 +230,7 @@ class GroupDataset(Dataset[Group]):
         )
 
     def check_negatives(self) -> None:
-        """Raises ValueError, before the first group is made, for a row without the negatives that its group needs."""
+        """Raises ValueError for a row that has no negatives, although its group needs one. Makes no group."""
         for source, (rows, _) in enumerate(self.sources if self.grouping.needs_negatives else ()):
             if self._are_valid[source]:
                 bare = np.flatnonzero(~have_negatives(rows))
@@ -272,13 +272,13 @@ class GroupDataset(Dataset[Group]):
 
 class FixedGroups(Dataset[Group]):
     """
-    The groups of the first epoch, or of a list, every time they are read. Evaluation needs this.
+    The groups of the first epoch, or of a list. Evaluation needs them, because they are the same at each reading.
 
     It has no `set_epoch`, because accelerate would call it for each evaluation and so change what is measured.
 
     Raises:
-        ValueError: a group has no negative, so that it would be ranked perfectly whatever its scores, or a row of a
-            dataset breaks its rule.
+        ValueError: a group has no negative, so it would be ranked perfectly with any scores; or a row of a dataset
+            breaks its rule.
     """
 
     def __init__(self, groups: GroupDataset | Sequence[Group]):

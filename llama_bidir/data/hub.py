@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Subset(NamedTuple):
-    """One subset of a dataset: what errors call it, its corpus and the `corpus_id` of that, and its rows."""
+    """One subset of a dataset: its name in errors, its corpus, the `corpus_id` of the corpus, and its rows."""
 
     name: str
     corpus_id: str
@@ -39,18 +39,18 @@ def load_hub(
 
     A subset has a file `{subset}/dataset_metadata.json` with `corpus_id`, and two configurations with a split `train`:
     `{subset}_corpus` with the columns `id` and `text`, and `{subset}` with `question`, `pos_doc` and, optionally,
-    `neg_doc`. What has been downloaded once needs no network the next time.
+    `neg_doc`. A subset that has been downloaded once needs no network the next time.
 
     Args:
-        source: the name.
+        source: the name, as above.
         cache_dir, ignore_identical_ids: see [`load_rows`].
 
     Returns:
         the records of the rows, whose passages are row numbers, and the documents (column `text`) that these refer to.
 
     Raises:
-        OSError: the Hub or something on it cannot be reached, and it is not in the cache.
-        ValueError: the name or the content breaks its rule. A row that does becomes a record with `error`.
+        OSError: the Hub cannot be reached or lacks a file, and the cache does not hold it.
+        ValueError: the name or the content breaks its rule. A row that breaks its rule becomes a record with `error`.
     """
     repo_id, subset_name = parse_hub_source(source)
     names = [subset_name] if subset_name else _list_subsets(repo_id, source)

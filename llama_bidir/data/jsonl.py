@@ -19,12 +19,12 @@ def load_jsonl(path: Path, cache_dir: str | os.PathLike[str] | None, *, ignore_i
     Returns the records of a file with one row per line (see [`parse_row`]); blank lines are skipped.
 
     Args:
-        path: of the file.
+        path: the file.
         cache_dir, ignore_identical_ids: see [`load_rows`].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not whole UTF-8 text or has no rows. A line that breaks its rule becomes a record with
+        ValueError: the file is not valid UTF-8 text or has no rows. A line that breaks its rule becomes a record with
             `error`.
     """
     arguments = {"path": os.fspath(path), "state": stamp(path), "ignore_identical_ids": ignore_identical_ids}

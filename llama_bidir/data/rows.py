@@ -55,8 +55,8 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
             list (tuple, numpy array) of those. Teacher scores are optional: `pos_score` and `neg_score`, each a list
             with one finite number per passage, or a number when the passage is not in a list. Fields that are None
             count as missing, and unknown fields are ignored.
-        where: what errors call the row, such as `train.jsonl:12`.
-        read_passage: makes a passage of an entry of `pos_doc` or `neg_doc`, given the entry and what errors call it.
+        where: the name of the row in errors, such as `train.jsonl:12`.
+        read_passage: makes a passage of an entry of `pos_doc` or `neg_doc`, given the entry and its name in errors.
 
     Raises:
         ValueError: a field is missing or breaks its rule, with `where` and the field.
@@ -90,7 +90,7 @@ def read_query(row: Mapping[str, Any], where: str) -> str:
 
 
 def drop_negatives(row: TrainingRow, mask: Sequence[bool]) -> tuple[TrainingRow, int]:
-    """Returns a row without some of its negatives and their scores, and how many these were."""
+    """Returns a row without the negatives that `mask` marks and their scores, and the number of these negatives."""
     if not any(mask):
         return row, 0
     kept = [index for index, is_dropped in enumerate(mask) if not is_dropped]

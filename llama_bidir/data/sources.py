@@ -38,7 +38,7 @@ class Source:
     An entry of `data.train` or `data.eval`.
 
     Args:
-        path: of the rows: a file, a folder or `hf://org/repo/subset`.
+        path: where the rows are: a file, a folder or `hf://org/repo/subset`.
         weight: how often an epoch shows each row (see [`GroupDataset`]).
         options: for a BEIR folder: `qrels` and `run`, paths in the folder, and `depth`, how many documents of the run
             may become negatives of a query.
@@ -58,7 +58,7 @@ def parse_source(entry: Any, where: str = "a source of rows") -> Source:
     Args:
         entry: a path, a mapping with `path` and, optionally, `weight`, `ignore_identical_ids`, `qrels`, `run` and
             `depth`, or a [`Source`].
-        where: what errors call the entry, such as `data.train[0]`.
+        where: the name of the entry in errors, such as `data.train[0]`.
 
     Raises:
         ValueError: a key is unknown, with the nearest known one, or a value breaks its rule.
@@ -117,7 +117,7 @@ def load_rows(
     Raises:
         FileNotFoundError: there is no such file or folder.
         OSError: a dataset on the Hub cannot be read.
-        ValueError: the source is of no known kind, or a row or file breaks its rule, with file, line and field.
+        ValueError: the kind of the source is unknown, or a row or file breaks its rule (with file, line and field).
     """
     dataset, errors, num_identical = _read(source, cache_dir, ignore_identical_ids=ignore_identical_ids)
     if errors and not skip_bad_rows:
@@ -139,7 +139,7 @@ def with_negatives(rows: "Dataset", name: str, *, skip_others: bool = False) -> 
 
     Args:
         rows: as [`load_rows`] returns them.
-        name: what errors call the source.
+        name: the name of the source in errors.
         skip_others: leave the other rows out, with a warning, instead of raising. At least one row must remain.
 
     Raises:

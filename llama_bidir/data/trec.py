@@ -98,8 +98,8 @@ def write_qrels(path: str | os.PathLike[str], qrels: Mapping[str, Mapping[str, i
     for identifier in (*qrels, *(doc_id for docs in qrels.values() for doc_id in docs)):
         if not is_word(identifier.replace(" ", "_")) or identifier != identifier.strip(" "):
             raise ValueError(
-                f"{os.fspath(path)}: the identifier {identifier!r} cannot be a column of qrels, which tabs separate: "
-                "rename it"
+                f"{os.fspath(path)}: the identifier {identifier!r} cannot be a column of qrels, because tabs "
+                "separate the columns: rename it"
             )
     lines = ["\t".join(QRELS_HEADER)]
     lines += [f"{query_id}\t{doc_id}\t{value}" for query_id, docs in qrels.items() for doc_id, value in docs.items()]
@@ -112,7 +112,7 @@ def split_columns(line: str) -> list[str]:
 
 
 def is_word(text: str) -> bool:
-    """Returns whether a text can be a column of a run: it is not empty and has no space, tab or end of a line."""
+    """Returns whether a text can be a column of a run: it is not empty and has no space, tab or line end."""
     return bool(text) and not any(blank in text for blank in BLANKS)
 
 
@@ -173,8 +173,7 @@ def run_lines(query_id: str, doc_ids: Sequence[str], scores: Sequence[float], ta
     if not all(words) or not is_word("".join(words)):
         word = next(word for word in words if not is_word(word))
         raise ValueError(
-            f"{word!r}, of query {query_id!r}, is not one word, which a column of a run must be because blanks "
-            "separate columns: rename it"
+            f"{word!r}, of query {query_id!r}, is not one word, but blanks separate the columns of a run: rename it"
         )
     for rank, (doc_id, score) in enumerate(zip(doc_ids, scores, strict=True), start=1):
         yield f"{query_id} Q0 {doc_id} {rank} {float(score)!r} {tag}\n"
@@ -198,7 +197,7 @@ class RankedRun:
         query_ids: the queries to keep.
         corpus: the documents.
         index: row number in the corpus by doc_id.
-        source: what errors call the source of the queries.
+        source: the name of the source of the queries in errors.
 
     Raises:
         ValueError: a line breaks its rule, or the run has no entry for any of the queries.
@@ -285,12 +284,12 @@ def read_run_documents(
     see: Callable[[str, str, str], object] | None = None,
 ) -> dict[str, str]:
     """
-    Returns the texts of some documents of a corpus, without the others in memory.
+    Returns the texts of some documents of a corpus. The other documents are not kept in memory.
 
     Args:
         path: the corpus, JSON Lines (`_id`, `title`, `text`).
-        keep: the doc_ids.
-        runs: runs that may list documents of the corpus only, by the file that they were read from.
+        keep: the doc_ids of the documents to return.
+        runs: runs by the file that they were read from. Every document that they list must be in the corpus.
         see: called with the doc_id, the title and the text of each document of the corpus.
 
     Raises:
@@ -320,7 +319,7 @@ def unknown_id(where: str, kind: str, identifier: str, path: str | os.PathLike[s
 
 
 def tell_missing(where: object, kind: str, identifiers: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Logs which identifiers in qrels `path`, the corpus or the queries, lacks, if any."""
+    """Warns about identifiers of the qrels that `path` (the corpus or the queries) lacks, if there are any."""
     if identifiers:
         examples = ", ".join(identifiers[:EXAMPLES]) + ", ..." * (len(identifiers) > EXAMPLES)
         logger.warning(f"{where}: left out {len(identifiers)} {kind} that {os.fspath(path)} lacks: {examples}")
@@ -339,13 +338,13 @@ def _repeated_document(path: Path, line: int, query_id: str, doc_id: str, first:
 
 
 def _is_header(line: str) -> bool:
-    """Returns whether a line is BEIR's header, in any case, quoted or not, with blanks around the names or not."""
+    """Returns whether a line is BEIR's header. Case, quotes, and blanks around the names are ignored."""
     names = line.split("\t") if "\t" in line else split_columns(line)
     return [name.strip(BLANKS + "\"'").casefold().replace("_", "-") for name in names] == QRELS_HEADER
 
 
 def _split_judgement(line: str, header: str) -> list[str]:
-    """Splits a line of qrels as their header is split; quotes around a column count where the header has them."""
+    """Splits a line of qrels as their header is split. Removes quotes around columns if the header has them."""
     if "\t" not in header:
         return split_columns(line)
     columns = [column.strip(BLANKS) for column in line.split("\t")]
@@ -381,7 +380,7 @@ def _read_float(text: str, where: str) -> float:
 
 
 def _check_digits(text: str) -> str:
-    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10) and digits of other scripts."""
+    """Returns `text`. Raises ValueError for numbers that only Python reads: `1_0` (10), and digits of other scripts."""
     if "_" in text or not text.isascii() or text != text.strip():
         raise ValueError
     return text

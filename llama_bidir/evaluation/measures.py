@@ -135,7 +135,7 @@ def _parse_measure(name: str) -> Any:
         # Reversed, because the name of a measure should win over its aliases.
         known = nearest(kind, reversed(registry))
         raise ValueError(f"unknown measure {name!r}; the nearest is {name.replace(kind, known, 1)!r}") from None
-    except (ValueError, RecursionError, MemoryError):  # the last two for hundreds of brackets
+    except (ValueError, RecursionError, MemoryError):  # hundreds of brackets raise the last two
         raise ValueError(f"measure {name!r} must be written like nDCG@10 or AP(rel=2)@100") from None
     rules = measure.SUPPORTED_PARAMS
     for parameter in rules:

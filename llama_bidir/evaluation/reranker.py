@@ -76,10 +76,10 @@ def evaluate_reranker(
     Args:
         cross_encoder: the reranker.
         dataset: a BEIR folder (see [`load_dataset`]), a [`Dataset`], or a mapping with its fields.
-        depth: how many documents of the run to rerank per query; None reranks all. The others keep their order, below.
+        depth: how many documents of the run to rerank per query; None reranks all. The others follow in order.
         measures: see [`~measures.parse_measures`].
         qrels, run: which files of the folder.
-        ignore_identical_ids: leave out documents that are their query itself, as in ArguAna and Quora, before and after
+        ignore_identical_ids: leave out documents that are the query itself, as in ArguAna and Quora, before and after
             reranking (see [`~data.identical`]), with a warning that counts them.
         scoring: for [`~cross_encoder.CrossEncoder.rank_batch`], such as `show_progress_bar` or `long_document`.
 
@@ -127,14 +127,14 @@ def load_dataset(
     ignore_identical_ids: bool = True,
 ) -> Dataset:
     """
-    Reads a BEIR folder. Of the documents, it keeps only those to rerank. Judged queries without a text are left out,
-    with a warning.
+    Reads a BEIR folder. It keeps only the documents to rerank. Judged queries without a text are left out with a
+    warning.
 
     Args:
         folder: see [`~data.beir_folder.find_files`].
         qrels, run: paths in the folder; by default `qrels/test.tsv` or the only other file of qrels, and the only one
             of `run*.trec`, `run*.trec.gz`.
-        depth: how many documents to rerank per judged query; None is all.
+        depth: how many documents to rerank per judged query; None reranks all.
         ignore_identical_ids: see [`evaluate_reranker`].
 
     Raises:
@@ -164,7 +164,7 @@ def load_dataset(
 
 
 class _IdenticalFinder:
-    """Finds the documents of a run that are their query itself while the documents of a corpus go by."""
+    """Finds the documents of a run that are the query itself while a corpus is read document by document."""
 
     def __init__(self, qrels: Qrels, queries: Mapping[str, str], run: Run):
         self._qrels, self._run = qrels, run
@@ -176,7 +176,7 @@ class _IdenticalFinder:
         self.pairs: set[tuple[str, str]] = set()
 
     def see(self, doc_id: str, title: str, text: str) -> None:
-        """Adds the pairs of a query and this document."""
+        """Records each query that this document is. Call it for every document of the corpus."""
         if doc_id not in self._doc_ids:
             return
         found = [doc_id] if is_own_id(doc_id, doc_id) and doc_id in self._run else []
@@ -187,7 +187,7 @@ class _IdenticalFinder:
                 self.pairs.add((query_id, doc_id))
 
     def drop(self, run: Run) -> dict[str, dict[str, float]]:
-        """Returns the run without the pairs."""
+        """Returns the run without the documents that were found."""
         return {
             query_id: {doc_id: score for doc_id, score in docs.items() if (query_id, doc_id) not in self.pairs}
             for query_id, docs in run.items()
@@ -195,7 +195,7 @@ class _IdenticalFinder:
 
 
 def _drop_identical(dataset: Dataset, run: Run) -> dict[str, dict[str, float]]:
-    """Returns a run without the documents that are their query itself, as far as the texts are there."""
+    """Returns a run without the documents that are the query itself. Texts are compared if they are there."""
     finder = _IdenticalFinder(dataset.qrels, dataset.queries, run)
     for doc_id in _doc_ids(run):
         finder.see(doc_id, "", dataset.corpus.get(doc_id, ""))

@@ -190,15 +190,15 @@ class Job:
 
 def run_job(job: Job, cross_encoder: CrossEncoder, *, show_progress_bar: bool | None = None) -> JobResult:
     """
-    Does a job in this process, or in each of those that torchrun started, which share its windows.
+    Does a job in this process. Under torchrun, every process calls this, and they share the windows of the job.
 
     Args:
-        job: the job, not started.
+        job: the job, which has not started.
         cross_encoder: a model with one label.
-        show_progress_bar: shown when not given and this module logs at INFO.
+        show_progress_bar: whether to show a progress bar. The default shows it if this module logs at INFO.
 
     Raises:
-        RuntimeError: the journal cannot be written, such as on a full disk, with its path.
+        RuntimeError: the journal cannot be written, for example because the disk is full. The message has its path.
     """
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)
@@ -220,7 +220,7 @@ def run_job(job: Job, cross_encoder: CrossEncoder, *, show_progress_bar: bool | 
 
 @contextmanager
 def _named_journal(path: Path) -> Iterator[None]:
-    """Names the journal in an error of SQLite, which names no file."""
+    """Adds the path of the journal to an error of SQLite, which does not name a file."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -248,7 +248,7 @@ def score_windows(
 @contextmanager
 def open_binary(path: Path, *, is_compressed: bool) -> Iterator[IO[bytes]]:
     """
-    Opens a file to write. When the block ends, the file is safe from a loss of power.
+    Opens a file for writing. When the block ends, the file is synced to the disk.
 
     Raises:
         OSError: the file cannot be written, with its path.

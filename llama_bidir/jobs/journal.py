@@ -19,7 +19,7 @@ from ..utils.resume import as_recorded, can_resume, lock
 # Marks a SQLite file as one of ours, so that no other one is overwritten.
 APPLICATION_ID = int.from_bytes(b"lbj1")
 WORKING_FILES = ("output", "bm25", "bm25.gz")
-# Errors of SQLite that do not come from the content of a file, such as those of a full disk.
+# Errors of SQLite that are not caused by the content of the file, such as a full disk.
 OTHER_ERRORS = (
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY,
@@ -35,9 +35,9 @@ OTHER_ERRORS = (
 
 class StateFile:
     """
-    One process's part of the state: a SQLite file that is locked while it is open.
+    The state of one process: a SQLite file that is locked while it is open.
 
-    The lock is the one of [`~utils.resume.lock`] and not SQLite's own, which fails on file systems without locks.
+    The lock is [`~utils.resume.lock`], because SQLite's own lock fails on file systems without locks.
 
     Args:
         path: created if it is missing.
@@ -45,7 +45,7 @@ class StateFile:
 
     Raises:
         RuntimeError: another process has the file open.
-        ValueError: the file is something else. Every method raises it, too, if the content of the file is damaged.
+        ValueError: the file is not a state file. Every method also raises it if the content of the file is damaged.
     """
 
     def __init__(self, path: Path, verb: str):
@@ -59,7 +59,7 @@ class StateFile:
                 is_ours = self._database.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
             is_known = self.is_new or (is_ours and self.get("verb") == verb)
         except sqlite3.Error as error:
-            # `lock` has opened the file, so its header is the reason if SQLite cannot.
+            # `lock` has opened the file. If SQLite cannot open it, the header of the file is the reason.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CANTOPEN:  # such as a failing disk
                 self.close()
                 raise
@@ -121,14 +121,14 @@ class StateFile:
                 yield number, record
 
     def damaged(self, reason: object) -> ValueError:
-        """The error of a file whose content has changed since it was written."""
+        """Returns the error for a damaged file."""
         return ValueError(f"{self.path}: the journal is damaged: {reason}; remove it to start over")
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the message of an error may be damaged, too
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # reading the message of an error can fail too
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in OTHER_ERRORS:
                 raise
             raise self.damaged(error) from error

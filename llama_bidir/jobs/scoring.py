@@ -30,7 +30,7 @@ def check_score(name: str, score: float) -> None:
 
 @contextmanager
 def naming_the_cause(cross_encoder: CrossEncoder) -> Iterator[None]:
-    """Adds to a ScoreError why the model probably gave the score."""
+    """Adds the likely cause of the score to the message of a ScoreError."""
     try:
         yield
     except ScoreError as error:

@@ -51,10 +51,10 @@ class Task(Protocol):
         """Reads and checks the input. `beside` gives the path of a working file of the job."""
 
     def files(self) -> dict[str, Path | None]:
-        """Returns the input files by what errors call them."""
+        """Returns the input files by their names in errors."""
 
     def moves(self, beside: Callable[[str], Path]) -> dict[str, tuple[Path, Path]]:
-        """Returns further outputs by what errors call them: the working file and where it goes at the end."""
+        """Returns further outputs by their names in errors: the working file and where it goes at the end."""
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the output, by name, in values of JSON."""

@@ -63,7 +63,7 @@ def default_device() -> str:
 
 def local_rank() -> int:
     """Returns the number of this process on its machine under torchrun or accelerate, else 0."""
-    return max(0, launch_number("LOCAL_RANK", 0))  # some launchers say -1 for a process that is alone
+    return max(0, launch_number("LOCAL_RANK", 0))  # some launchers set -1 for a single process
 
 
 def cpu_dtype(stored: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 # Per process, so the next chunk is tokenized while one is computed.
 CHUNKS_AT_ONCE = 4
-# How long a process waits for the others, unless somebody else has joined them with another timeout.
+# How long a process waits for the others, unless the process group was created elsewhere with another timeout.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -42,7 +42,7 @@ def is_shared(device: torch.device) -> bool:
 def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
     """
     Args:
-        pairs: the same in every process.
+        pairs: the pairs, which must be the same in every process.
         scorer: scores the share of this process. In the first process it shows the bar and counts all pairs.
 
     Returns:
@@ -116,7 +116,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _timeout() -> timedelta:
-    """How long the processes wait for each other, as whoever joined them has decided."""
+    """Returns how long the processes wait for each other: the timeout of the existing process group."""
     group: Any = dist.group.WORLD
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     timeout: timedelta = getattr(options, "_timeout", TIMEOUT)
@@ -126,16 +126,16 @@ def _timeout() -> timedelta:
 @cache
 def _own_group(world: Any, timeout: timedelta) -> Any:
     """
-    A group for scores alone, so that they never meet the tensors of other communication. It waits on CPUs, where a
-    timeout is an error; NCCL's would end the process.
+    Returns a process group that is used only for scores, so that they never mix with other communication. It uses
+    gloo on the CPU, where a timeout raises an error. A timeout of NCCL would end the process.
     """
-    # With local synchronization, a process that comes alone does not change how later groups are named.
+    # With local synchronization, a process that arrives alone does not change the names of later groups.
     return dist.new_group(backend="gloo", timeout=timeout, use_local_synchronization=True)
 
 
 @contextmanager
 def _waiting(rank: int, timeout: timedelta) -> Iterator[None]:
-    """Says what is wrong if the other processes do not come."""
+    """Explains the error if the other processes do not make the same call."""
     try:
         yield
     except RuntimeError as error:

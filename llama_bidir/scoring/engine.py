@@ -80,14 +80,14 @@ def side_by_side(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_calls: int, num_threads: int
 ) -> Generator[Result, None, None]:
     """
-    Calls `function` for each item, `num_calls` at once, each call with its share of torch's threads. On a CPU, cores
-    then do not wait for each other after every operation.
+    Calls `function` for each item. `num_calls` calls run in parallel, each with its share of torch's threads. On a CPU,
+    the cores then do not wait for each other after every operation.
 
     Args:
         function: called on the threads of a pool, or on this thread if `num_calls` is 1.
         items: its arguments.
-        num_calls: the number of calls at once.
-        num_threads: torch's threads for all calls together. The process has its former number of threads afterwards.
+        num_calls: the number of parallel calls.
+        num_threads: torch's threads for all calls together. Afterwards, the old number of threads is restored.
 
     Yields:
         the results, in the order of the items. After a call fails, no further call starts. Close the generator if it
@@ -213,7 +213,7 @@ class LocalEngine:
                 num_calls=num_calls,
                 num_threads=self._num_threads,
             )
-            with closing(outcomes):  # `on_tokens` may raise, and its traceback would keep the generator
+            with closing(outcomes):  # if `on_tokens` raises, its traceback would keep the generator open
                 for batch, output in zip(batches, outcomes, strict=True):
                     if output is None:
                         waiting += batch

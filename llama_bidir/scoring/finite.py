@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite: which pairs have them, and the likely cause."""
+"""Finds the pairs whose logits are NaN or infinite, and the likely cause."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class NotFinite:
 
     @property
     def kind(self) -> str:
-        """What the logits are: `NaN`, `infinite`, or both."""
+        """The kind of the logits: `NaN`, `infinite`, or both."""
         return " or ".join(["NaN"] * bool(self.num_nan) + ["infinite"] * bool(self.num_infinite))
 
     def describe(self, model: Any) -> str:
-        """Returns how many pairs there are, the first of them, and the likely cause."""
+        """Returns a message with the number of these pairs, the first one, and the likely cause."""
         count = self.num_nan + self.num_infinite
         return (
             f"{count} of {self.num_pairs} pairs have {self.kind} logits, first pair {self.first}: {find_cause(model)}"
@@ -47,12 +47,12 @@ class NotFinite:
 
 class RankedActivation:
     """
-    An activation for ranking, which refuses logits that have no rank.
+    An activation for ranking. It refuses logits that are NaN or infinite.
 
     Args:
         activation_fn: applied to finite logits; None leaves them as they are.
-        queries, groups: the queries, and the documents of each, in the order of the logits.
-        model: what gives the logits.
+        queries, groups: the queries, and the documents of each query, in the order of the logits.
+        model: the model that gives the logits.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ def find_cause(model: Any) -> str:
     Returns why a model probably gives logits that are NaN or infinite, and what to do.
 
     Args:
-        model: a reranker, an adapter on one, or an exported graph. It reads all weights, so call it after the fact.
+        model: a reranker, an adapter on one, or an exported graph. All of its weights are read, which takes time.
     """
     if not isinstance(model, torch.nn.Module):
         return "the exported graph overflows: export the checkpoint again and compare its scores"
@@ -103,7 +103,7 @@ def find_cause(model: Any) -> str:
             )
     if config.temperature < SMALLEST_TEMPERATURE:
         return (
-            f"temperature is {config.temperature}, so small that logits overflow float32: correct it, 1.0 has no effect"
+            f"temperature is {config.temperature}, so small that logits overflow float32: raise it, 1.0 has no effect"
         )
     if model.dtype == torch.float16:
         return "float16 overflows above 65504: use bfloat16 or float32"
@@ -111,6 +111,6 @@ def find_cause(model: Any) -> str:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. Weights that are quantized, or are elsewhere, are taken to be finite."""
+    """Returns whether all values are finite. Assumes it for quantized weights and for weights on the meta device."""
     is_readable = type(tensor.data) is torch.Tensor and tensor.is_floating_point() and not tensor.is_meta
     return not is_readable or tensor.dtype.itemsize < 2 or bool(tensor.isfinite().all())

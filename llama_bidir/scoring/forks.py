@@ -1,4 +1,4 @@
-"""What a forked process must not take over from its parent: held locks, worker processes and OpenMP's threads."""
+"""Makes scoring work in a forked process, which must not use its parent's locks, workers and OpenMP threads."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ class AfterFork(Protocol):
     """An object that must change in a forked process."""
 
     def after_fork(self) -> None:
-        """Called in the new process, before anything else runs there."""
+        """Runs in the new process, before anything else."""
 
 
 _registered: "WeakSet[AfterFork]" = WeakSet()
@@ -23,14 +23,14 @@ _num_threads: int | None = None
 
 
 def register(changes: AfterFork) -> None:
-    """Has an object change in every process that is forked while the object lives."""
+    """Calls `after_fork` of an object in every process that is forked while the object exists."""
     _registered.add(changes)
 
 
 class Lock:
     """
-    A lock that is free in a forked process, whoever holds it in the parent: the thread that would release it does not
-    exist there. The thread that holds it may take it again.
+    A lock that is free in a forked process, even if a thread of the parent holds it: this thread does not exist in the
+    forked process and could not release the lock. The lock is reentrant.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class Lock:
 
 def leave_threads_of_parent() -> None:
     """
-    In a forked process, lets the calling thread compute without help from now on. Its OpenMP would wait forever for the
-    threads that only the parent has. Threads that are started later can have helpers.
+    In a forked process, makes the calling thread compute on one core from now on. Otherwise, OpenMP would wait forever
+    for threads that exist only in the parent. Threads that start later can use several cores.
     """
     global _num_threads
     if _is_forked and torch.get_num_threads() > 1:
@@ -59,7 +59,7 @@ def leave_threads_of_parent() -> None:
 
 
 def scoring_threads() -> int:
-    """The number of torch's threads for scoring, which [`leave_threads_of_parent`] does not change."""
+    """Returns the number of torch's threads for scoring. [`leave_threads_of_parent`] does not change it."""
     return _num_threads or torch.get_num_threads()
 
 

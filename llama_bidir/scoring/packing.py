@@ -196,7 +196,7 @@ def pad(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = 
 
 
 def empty_logits(num_sequences: int, num_labels: int) -> torch.Tensor:
-    """Returns memory for float32 logits on the CPU, whatever torch's default dtype and device are."""
+    """Returns an empty float32 tensor for logits on the CPU, independent of torch's default dtype and device."""
     return torch.empty(num_sequences, num_labels, dtype=torch.float32, device="cpu")
 
 

@@ -110,8 +110,8 @@ class Scorer:
         num_labels: logits per pair.
         max_tokens, max_sequences: of a batch (see [`Engine.logits`]).
         long_document: see [`PromptEncoder.encode`].
-        activation_fn: makes scores of the logits of a chunk; None leaves them as they are.
-        model: what gives the logits, to explain those that are not finite.
+        activation_fn: turns the logits of a chunk into scores; None returns the logits.
+        model: the model that gives the logits, to explain logits that are not finite.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Scorer:
                 f"{tally.num_windowed} of {tally.num_pairs} pairs were {limit} and were scored in {tally.num_windows} "
                 "windows, the best of which counts"
             )
-        if self.not_finite.first is not None and tally.num_pairs:  # in the first of several processes
+        if self.not_finite.first is not None and tally.num_pairs:  # only the first of several processes counts pairs
             logger.warning(self.not_finite.describe(self.model))
 
     def _logits_of_chunks(self, chunks: Iterable[Sequence[Pair]]) -> Iterator[torch.Tensor]:
@@ -282,7 +282,7 @@ def rank_documents(
         the first `top_k` results, as [`~cross_encoder.CrossEncoder.rank`] documents them.
 
     Raises:
-        ScoreError: the activation has made NaN of a logit.
+        ScoreError: the activation has turned a logit into NaN.
     """
     results: list[dict[str, Any]] = []
     for corpus_id, (document, score) in enumerate(zip(documents, scores, strict=True)):

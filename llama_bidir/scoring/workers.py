@@ -89,7 +89,7 @@ class WorkerPool:
             RuntimeError: a worker failed, with its traceback, or died. The other workers are stopped.
         """
         with self._lock.hold():
-            if self._is_busy:  # `on_tokens` of this thread scores: the answers of the two calls would be confused
+            if self._is_busy:  # `on_tokens` scores: the answers of the two calls would be mixed up
                 raise RuntimeError("worker processes score one call at a time: do not score within a progress bar")
             self._is_busy = True
             try:
@@ -143,11 +143,11 @@ class WorkerPool:
         return bool(self._finalizer.alive)
 
     def after_fork(self) -> None:
-        """The workers are those of the parent, which would not notice their end while this process has the pipes."""
+        """Closes the pipes to the parent's workers. Otherwise they would not notice that the parent closes them."""
         self._finalizer.detach()
         for connection in self._connections:
             connection.close()
-        # At exit, multiprocessing ends the daemons in this set. It has no public way to leave it.
+        # At exit, multiprocessing ends the daemons in this set. There is no public way to remove them from it.
         multiprocessing.process._children.difference_update(self._processes)  # type: ignore[attr-defined]
 
     def _send_next(
@@ -208,7 +208,7 @@ def _read(connection: Any, batches: "SimpleQueue[Any]") -> None:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that start in this context ignore Ctrl-C, which a terminal sends to all of them. Their parent acts."""
+    """Makes processes that start in this context ignore Ctrl-C. A terminal sends it to all; the parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

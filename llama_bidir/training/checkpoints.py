@@ -78,7 +78,7 @@ def last_whole_checkpoint(output: Path) -> Path | None:
 
 def check_complete(checkpoint: Path, model: Any) -> None:
     """
-    Checks that a checkpoint holds every weight of the model that resumes from it. The Trainer would only warn.
+    Checks that a checkpoint holds every weight of the model that resumes from it. The Trainer alone would only warn.
 
     Args:
         checkpoint: a folder that [`last_whole_checkpoint`] returned. FSDP and DeepSpeed check their own states.
@@ -194,14 +194,14 @@ def remove_run(output: Path) -> None:
 
 
 def _read_run(output: Path) -> dict[str, Any]:
-    """Returns the content of the record of a run. Raises ValueError, which names the file, if it is something else."""
+    """Returns the content of the record of a run. Raises ValueError, which names the file, if it is not a record."""
     try:
         content = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("arguments"), dict) or "finished" not in content:
         raise ValueError(
-            f"{output / RUN_NAME}: is not the record of a training run: move it away, or choose another "
+            f"{output / RUN_NAME} is not the record of a training run: move it away, or choose another "
             "training.output_dir"
         )
     return content

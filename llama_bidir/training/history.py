@@ -59,8 +59,8 @@ def _history_path(args: TrainingArguments) -> Path:
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
-    Reads the logs of a run; an empty list if there is no file. A line that is not a whole JSON object with a `step` is
-    ignored with a warning.
+    Reads the logs of a run. Returns an empty list if there is no file. A line that is not a complete JSON object with
+    a `step` is ignored with a warning.
     """
     entries = []
     for line in filter(None, Path(path).read_bytes().split(b"\n") if Path(path).is_file() else ()):

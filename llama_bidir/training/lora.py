@@ -77,13 +77,13 @@ def merge_adapter(
 
     Args:
         adapter: the folder or Hub id of an adapter, as [`CrossEncoderTrainer`] saves it.
-        output: the folder to write, whole or not at all.
+        output: the folder to write. It appears only when it is complete.
         dtype: of the checkpoint. Half precision takes half the space and rounds the weights.
         overwrite: replace the checkpoint in `output` if there is one. Other files in the folder stay.
 
     Raises:
         FileExistsError: `output` exists, and `overwrite` is not set or `output` is not a checkpoint.
-        ValueError: `adapter` is not an adapter, or it lies in `output`.
+        ValueError: `adapter` is not an adapter, or it lies inside `output`.
     """
     name = os.fspath(adapter)
     check_source(name)

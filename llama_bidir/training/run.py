@@ -209,7 +209,7 @@ def _four_bits(dtype: str) -> Any:
 
 def _save_whole(trainer: CrossEncoderTrainer, output: Path) -> list[str]:
     """
-    Saves the reranker, and its model card where there is none yet, into the output folder, whole or not at all.
+    Saves the reranker into the output folder, with a model card if there is none yet. Saves all files or none.
 
     Returns:
         the names of the files; empty in all processes but the first.

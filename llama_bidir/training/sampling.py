@@ -15,12 +15,12 @@ class EpochSampler(Sampler[int]):
     """
     Shuffles groups in a new order each epoch.
 
-    When a run of several processes resumes, accelerate's own sampler starts from its first epoch again.
+    It replaces accelerate's own sampler, which starts from its first epoch again when several processes resume.
 
     Args:
         dataset: the groups, whose `epoch` decides the order.
-        seed: of the shuffle.
-        batch_size: groups per optimizer step, to make batches of groups with similar lengths. None ignores lengths.
+        seed: the seed of the shuffle.
+        batch_size: groups per optimizer step, to put groups of similar length into the same step. None ignores lengths.
     """
 
     def __init__(self, dataset: GroupDataset, *, seed: int, batch_size: int | None = None):
@@ -33,7 +33,7 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
-        with torch.device("cpu"):  # where the generator is, whatever torch's default device
+        with torch.device("cpu"):  # the device of the generator, independent of torch's default device
             if self.batch_size is None:
                 order = torch.randperm(len(self.dataset), generator=generator).tolist()
             else:

@@ -1,8 +1,8 @@
 """
-What an optimizer step trains on: the same groups on any number of processes, at the end of an epoch too.
+Gives each optimizer step the same groups on any number of processes, also at the end of an epoch.
 
-accelerate gives each process equally many groups, and repeats the first groups of the epoch where some are missing.
-Here, stand-ins take those places: they fill a batch, and [`StepCollator`] leaves them out.
+accelerate gives each process the same number of groups. If some are missing at the end of an epoch, it repeats the
+first groups. Here, stand-ins take these places: they fill a batch, and [`StepCollator`] leaves them out.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -21,7 +21,7 @@ STAND_IN_INDEX = -1
 
 @dataclass(frozen=True)
 class StandIn:
-    """A group that takes a place in a batch and does not count."""
+    """Takes the place of a missing group in a batch. It does not count in the loss."""
 
     group: Group
 
@@ -33,8 +33,8 @@ class Steps:
 
     Args:
         batch_size: groups per process that are scored together.
-        processes: their number.
-        accumulation: batches per process and step.
+        processes: the number of processes.
+        accumulation: batches per process in one step.
         drop_last: leave out the groups at the end of an epoch that do not fill a step.
     """
 
@@ -69,15 +69,15 @@ class Steps:
         return full if self.drop_last else full + bool(rest)
 
     def num_places(self, num_groups: int) -> int:
-        """Returns how many groups and stand-ins [`deal`] makes of an epoch."""
+        """Returns how many groups and stand-ins [`deal`] yields in an epoch."""
         if self.drop_last:
             return self.count(num_groups) * self.groups_per_step
         return num_groups if self.processes == 1 else -(-num_groups // self.groups_at_once) * self.groups_at_once
 
     def deal(self, groups: Sequence[T], stand_in: T) -> Iterator[T]:
         """
-        Shares groups among the processes, which take `batch_size` each in turn. The last processes may get a group less
-        than the first ones, and a stand-in for it.
+        Shares groups among the processes, which take `batch_size` groups each in turn. The last processes may get one
+        group less than the first ones, and a stand-in in its place.
         """
         whole = len(groups) - len(groups) % (self.groups_per_step if self.drop_last else self.groups_at_once)
         yield from groups[:whole]
@@ -107,7 +107,7 @@ class StepSampler(Sampler[int]):
 
 
 class StepGroups(Dataset[Group | StandIn], Sized):
-    """The groups of a dataset by their indices, and its first group as a stand-in."""
+    """The groups of a dataset by index. For a stand-in, it returns the first group."""
 
     def __init__(self, groups: GroupDataset):
         self.groups = groups
@@ -150,7 +150,7 @@ class StepStream(IterableDataset[Group | StandIn]):
 
 class StepCollator:
     """
-    Makes a batch of the groups among groups and stand-ins.
+    Makes a batch of groups, and leaves out the stand-ins among them.
 
     A process without a group must still take part in the step. Its batch has the inputs of a stand-in, and `labels` and
     `teacher_scores` of shape `(0, group_size)`.
@@ -166,5 +166,5 @@ class StepCollator:
 
 
 def without_groups(batch: dict[str, Any]) -> dict[str, Any]:
-    """Returns a batch with the same inputs of the model whose groups do not count."""
+    """Returns a batch with the same model inputs, in which no group counts."""
     return {**batch, "labels": batch["labels"][:0], "teacher_scores": batch["teacher_scores"][:0]}

@@ -171,7 +171,7 @@ class CrossEncoderTrainer(Trainer):
         scores[mask] = logits
         loss = self.loss(scores, labels, mask, teacher_scores)
         if num_items_in_batch is not None:
-            # The Trainer averages over processes and batches. At the end of an epoch they differ in size.
+            # The Trainer averages over processes and batches, but these differ in size at the end of an epoch.
             batches = self.accelerator.num_processes * self.current_gradient_accumulation_steps
             loss = loss * (len(labels) * batches / num_items_in_batch)
         if not return_outputs:
@@ -189,7 +189,7 @@ class CrossEncoderTrainer(Trainer):
         num_groups: torch.Tensor | int = sum(len(batch["labels"]) for batch in batches)
         if self.accelerator.num_processes > 1:
             num_groups = self.accelerator.gather(torch.tensor(num_groups, device=device)).sum()
-        # A stream ends without notice. The Trainer would take no step, and add these gradients to those of the next.
+        # A stream may end within a step. The Trainer would then take no step, and add its gradients to the next step.
         batches += [without_groups(batches[-1])] * (num_batches - len(batches))
         return batches, num_groups
 

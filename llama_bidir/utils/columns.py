@@ -1,4 +1,4 @@
-"""Texts in tables and columns of pandas, polars, pyarrow, datasets and numpy, recognized without importing these."""
+"""Reads texts from tables and columns of pandas, polars, pyarrow, datasets and numpy, without importing these."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -10,8 +10,8 @@ PASSAGE_NAMES = ("passage", "document", "doc")
 
 def column_names(value: Any) -> list[Any] | None:
     """
-    Returns the names of the columns of a table (DataFrame, pyarrow Table, Dataset, structured array); None for a value
-    that is not a table. The list is empty where a streamed dataset knows its columns only once it is read.
+    Returns the names of the columns of a table (DataFrame, pyarrow Table, Dataset, structured array), or None if the
+    value is not a table. The list is empty for a streamed dataset whose columns are not known until it is read.
     """
     if isinstance(value, (str, list, tuple, dict)):
         return None
@@ -40,7 +40,7 @@ def read_table(table: Any) -> Iterator[tuple[Any, Any]]:
     elif hasattr(table, "to_pylist"):
         rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
     elif hasattr(table, "with_format"):
-        # A transform of the user's stays; other formats would only wrap the texts.
+        # Keep a transform of the user. Other formats would only wrap the texts.
         is_transformed = getattr(table, "format", {}).get("type") == "custom"
         records: Iterator[Any] = iter(table if is_transformed else table.with_format(None))
         first = next(records, None)
@@ -61,10 +61,11 @@ def read_table(table: Any) -> Iterator[tuple[Any, Any]]:
 
 def query_first(names: Sequence[Any]) -> tuple[int, int]:
     """
-    Returns the positions of the query and of the passage among two named members. Names that say nothing are in order.
+    Returns the positions of the query and of the passage among two named members. With unknown names, the query is the
+    first.
 
     Raises:
-        ValueError: one name says that the order is the other one, and the other name says nothing.
+        ValueError: one name suggests that the query comes second, and the other name is unknown.
     """
     first, second = (str(name).casefold() for name in names)
     if first in PASSAGE_NAMES and second in QUERY_NAMES:
@@ -97,7 +98,7 @@ def is_column(value: Any) -> bool:
 
 
 def column_values(column: Any) -> Iterable[Any]:
-    """Returns what can be iterated over to read plain Python values from a column, or from any other collection."""
+    """Returns an iterable over the plain Python values of a column, or any other collection unchanged."""
     for method in ("to_pylist", "to_list"):  # pyarrow; pandas and polars
         if hasattr(column, method):
             values: list[Any] = getattr(column, method)()

@@ -15,7 +15,7 @@ class ScoreError(ValueError):
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds a path to an OSError of the block that names no file, such as that of a full disk."""
+    """Adds a path to an OSError from the block if it does not name a file, as for a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Two folders that exchange their places in one step, where the system can do that."""
+"""Swaps two folders in one step, if the system can do that."""
 
 import ctypes
 import errno
@@ -13,10 +13,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def exchange(first: Path, second: Path) -> bool:
     """
-    Exchanges two folders of one file system in one step (`renameat2` of Linux).
+    Swaps two folders on the same file system in one step (`renameat2` of Linux).
 
     Returns:
-        False, with nothing changed, where that is impossible, as on another system or on NFS.
+        False if that is impossible, as on another system or on NFS. Nothing has then changed.
 
     Raises:
         OSError: the disk is full.
@@ -33,12 +33,12 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def must_stay(folder: Path) -> bool:
-    """Whether a folder must stay in its place: this process works in it, or something is mounted on it or inside it."""
+    """Returns whether a folder cannot be swapped: it is the working folder, or something is mounted on or inside it."""
     try:
         if Path.cwd().is_relative_to(folder):
             return True
         mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError):  # the working directory is gone, or the system has no such list
+    except (OSError, UnicodeDecodeError):  # the working folder was deleted, or the system has no list of mounts
         return True
     written = os.fspath(folder).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011")
     return any(mount == written or mount.startswith(f"{written}/") for mount in mounts)

@@ -1,4 +1,4 @@
-"""The numbers that torchrun and `accelerate launch` give to a process in its environment."""
+"""Reads the numbers that torchrun and `accelerate launch` set in the environment of a process."""
 
 import os
 
@@ -7,7 +7,7 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 def launch_number(name: str, default: int) -> int:
     """
-    Returns a number of this process, or the default if the variable is unset or empty.
+    Returns the number in an environment variable, or the default if the variable is unset or empty.
 
     Raises:
         ValueError: the variable is not a whole number.
@@ -25,10 +25,10 @@ def launch_number(name: str, default: int) -> int:
 
 def check_launch() -> None:
     """
-    Unsets the variables that are empty, because transformers and accelerate would fail to read them.
+    Unsets empty variables, because transformers and accelerate would fail to read them.
 
     Raises:
-        ValueError: one of the others is not a whole number.
+        ValueError: another variable is not a whole number.
     """
     for name in NAMES:
         launch_number(name, 0)

@@ -68,18 +68,18 @@ def whole_folder(
     """
     Yields a new folder that becomes `path` when the block ends and is removed when the block fails.
 
-    The new folder and an existing one change places in one step: a process that is killed leaves the old folder or the
-    new one. Where that is impossible (see [`~exchange.exchange`]), the new files move into the existing folder one by
-    one. A process that is killed meanwhile leaves a folder without a `config.json`, from which nothing loads. Its
+    The new folder is swapped with an existing one in one step. A process that is killed leaves the old folder or the
+    new one. If a swap is impossible (see [`~exchange.exchange`]), the new files move into the existing folder one by
+    one. A process that is killed during this leaves a folder without a `config.json`, which does not load. The
     subfolder `.interrupted-save` then holds the new files that have not been moved.
 
     Args:
-        path: the folder to make; its parents are made when missing.
+        path: the folder to make. Missing parents are created.
         overwrite: replace `path` when it exists.
         keep: a path or a Hub id that the block reads. A path must not lie inside the folder that is replaced.
         marker: a file that an existing folder must contain to be replaced, unless the folder is empty.
-        replaces: whether the new folder does away with a file of the existing one, given its path in that folder. The
-            other files stay. The default does away with all files.
+        replaces: called with the path of a file in the existing folder; returns whether the file is removed. Other
+            files stay. The default removes all files.
         is_shared: other processes write to the existing folder at the same time, so it must stay the same folder.
 
     Raises:
@@ -112,7 +112,7 @@ def whole_folder(
 
 
 def _settle(folder: Path, mode: int) -> None:
-    """Gives all files the mode that the umask grants, where a library wrote them private, and writes them to disk."""
+    """Gives all files the permissions of the umask, because some libraries write private files. Syncs them to disk."""
     for path in [*_files(folder)]:
         if not (folder / path).is_symlink():
             os.chmod(folder / path, mode)
@@ -121,10 +121,10 @@ def _settle(folder: Path, mode: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or the names in a folder are on the disk, as far as the system can do that."""
+    """Waits until a file, or the list of names in a folder, is on the disk, if the system supports that."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open a folder
         return
     try:
         os.fsync(descriptor)
@@ -147,7 +147,7 @@ def _files(folder: Path) -> Iterator[PurePath]:
 
 
 def _keep_others(old: Path, new: Path, replaces: Callable[[PurePath], bool], made: list[Path]) -> None:
-    """Links the files that stay from an old folder into the new one, and appends what it has made there to `made`."""
+    """Links the files to keep from an old folder into the new one. Appends each new path to `made`."""
     for path in [*_files(old)]:
         if os.path.lexists(new / path) or replaces(path):
             continue
@@ -164,7 +164,7 @@ def _keep_others(old: Path, new: Path, replaces: Callable[[PurePath], bool], mad
 
 
 def _take_its_place(target: Path, new: Path, replaces: Callable[[PurePath], bool]) -> bool:
-    """Puts the new folder in the place of the old one in one step. Returns False, with nothing changed, if not."""
+    """Replaces the old folder by the new one in one step. If that is impossible, returns False and changes nothing."""
     if must_stay(target) or new.is_relative_to(target):
         return False
     made: list[Path] = []
@@ -175,19 +175,19 @@ def _take_its_place(target: Path, new: Path, replaces: Callable[[PurePath], bool
         os.chmod(new, old_state.st_mode & 0o7777)
         _keep_others(target, new, replaces, made)
         if exchange(target, new):
-            _keep_others(new, target, replaces, [])  # what another process has written meanwhile
+            _keep_others(new, target, replaces, [])  # files that another process has written in the meantime
             return True
-    except OSError as error:  # such as a file system without links, or the folder of another user
+    except OSError as error:  # for example, the file system has no links, or another user owns the folder
         if error.errno in NO_SPACE:
             raise
-        logger.info(f"{target} is not exchanged for a new folder: {error}")
+        logger.info(f"{target} cannot be replaced in one step: {error}")
     for path in made:
         path.rmdir() if _is_folder(path) else path.unlink()
     return False
 
 
 def _move_into(target: Path, new: Path, replaces: Callable[[PurePath], bool]) -> None:
-    """Moves the files of a new folder into an existing one. The entry points go first and come last."""
+    """Moves the files of a new folder into an existing one. Entry points are removed first and moved in last."""
     moving = target / INTERRUPTED_SAVE
     shutil.rmtree(moving, ignore_errors=True)
     new.rename(moving)
@@ -208,7 +208,7 @@ def _move_into(target: Path, new: Path, replaces: Callable[[PurePath], bool]) ->
 
 
 def _remove(folder: Path, path: PurePath) -> None:
-    """Removes a file or an empty folder from a folder, and the parents that it leaves empty."""
+    """Removes a file or an empty folder from a folder, and each parent that becomes empty."""
     (folder / path).rmdir() if _is_folder(folder / path) else (folder / path).unlink()
     for parent in [*path.parents][:-1]:
         if any((folder / parent).iterdir()):
@@ -217,7 +217,7 @@ def _remove(folder: Path, path: PurePath) -> None:
 
 
 def _holds(folder: Path, marker: str) -> bool:
-    """Whether a folder holds a file, or is empty, or is what an interrupted save has left."""
+    """Returns whether a folder contains `marker`, is empty, or was left behind by an interrupted save."""
     names = os.listdir(folder)
     return not names or INTERRUPTED_SAVE in names or (folder / marker).is_file()
 

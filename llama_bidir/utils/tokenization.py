@@ -1,4 +1,4 @@
-"""Tokenizers that read text as text: no text spells a control token, and no id is drawn at random."""
+"""Makes tokenizers read text as ordinary text: it cannot spell control tokens, and no id is drawn at random."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-# Parameters of a tokenizer's model that draw its tokens at random: of BPE, then of Unigram.
+# Parameters that make a tokenizer draw tokens at random: those of BPE, then those of Unigram.
 SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[AddedToken]:
-    """Returns the tokens that `tokenizer` finds in a text before it splits the text, and that are not text."""
+    """Returns the control tokens: those that `tokenizer` finds in a text before it splits the text into tokens."""
     named = tokenizer.all_special_tokens
     return [token for token in tokenizer.added_tokens_decoder.values() if token.special or token.content in named]
 
@@ -26,7 +26,7 @@ _largest_ids: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]]" = We
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the largest id that the tokenizer can give; it is found again when the tokenizer has grown."""
+    """Returns the largest id that the tokenizer can give. The result is cached until the tokenizer grows."""
     size, largest = _largest_ids.get(tokenizer, (-1, -1))
     if size != len(tokenizer):
         largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -35,13 +35,13 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def is_sampling(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer draws ids at random (BPE dropout, Unigram sampling), so that no two calls agree."""
+    """Returns whether the tokenizer draws ids at random (BPE dropout, Unigram sampling), so calls can differ."""
     model = tokenizer.backend_tokenizer.model
     return any(getattr(model, name, None) for name in SAMPLING)
 
 
 def stop_sampling(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the tokenizer give the same ids at each call. It is changed in place."""
+    """Makes the tokenizer give the same ids at each call. Changes the tokenizer in place."""
     model = tokenizer.backend_tokenizer.model
     for name in SAMPLING:
         if getattr(model, name, None):
@@ -50,18 +50,18 @@ def stop_sampling(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @lru_cache(maxsize=16)
 def find_any(*texts: str) -> re.Pattern[str]:
-    """Returns a pattern that finds any of the texts: of those that start at the same character, the longest."""
+    """Returns a pattern that matches any of the texts. If several match at a position, it matches the longest."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: -len(text)))) or r"(?!)")
 
 
 class PrivateTokenizer:
     """
-    A copy of a tokenizer that never changes, draws nothing at random, and knows its control tokens by names that no
-    text can spell. A text is thus split as if it spelled none, while ids, flags and offsets stay those of the original.
+    A copy of a tokenizer that never changes and draws nothing at random. Its control tokens have new names that no text
+    can spell, so a text that spells an old name is split as ordinary text. Ids, flags and offsets stay the same.
 
     Args:
         tokenizer: a fast tokenizer.
-        renamed: the control tokens that get such a name.
+        renamed: the control tokens that get a new name.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, renamed: Iterable[str]):
@@ -76,14 +76,14 @@ class PrivateTokenizer:
         self._tokenizer: Any = Tokenizer.from_str(json.dumps(state))
 
     def _rename(self, model: dict[str, Any]) -> None:
-        """Renames control tokens in the model's own vocabulary, which would find them in a text too."""
+        """Renames control tokens in the model's own vocabulary. Otherwise the model would find them in a text too."""
         names, vocabulary = self._names, model["vocab"]
         for name in SAMPLING:
             if model.get(name):
                 model[name] = None
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        if isinstance(vocabulary, list):  # of Unigram, with scores
+        if isinstance(vocabulary, list):  # the vocabulary of Unigram has scores
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
         else:
             model["vocab"] = {names.get(piece, piece): index for piece, index in vocabulary.items()}
@@ -96,12 +96,12 @@ class PrivateTokenizer:
             ]
 
     def encode(self, texts: list[str]) -> list[Any]:
-        """Returns a `tokenizers.Encoding` of each text, with what the tokenizer adds to a text."""
+        """Returns a `tokenizers.Encoding` of each text, with the special tokens that the tokenizer adds."""
         encodings: list[Any] = self._tokenizer.encode_batch(texts)
         return encodings
 
     def rename(self, template: str) -> str:
-        """Returns a format string in which the control tokens of the literal text have the names of this copy."""
+        """Returns a format string whose literal text spells the control tokens with their new names."""
         pattern = find_any(*self._names)
         renamed = ""
         for literal, field, _, _ in string.Formatter().parse(template):
@@ -116,7 +116,7 @@ _copies: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, tuple[Any, Priva
 
 def private_tokenizer(tokenizer: PreTrainedTokenizerBase, *, parse_special_tokens: bool) -> PrivateTokenizer:
     """
-    Returns a copy of a tokenizer as it is now. A copy takes up to a second, so it is kept until the tokenizer changes.
+    Returns a copy of a tokenizer as it is now. Copying takes up to a second, so the copy is kept until it is outdated.
 
     Args:
         tokenizer: a fast tokenizer.

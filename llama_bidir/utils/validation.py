@@ -19,7 +19,7 @@ def describe(value: Any) -> str:
 
 
 def is_collection(value: Any) -> bool:
-    """Whether a value can be iterated over and has an order. The views of a dict have the order of the dict."""
+    """Returns whether a value is an iterable with an order. The views of a dict have the order of the dict."""
     if isinstance(value, (list, tuple, *DICT_VIEWS)):
         return True
     return isinstance(value, Iterable) and not isinstance(value, NOT_COLLECTIONS) and getattr(value, "ndim", 1) != 0
@@ -27,7 +27,7 @@ def is_collection(value: Any) -> bool:
 
 def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]:
     """
-    Reads pairs as users give them. A generator is checked as it is read, anything else now.
+    Reads pairs in any form that users may pass. A generator is checked while it is read, anything else immediately.
 
     Args:
         pairs: one (query, passage) pair of strings, an iterable of them (list, tuple, generator, numpy array, column),
@@ -37,7 +37,7 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
         the pairs, their number (None for a generator), and whether `pairs` was a single pair.
 
     Raises:
-        TypeError: something is not a pair, or not a string, where one is expected.
+        TypeError: a value is not a pair or not a string, although one is expected.
         ValueError: a pair does not have exactly two members.
     """
     names = member_names(pairs)
@@ -87,7 +87,7 @@ def _check_members(name: str, members: Sequence[Any], names: Sequence[Any] | Non
 
 
 def check_chunks(chunks: Any) -> Iterable[Any]:
-    """Returns `chunks`; raises TypeError unless it is an iterable, in an order, of what may be lists of pairs."""
+    """Returns `chunks`. Raises TypeError unless it is an ordered iterable whose items may be lists of pairs."""
     _check_collection("chunks", chunks, "lists of pairs")
     return column_values(chunks)
 

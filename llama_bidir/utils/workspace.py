@@ -1,4 +1,4 @@
-"""Private folders in which outputs are prepared. Those of killed processes are found and removed."""
+"""Creates private folders to prepare outputs in, and removes those that killed processes left behind."""
 
 import errno
 import glob
@@ -16,7 +16,7 @@ from .exchange import must_stay
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows does not have this module
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
 
 @contextmanager
 def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes the errors of a full disk and of missing rights name the output, whichever library wrote the file."""
+    """Makes errors about a full disk or missing permissions name the output, whichever library wrote the file."""
     try:
         yield
     except Exception as error:
-        in_text = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the number in its message
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if "inline_container" in str(error):  # torch gives no reason
             number = errno.ENOSPC if shutil.disk_usage(Path(path).absolute().parent).free < 2**20 else errno.EIO
@@ -41,14 +41,14 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         files = [name for field in ("filename", "filename2") if (name := getattr(error, field, None)) is not None]
         home = Path(os.path.realpath(path)).parent
         if files and not any(Path(os.fsdecode(name)).is_relative_to(home) for name in files):
-            raise  # of a file that is read
-        reason = f"{os.strerror(number)}; not saved, and what the folder held is unchanged"
+            raise  # the error is about a file that is read
+        reason = f"{os.strerror(number)}; nothing was saved, and the folder is unchanged"
         raise OSError(number, reason, os.fspath(path)) from error
 
 
 @contextmanager
 def workspace_for(target: Path) -> Iterator[Path]:
-    """Yields a folder to prepare `target` in: beside it, or inside it where it must stay or its parent is read-only."""
+    """Yields a folder to prepare `target` in. It is beside `target`, or inside it if that is not possible."""
     target.parent.mkdir(parents=True, exist_ok=True)
     is_inside = target.is_dir() and (must_stay(target) or not os.access(target.parent, os.W_OK))
     home, prefix = (target, SAVING) if is_inside else (target.parent, f".{target.name}-")
@@ -60,13 +60,13 @@ def workspace_for(target: Path) -> Iterator[Path]:
 
 
 def _make_locked(home: Path, prefix: str, stack: ExitStack) -> Path:
-    """Makes a private folder, after a locked file beside it that says it is in use."""
+    """Creates a private folder. First creates a locked file beside it, which shows that the folder is in use."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=LOCK_SUFFIX, dir=home)
         file = stack.enter_context(open(descriptor, "ab"))  # noqa: SIM115  # until the stack closes it
         _try_lock(file)
         if os.path.exists(name) and os.path.samestat(os.stat(name), os.fstat(descriptor)):
-            break  # else another process has taken it for abandoned
+            break  # otherwise another process has removed the file as abandoned
     workspace = Path(name.removesuffix(LOCK_SUFFIX))
     stack.callback(_remove_workspace, workspace)
     workspace.mkdir(mode=0o700)
@@ -80,7 +80,7 @@ def _remove_workspace(workspace: Path) -> None:
 
 
 def _remove_abandoned(home: Path, prefix: str) -> None:
-    """Removes the workspaces that killed processes have left behind. A process that is alive holds its lock."""
+    """Removes the workspaces that killed processes left behind. A running process holds the lock of its workspace."""
     for path in home.glob(f"{glob.escape(prefix)}*{LOCK_SUFFIX}"):
         try:
             with path.open("ab") as file:
@@ -94,7 +94,7 @@ def _remove_abandoned(home: Path, prefix: str) -> None:
 
 
 def _try_lock(file: IO[bytes]) -> bool:
-    """Returns whether the lock was free and can be held until the file is closed."""
+    """Tries to lock a file until it is closed. Returns whether the lock was free."""
     if fcntl is None:
         return False
     try:

@@ -348,8 +348,8 @@ def test_the_attention_that_the_caller_passes_counts(broken):
 def test_code_of_a_tokenizer_does_not_run_for_whoever_asks(broken, caplog, tmp_path):
     code({"AutoTokenizer": ["tokenization_x.X", None]}, tokenizer_class="X")(broken)
     reranker = CrossEncoder(broken, tokenizer_kwargs={"trust_remote_code": True})
-    assert "trust_remote_code is ignored: no code of a checkpoint is run" in caplog.text
-    assert "is not run; tokenizer.json is read as it is" in caplog.text
+    assert "trust_remote_code is ignored, because code from a checkpoint never runs" in caplog.text
+    assert "is not run; tokenizer.json is read directly" in caplog.text
     reranker.save_pretrained(tmp_path / "saved")
     assert "auto_map" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
 
@@ -362,7 +362,7 @@ def test_pickled_weights_are_read_by_the_safe_loader_when_asked(broken, reranker
     model = AutoModelForSequenceClassification.from_pretrained(broken, **asked)
     reranker = CrossEncoder(model, CrossEncoder(reranker_checkpoint).tokenizer)
     np.testing.assert_array_equal(reranker.predict(PAIRS), expected)
-    with pytest.raises(ValueError, match="weights_only=False would run code from the file of the weights"):
+    with pytest.raises(ValueError, match="weights_only=False could run code from the weights file"):
         CrossEncoder(broken, model_kwargs={**asked, "weights_only": False})
 
 

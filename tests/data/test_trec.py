@@ -56,7 +56,7 @@ def test_blanks_around_an_identifier_are_dropped_in_every_format(tmp_path):
 @pytest.mark.parametrize("word", ["q 1", "q\t1", "q\n1", "q\r1", " q1", ""])
 def test_an_identifier_that_a_run_could_not_hold_is_named(word, tmp_path):
     for run, tag in (({word: {"d": 1.0}}, "t"), ({"q": {word: 1.0}}, "t"), ({"q": {"d": 1.0}}, word)):
-        message = f"{word!r}, of query {next(iter(run))!r}, is not one word, which a column of a run must be"
+        message = f"{word!r}, of query {next(iter(run))!r}, is not one word, but blanks separate the columns of a run"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             write_run(tmp_path / "run.trec", run, tag)
 

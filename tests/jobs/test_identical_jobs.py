@@ -84,7 +84,7 @@ def test_a_run_of_nothing_else_is_refused(files, reranker_checkpoint, tmp_path, 
     collection = Collection(**files, run=write(tmp_path / "run.trec", "arg-1 Q0 arg-1 1 1 t\nq Q0 copy 1 1 t\n"))
     before = names(tmp_path)
     assert main(command(collection, reranker_checkpoint, tmp_path / "out.trec", "--device", "cpu")) == 2
-    assert "every document is its query itself, so there is nothing to rerank" in capsys.readouterr().err
+    assert "every document is the query itself, so nothing is left to rerank" in capsys.readouterr().err
     assert names(tmp_path) == before
 
 

@@ -61,7 +61,7 @@ BROKEN = {
     ),
     "temperature": (
         lambda: make_model(temperature=1e-45),
-        "temperature is 1e-45, so small that logits overflow float32: correct it, 1.0 has no effect",
+        "temperature is 1e-45, so small that logits overflow float32: raise it, 1.0 has no effect",
     ),
     "float16": (lambda: overflowing(torch.float16), "float16 overflows above 65504: use bfloat16 or float32"),
     "bfloat16": (

@@ -24,5 +24,5 @@ def test_lines_that_are_not_logs_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize("read", [is_finished, remove_run, lambda output: check_same_run(output, {})])
 def test_a_damaged_record_of_a_run_is_named(tmp_path, read, content):
     (tmp_path / RUN_NAME).write_bytes(content)
-    with pytest.raises(ValueError, match=r"training_run\.json: is not the record of a training run: move it away, or "):
+    with pytest.raises(ValueError, match=r"training_run\.json is not the record of a training run: move it away, or "):
         read(tmp_path)

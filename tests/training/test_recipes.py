@@ -203,10 +203,8 @@ def test_wrong_recipes(content, message, tmp_path):
 
 
 REPEATED = "is there already, in line {}; keep one of them"
-BASE_8 = (
-    "is not a plain number in YAML: with a leading zero, it is of base 8; write a plain number, or put text in quotes"
-)
-BASE_60 = "is not a plain number in YAML: with a colon, it is of base 60; write a plain number, or put text in quotes"
+BASE_8 = "is not a plain number in YAML: a leading zero makes it base 8; write a plain number, or put text in quotes"
+BASE_60 = "is not a plain number in YAML: a colon makes it base 60; write a plain number, or put text in quotes"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +250,7 @@ def test_anchors_merged_keys_dates_and_a_byte_order_mark_are_read(tmp_path):
 
 def test_a_repeated_override_is_told(caplog):
     assert parse_overrides(["--seed", "1", "--training.seed=2"]) == {"training": {"seed": 2}}
-    assert caplog.messages == ["--training.seed is given more than once: the last value holds"]
+    assert caplog.messages == ["--training.seed is given more than once: the last value is used"]
     with pytest.raises(ValueError, match=r"^--training\.fsdp_config:1: the key 'version' is there already, in line 1"):
         parse_overrides(["--training.fsdp_config", "{version: 1, version: 2}"])
 

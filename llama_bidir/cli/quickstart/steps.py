@@ -68,10 +68,10 @@ def run_quickstart(
     Args:
         output: folder for the results: `train.jsonl`, `model/`, the test set as BEIR files, the runs as TREC files and
             `ndcg.png`. It appears when all steps are done.
-        overwrite: replace the results of a former quickstart in `output`. Other files in it stay.
+        overwrite: replace the results of an earlier quickstart in `output`. Other files in it stay.
         model: checkpoint to fine-tune. By default, a small Llama is made.
-        train_file: `.jsonl` or `.jsonl.gz` rows. A tenth of them, but at most 400, is held out for testing. By default,
-            a collection is made.
+        train_file: `.jsonl` or `.jsonl.gz` rows. A tenth of the rows, but at most 400, is held out for testing. By
+            default, a collection is made.
         training: values of [`CrossEncoderTrainingArguments`] that replace those of the recipe.
         echo: called with one line about each step.
 
@@ -156,7 +156,7 @@ def make_test_set(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def _is_replaced(file: PurePath) -> bool:
-    """Whether a new quickstart does away with a file of a former one: what its two models may leave."""
+    """Returns whether a new quickstart removes a file: files of the two models of an earlier quickstart."""
     is_model = len(file.parts) > 1 and file.parts[0] in ("base", "model")
     return is_model and (file.parts[1].startswith("checkpoint-") or CHECKPOINT_FILES.fullmatch(file.name) is not None)
 

@@ -33,8 +33,8 @@ class CandidateFinder:
         corpus: the documents that BM25 searches and that a run lists.
         run: a run in TREC's six columns.
         depth: the largest number of candidates per row, known positives included.
-        ignore_identical_ids: leave out documents that are the query itself (see [`~data.identical`]), which do not
-            count for `depth`.
+        ignore_identical_ids: leave out documents that are the query itself (see [`~data.identical`]). They do not count
+            for `depth`.
 
     Raises:
         ValueError: the kind is unknown, or needs a corpus or a run that is not given.
@@ -69,7 +69,7 @@ class CandidateFinder:
         Reads all rows, and the run for them.
 
         Args:
-            name: what errors call the source.
+            name: the name of the source in errors.
 
         Returns:
             the number of rows.
@@ -136,7 +136,7 @@ class CandidateFinder:
         )
 
     def _search(self, corpus: Corpus, row: SourceRow, query: str) -> tuple[list[int], int]:
-        """Returns the rows that BM25 finds, without those that are the query itself, and how many of them it found."""
+        """Returns the rows that BM25 finds without the query itself, and how many rows were the query itself."""
         if not self._ignore_identical_ids:
             return self._bm25.search(query, self._depth)[0], 0
         rows = np.array(self._bm25.search(query, self._depth + SPARE_DOCUMENTS)[0], dtype=np.int64)

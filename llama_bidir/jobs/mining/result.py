@@ -19,7 +19,7 @@ SAID = {
 
 class MiningResult(NamedTuple):
     """
-    What was mined.
+    The result of mining.
 
     Args:
         num_rows: rows of the source.
@@ -27,8 +27,8 @@ class MiningResult(NamedTuple):
         num_candidates: candidates of all rows.
         num_negatives: how many of them were taken.
         removed: how many of them were not taken, by reason (see [`select_negatives`]).
-        without_negatives: what errors call the rows of which no candidate passed.
-        num_identical: how many candidates were left out before, because they are the query itself.
+        without_negatives: the names (as in errors) of the rows for which no candidate passed.
+        num_identical: how many candidates were left out before scoring because they are the query itself.
     """
 
     num_rows: int

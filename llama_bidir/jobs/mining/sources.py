@@ -24,7 +24,7 @@ class SourceRow(NamedTuple):
     A row as its source has it.
 
     Args:
-        where: what errors call the row, such as `train.jsonl:12`.
+        where: the name of the row in errors, such as `train.jsonl:12`.
         fields: of the training schema and others. Texts stand in place of passages that the source names by identifier.
         positive_ids: identifiers of its positives, if the source has some.
     """
@@ -64,7 +64,7 @@ class MiningSource(NamedTuple):
 
 
 def describe_state(path: str | os.PathLike[str]) -> str:
-    """Returns what [`stamp`] finds, by which two states of a file differ."""
+    """Describes the state of a file (see [`stamp`]) as text, to compare it with another state."""
     state = stamp(path)
     return f"{state.path} ({state.size} bytes, changed at {state.mtime_ns} ns, content {state.content})"
 
@@ -89,7 +89,7 @@ def open_source(
         qrels: for a BEIR folder, a path in it (see [`find_files`]).
         run: for a BEIR folder, the path of a run to use instead of its own.
         takes_run: whether to look for a run in a BEIR folder.
-        ignore_identical_ids: for rows that [`load_rows`] reads.
+        ignore_identical_ids: see [`load_rows`], for rows that it reads.
 
     Raises:
         FileNotFoundError, OSError: the source is missing or cannot be read.

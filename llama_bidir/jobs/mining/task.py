@@ -27,7 +27,7 @@ from .windows import LOGITS, MinedRow, ParsedRow, choose_negatives
 @dataclass(kw_only=True)
 class MiningTask:
     """
-    Describes mining to a [`Job`]: windows of rows, of which the journal keeps the lines of the output and counts.
+    Describes mining to a [`Job`]: windows of rows. For each window, the journal keeps the output lines and counts.
 
     Args:
         source, corpus, run, qrels, candidates, depth, selection, keep_empty, ignore_identical_ids: see [`mine_file`].
@@ -62,7 +62,7 @@ class MiningTask:
         Reads and checks the input.
 
         Raises:
-            FileNotFoundError, OSError: an input is not there or cannot be read.
+            FileNotFoundError, OSError: an input is missing or cannot be read.
             ValueError: an input breaks its rule, with file and line.
         """
         source = os.fspath(self.source)
@@ -240,20 +240,20 @@ def mine_file(
             [`~data.identical`]), with a warning that counts them.
         batch_size, device, dtype, max_length: see [`CrossEncoder`].
         overwrite: replace `output`, and drop a stopped job with different arguments.
-        window_pairs: a window of rows, which a kill may lose, ends as soon as it has this many pairs. Chosen for the
-            device when not given.
-        show_progress_bar: shown when not given and `llama_bidir.jobs.job` logs at INFO.
+        window_pairs: a window of rows ends as soon as it has this many pairs. A kill may lose the current window. The
+            default depends on the device.
+        show_progress_bar: whether to show a progress bar. The default shows it if `llama_bidir.jobs.job` logs at INFO.
 
     Returns:
         the result, in every process.
 
     Raises:
-        FileExistsError: there is an output already, and `overwrite` is not set.
-        FileNotFoundError, OSError: an input is not there or cannot be read.
+        FileExistsError: `output` exists, and `overwrite` is not set.
+        FileNotFoundError, OSError: an input is missing or cannot be read.
         ValueError: an argument or an input breaks its rule (with file and line), a stopped job had different arguments
             (with what changed), or no row has a negative.
         ScoreError: a score is NaN or infinite.
-        RuntimeError: another process failed, or is at work on the same output.
+        RuntimeError: another process failed, or is writing to the same output.
     """
     task = MiningTask(
         source=source,

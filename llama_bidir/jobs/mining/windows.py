@@ -26,7 +26,7 @@ class CandidateRow(NamedTuple):
     A row with candidates.
 
     Args:
-        where: what errors call the row.
+        where: the name of the row in errors.
         fields: of the training schema (see [`~data.parse_row`]) and others. `neg_doc` holds the candidates, best first.
         known_positives: relevant passages besides the row's own.
         num_identical: how many candidates were left out because they are the query itself.
@@ -43,12 +43,12 @@ class MinedRow(NamedTuple):
     A row with its negatives.
 
     Args:
-        where: what errors call the row.
+        where: the name of the row in errors.
         fields: those of the row, with new `neg_doc`, `pos_score` and `neg_score` (raw logits). `neg_doc` is empty if no
             candidate passed.
         num_candidates: how many the row had.
         removed: how many of them were not taken, by reason (see [`select_negatives`]).
-        num_identical: how many candidates were left out before, because they are the query itself.
+        num_identical: how many candidates were left out before scoring because they are the query itself.
     """
 
     where: str
@@ -84,7 +84,7 @@ def mine_negatives(
     window_pairs: int = WINDOW_PAIRS,
 ) -> Iterator[MinedRow]:
     """
-    Chooses negatives among the `neg_doc` of rows, which are read and scored window by window.
+    Chooses negatives among the `neg_doc` of rows. Rows are read and scored window by window.
 
     Args:
         cross_encoder: the teacher, a model with one label.
@@ -146,7 +146,7 @@ def choose_negatives(window: Sequence[ParsedRow], scores: Sequence[float], selec
 
 
 def _without_query(given: CandidateRow) -> CandidateRow:
-    """Returns a row without the candidates that are its query itself. Any scores of the row belong to all of them."""
+    """Returns a row without the candidates that are the query itself. Drops the scores of the row."""
     row = parse_row(given.fields, given.where)
     candidates = as_list(given.fields.get("neg_doc"))
     query_id = find_query_id(given.fields)

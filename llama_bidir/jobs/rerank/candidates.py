@@ -51,7 +51,7 @@ class Candidates:
         self._order = np.argsort(query_of_block, kind="stable")
         self._numbers, self._starts = np.unique(query_of_block[self._order], return_index=True)
         self.num_identical: int = pc.sum(blocks.data.column("num_identical")).as_py()
-        """How many documents were left out because they are their query itself."""
+        """How many documents were left out because they are the query itself."""
         sizes = pc.list_value_length(blocks.data.column("row")).to_numpy().astype(np.int64)
         self.counts: Numbers = np.add.reduceat(sizes[self._order], self._starts)
         """How many documents each query has."""
@@ -128,14 +128,14 @@ def open_candidates(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Candidates:
     """
-    Opens a run. The first time, it is read, checked and written as an Arrow file.
+    Opens a run. At the first opening, the run is read, checked and written as an Arrow file.
 
     Args:
         corpus: the documents.
         queries: BEIR's JSON Lines.
-        run: TREC's six columns.
-        texts: of the queries by query_id; None reads them from `queries`.
-        ignore_identical_ids: leave out documents that are their query itself (see [`~data.identical`]).
+        run: a run in TREC's six columns.
+        texts: the texts of the queries by query_id; None reads them from `queries`.
+        ignore_identical_ids: leave out documents that are the query itself (see [`~data.identical`]).
         cache_dir: where the Arrow file is kept (see [`~data.arrow.write_dataset`]).
 
     Raises:
@@ -164,8 +164,8 @@ def _generate_blocks(
     """
     Yields a record for each block of lines about one query, by rank.
 
-    Only one block is in memory at a time. A run usually has one block per query; one that returns to a query later has
-    several. The last record holds the number of all documents that were left out.
+    Only one block is in memory at a time. A run usually has one block per query. If the lines of a query are not
+    adjacent, it has several. The last record holds the number of all documents that were left out.
     """
     index = corpus.index()
     texts = read_queries(Path(queries))
@@ -191,7 +191,7 @@ def _generate_blocks(
         record = {"query": numbers[query_id], "rank": ranks, "line": lines, "row": rows, "num_identical": 0}
     if record is None:
         raise ValueError(
-            f"{run}: every document is its query itself, so there is nothing to rerank: pass "
+            f"{run}: every document is the query itself, so nothing is left to rerank: pass "
             "ignore_identical_ids=False (--no-ignore-identical-ids), or another run"
         )
     yield {**record, "num_identical": num_identical}

@@ -34,7 +34,7 @@ EXAMPLES = 5
 @dataclass(kw_only=True)
 class RerankTask:
     """
-    Describes reranking to a [`Job`]: windows of whole queries, of which the journal keeps the scores.
+    Describes reranking to a [`Job`]: windows of whole queries. The journal keeps the scores of each window.
 
     Args:
         corpus, queries, run, depth, tag, write_run, ignore_identical_ids, cache_dir: see [`rerank_run`].
@@ -68,7 +68,7 @@ class RerankTask:
         Reads and checks the input.
 
         Raises:
-            FileNotFoundError: a file is not there.
+            FileNotFoundError: a file is missing.
             ValueError: a line of a file breaks its rule, with file and line.
         """
         self._working_run = beside(self._bm25_name())
@@ -224,7 +224,7 @@ def rerank_run(
     show_progress_bar: bool | None = None,
 ) -> JobResult:
     """
-    Reranks a first-stage run with files in and a file out. A job that was killed resumes when it is called again.
+    Reranks a first-stage run from files to a file. A job that was killed resumes when you call this again.
 
     Under torchrun, every process calls this with the same arguments. They share the windows of queries, and the first
     one writes the output, so all machines must share its folder.
@@ -241,19 +241,19 @@ def rerank_run(
         batch_size, max_tokens_per_batch: as in [`CrossEncoder.predict`].
         tag: the last column of the output.
         write_run: where to keep the run that BM25 makes.
-        ignore_identical_ids: leave out documents that are their query itself, as in ArguAna and Quora (see
+        ignore_identical_ids: leave out documents that are the query itself, as in ArguAna and Quora (see
             [`~data.identical`]), with a warning that counts them.
-        overwrite: replace what is at `output` and `write_run`, and drop a stopped job with different arguments.
+        overwrite: replace existing files at `output` and `write_run`, and drop a stopped job with different arguments.
         cache_dir: where the corpus and the run are kept as Arrow files; None is the cache of `datasets`.
-        show_progress_bar: shown when not given and `llama_bidir.jobs.job` logs at INFO.
+        show_progress_bar: whether to show a progress bar. The default shows it if `llama_bidir.jobs.job` logs at INFO.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        FileExistsError: there is something at `output` or `write_run`, and `overwrite` is not set.
+        FileNotFoundError: a file is missing.
+        FileExistsError: `output` or `write_run` exists, and `overwrite` is not set.
         ValueError: an argument or a line of a file breaks its rule (with file and line), a stopped job had different
             arguments (with what changed), or the model has several labels.
         ScoreError: a score is NaN or infinite.
-        RuntimeError: another process failed, or is at work on the same output.
+        RuntimeError: another process failed, or is writing to the same output.
     """
     task = RerankTask(
         corpus=corpus,

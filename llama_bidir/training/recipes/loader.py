@@ -1,27 +1,27 @@
-"""YAML as recipes use it: a repeated key is an error, and no value silently becomes another one."""
+"""Reads the YAML of recipes strictly: repeated keys and numbers in base 8 or 60 are errors, and dates stay text."""
 
 import re
 from typing import Any
 
 import yaml
 
-# What YAML 1.1 makes of text that looks like an ordinary number.
+# Text that looks like an ordinary number, but that YAML 1.1 reads in another base.
 TRAPS = {
-    re.compile(r"[-+]?0[0-7_]+"): "with a leading zero, it is of base 8",
-    re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?"): "with a colon, it is of base 60",
+    re.compile(r"[-+]?0[0-7_]+"): "a leading zero makes it base 8",
+    re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?"): "a colon makes it base 60",
 }
 INT, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
 class RecipeError(ValueError):
-    """A rule that recipes add to YAML is broken; the message names file and line."""
+    """A recipe breaks a rule that recipes add to YAML. The message names file and line."""
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, whose dates stay text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Not when the mapping is constructed: merged keys (<<) have joined it by then, and they may be replaced.
+        # Checked before the mapping is constructed, because merged keys (<<) join it then and may be replaced.
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Reads a number; raises RecipeError for one that YAML 1.1 reads in another base than it seems to have."""
+        """Reads a number. Raises RecipeError if YAML 1.1 would not read it in base 10."""
         for pattern, reason in TRAPS.items():
             if pattern.fullmatch(node.value):
                 raise RecipeError(
@@ -61,14 +61,14 @@ def load_yaml(text: str, name: str) -> Any:
 
     Args:
         text: the document.
-        name: what errors call it, such as the path of its file.
+        name: the name of the document in errors, such as the path of its file.
 
     Raises:
-        RecipeError: a key is repeated, or a number is not what it seems to be, with the line.
+        RecipeError: a key is repeated, or a number is not in base 10. The message names the line.
         yaml.YAMLError, ValueError, RecursionError: the text is not one document of plain values.
     """
     loader = _Loader(text)
-    loader.name = name  # in the messages of PyYAML, too
+    loader.name = name  # PyYAML's messages name it too
     try:
         return loader.get_single_data()
     finally:

@@ -19,7 +19,7 @@ def parse_overrides(arguments: Sequence[str], *, options: Sequence[str] = ()) ->
 
     A key may be written with dashes. Its block may be left out where only one block has the key. Values are read as
     YAML where the field does not take text. Several values are a list. An empty value and `null` are None. A key that
-    takes true or false is true when it has no value. The last value of a repeated key holds, with a warning.
+    takes true or false is true when it has no value. The last value of a repeated key is used, with a warning.
 
     Args:
         arguments: the part of a command line that holds the keys of the recipe.
@@ -44,7 +44,7 @@ def parse_overrides(arguments: Sequence[str], *, options: Sequence[str] = ()) ->
     for option, texts in given:
         block, key = _find(option, options)
         if key in overrides.get(block, {}):
-            logger.warning(f"--{block}.{key} is given more than once: the last value holds")
+            logger.warning(f"--{block}.{key} is given more than once: the last value is used")
         overrides.setdefault(block, {})[key] = _parse(texts, block_hints(block)[key], f"--{block}.{key}")
     return overrides
 

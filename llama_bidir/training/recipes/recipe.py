@@ -141,7 +141,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    except OSError as error:  # of a key that may name a file, such as accelerator_config
+    except OSError as error:  # a key such as accelerator_config may name a file
         raise type(error)(f"{where}: {error}") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-# What PyYAML raises for text that is not YAML, for a date or a number that does not exist, and for deep nesting.
+# PyYAML raises these for text that is not YAML, for an impossible date or number, and for deep nesting.
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 EXPECTED = {
     bool: "true or false",
@@ -63,7 +63,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     Args:
         value: as YAML or the caller gives it.
         hint: the annotation.
-        where: what errors call the field.
+        where: the name of the field in errors.
 
     Raises:
         ValueError: the value is of another type, or it is not a finite number.
