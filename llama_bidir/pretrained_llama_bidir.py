@@ -189,7 +189,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             model, info = cls._from_gguf(name, *model_args, gguf_file=gguf_file, **kwargs)
         elif (adapter := find_adapter(name, _hub_arguments(kwargs))) is not None:
             model = cls._from_adapter(adapter, *model_args, **kwargs)
-            info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+            info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         else:
             if name is not None:
                 is_usual = kwargs.get("variant") is None and kwargs.get("use_safetensors") is not False

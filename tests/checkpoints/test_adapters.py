@@ -218,3 +218,13 @@ def test_a_pickled_adapter_loads_on_a_base_in_safetensors_when_asked(work):
     assert_equal(CrossEncoder(model, reranker.tokenizer).predict(PAIRS), expected)
     with pytest.raises(ValueError, match="holds its weights as a pickle"):
         CrossEncoder("adapter")
+
+    weights = torch.load("adapter/adapter_model.bin", weights_only=True)
+    missing = next(name for name in weights if "layers.1." in name and "lora_A" in name)
+    torch.save({name: weight for name, weight in weights.items() if name != missing}, "adapter/adapter_model.bin")
+    for load in (
+        lambda: CrossEncoder("adapter", model_kwargs=asked),
+        lambda: AutoModelForSequenceClassification.from_pretrained("adapter", **asked),
+    ):
+        with pytest.raises(ValueError, match=r"'adapter' lacks weights, which would be random: .*layers\.1\."):
+            load()
