@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import LlamaModel, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -26,6 +27,7 @@ from .files_llama_bidir import (
     check_weight_files,
     find_file,
     read_json,
+    read_shards,
 )
 from .weights_llama_bidir import check_weights, find_weights, read_weights
 
@@ -58,6 +60,15 @@ def _replace_weights(folder: Path, staged: Path) -> None:
 
 def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+
+
+def _download_again(name: str, source: Mapping[str, Any]) -> None:
+    """Fetches the configuration and the safetensors files of a Hub repository, even if they are cached."""
+    find = partial(find_file, name, source=source)
+    find("config.json")
+    if find("model.safetensors") is None and (index := find("model.safetensors.index.json")) is not None:
+        for shard in read_shards(index, ".safetensors"):
+            find(shard)
 
 
 def find_adapter(name: Any, source: Mapping[str, Any]) -> str | None:
@@ -179,9 +190,13 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             model, info = cls._from_gguf(name, *model_args, gguf_file=gguf_file, **kwargs)
         elif (adapter := find_adapter(name, _hub_arguments(kwargs))) is not None:
             model = cls._from_adapter(adapter, *model_args, **kwargs)
-            info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+            info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         else:
             if name is not None:
+                is_usual = kwargs.get("variant") is None and kwargs.get("use_safetensors") is not False
+                if is_usual and kwargs.get("force_download"):
+                    _download_again(os.fspath(name), _hub_arguments(kwargs))
+                    kwargs["force_download"] = False  # else each check and the load would fetch the weights again
                 cls._check_checkpoint(os.fspath(name), **kwargs)
                 kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
             try:
@@ -203,10 +218,10 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
             fields = {*LlamaBidirectionalConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
             given = {key: kwargs[key] for key in (*fields, "attn_implementation") if key in kwargs}
             config = LlamaBidirectionalConfig.from_pretrained(name if config is None else config, **hub, **given)
-        if "state_dict" in kwargs:
+        if kwargs.get("state_dict") is not None:
             return
         check_weight_files(name, hub, use_safetensors=kwargs.get("use_safetensors"), variant=kwargs.get("variant"))
-        if not {"key_mapping", "variant"}.isdisjoint(kwargs) or kwargs.get("use_safetensors") is False:
+        if kwargs.get("key_mapping") or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
             return
         if not (files := find_weights(name, **hub)):
             return
@@ -277,7 +292,10 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         model = cls.load_base(base, *model_args, adapter=folder, **follows, **kwargs)
         if follows:
             model.score.float()  # a base model in half precision would round the saved head
-        loaded = model.load_adapter(os.fspath(folder))
+        pickled = Path(folder, f"{ADAPTER_STEMS[1]}.bin")  # which transformers does not look for in a folder
+        is_pickled = kwargs.get("use_safetensors") is False and pickled.is_file()
+        weights = torch.load(pickled, map_location="cpu", weights_only=True) if is_pickled else None
+        loaded = model.load_adapter(os.fspath(folder), adapter_state_dict=weights)
         if missing := sorted(getattr(loaded, "missing_keys", None) or ()):
             raise missing_weights(folder, missing)
         model._score_is_new &= not any("score.modules_to_save" in name for name, _ in model.named_parameters())
@@ -299,6 +317,8 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         config = kwargs.get("config")
         source = _hub_arguments(kwargs)
         try:
+            if kwargs.get("use_safetensors") is False and find_weights(base, **source):
+                del kwargs["use_safetensors"]  # the caller may mean the adapter, whose weights alone are a pickle
             config_file = find_file(base, "config.json", source)
             vocab_size = None if config_file is None else read_json(config_file).get("vocab_size")
             if config is None or vocab_size in (None, config.vocab_size):

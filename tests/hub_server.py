@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: list[dict[str, Any]] = []
         self.faults: dict[str, tuple[int, str | None]] = {}  # by repository or file: status (0 cuts the line) and code
         self.requests: list[str] = []
+        self.downloads: list[str] = []
         self.failing: dict[str, int] = {}
         """The status with which requests of a path (a regular expression) fail."""
 
@@ -89,6 +90,8 @@ class Handler(BaseHTTPRequestHandler):
             body = files.get(match[2])
             if body is None:
                 return self.reply(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            if self.command == "GET":
+                self.server.downloads.append(match[2])
             etag = hashlib.sha256(body).hexdigest()
             return self.reply(body, X_Repo_Commit=COMMIT, ETag=f'"{etag}"')
         return self.reply({"error": f"unknown path {path}"}, 404, X_Error_Code="EntryNotFound")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -104,29 +105,28 @@ def complete_adapter(model: Any, folder: Path) -> None:
         write_json(path, {**fields, "base_model_name_or_path": base})
 
 
-def read_names(path: str | os.PathLike[str] | None) -> set[str] | None:
-    """Returns the names of the weights in a safetensors file, or None if there is no such file."""
-    if path is None:
-        return None
-    with safe_open(path, "pt") as weights:
-        return set(weights.keys())
+def read_names(name_or_path: str, source: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the weights that an adapter holds. They have passed [`check_adapter`]."""
+    if (file := find_file(name_or_path, WEIGHTS_FILE, source)) is not None:
+        with safe_open(file, "pt") as weights:
+            return set(weights.keys())
+    pickled = str(find_file(name_or_path, PICKLED_FILE, source))
+    return set(torch.load(pickled, map_location="meta", weights_only=True))
 
 
-def check_weights(name_or_path: str, adapted: Any, names: set[str] | None, *, base_vocab_size: int) -> None:
+def check_weights(name_or_path: str, adapted: Any, names: set[str], *, base_vocab_size: int) -> None:
     """
     Checks that an adapter holds all weights that it trains, and the embeddings of the tokens that its base lacks.
 
     Args:
         name_or_path: the adapter, for the message.
         adapted: the `PeftModel` into which it was loaded.
-        names: the names of the adapter's weights; None if they are unknown.
+        names: the names of the weights of the adapter.
         base_vocab_size: number of tokens of the base model as stored.
 
     Raises:
         ValueError: a weight is missing, so it would be random.
     """
-    if names is None:
-        return
     trained = adapted.config.vocab_size
     if trained != base_vocab_size and not any("embed_tokens" in name for name in names):
         raise ValueError(

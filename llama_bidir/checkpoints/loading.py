@@ -20,7 +20,7 @@ from ..pretrained_llama_bidir import missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
 from ..utils.extras import require
-from .adapters import WEIGHTS_FILE, absolute_base, check_adapter, check_weights, named_errors, read_names
+from .adapters import absolute_base, check_adapter, check_weights, named_errors, read_names
 from .chat_template import find_prompt_template
 from .onnx import MODEL_FILE, OnnxReranker
 from .sentence_transformers import read_head
@@ -219,7 +219,9 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
     base_source = {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
     if adapter.revision is not None:
         base_source["revision"] = adapter.revision
-    names = read_names(find_file(name_or_path, WEIGHTS_FILE, source))
+    names = read_names(name_or_path, source)
+    # PEFT ignores the weights of a head that the configuration of the adapter does not mention.
+    brings_head = adapter.task_type == "SEQ_CLS" or "score" in (getattr(adapter, "modules_to_save", None) or ())
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
     try:
@@ -246,7 +248,7 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
         dtype=dtype,
         **base_source,
         **fields,
-        head_follows=names is None or any(name.endswith("score.weight") for name in names),
+        head_follows=brings_head and any(name.endswith("score.weight") for name in names),
     )
     if getattr(model, "is_quantized", False):
         # As in training, which holds weights that are not quantized in float32.

@@ -204,3 +204,27 @@ def test_the_adapter_in_use_is_saved_at_the_top(work):
     reranker.save_pretrained("adapter")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir("adapter"))
     assert_equal(CrossEncoder("adapter", device="cpu").predict(PAIRS), expected)
+
+
+def test_a_pickled_adapter_loads_on_a_base_in_safetensors_when_asked(work):
+    reranker = adapt()
+    expected = reranker.predict(PAIRS)
+    reranker.save_pretrained("adapter")
+    torch.save(load_file("adapter/adapter_model.safetensors"), "adapter/adapter_model.bin")
+    (work / "adapter" / "adapter_model.safetensors").unlink()
+    asked = {"use_safetensors": False}
+    assert_equal(CrossEncoder("adapter", model_kwargs=asked).predict(PAIRS), expected)
+    model = AutoModelForSequenceClassification.from_pretrained("adapter", **asked)
+    assert_equal(CrossEncoder(model, reranker.tokenizer).predict(PAIRS), expected)
+    with pytest.raises(ValueError, match="holds its weights as a pickle"):
+        CrossEncoder("adapter")
+
+    weights = torch.load("adapter/adapter_model.bin", weights_only=True)
+    missing = next(name for name in weights if "layers.1." in name and "lora_A" in name)
+    torch.save({name: weight for name, weight in weights.items() if name != missing}, "adapter/adapter_model.bin")
+    for load in (
+        lambda: CrossEncoder("adapter", model_kwargs=asked),
+        lambda: AutoModelForSequenceClassification.from_pretrained("adapter", **asked),
+    ):
+        with pytest.raises(ValueError, match=r"'adapter' lacks weights, which would be random: .*layers\.1\."):
+            load()

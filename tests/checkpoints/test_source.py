@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import run_python
+from helpers import make_model, run_python
 from hub_server import COMMIT, run_hub
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -130,6 +130,23 @@ def test_a_cached_repository_loads_without_the_hub(hub, reranker_checkpoint, tmp
     code = "from llama_bidir import CrossEncoder; print(CrossEncoder('tester/cached').predict(('q', 'p')))"
     expected = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
     assert run_python(code, tmp_path, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1") == expected
+
+
+def test_a_forced_download_is_made_once(hub, reranker_checkpoint, tmp_path):
+    make_model().save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    for name, folder in (("tester/single", reranker_checkpoint), ("tester/sharded", tmp_path / "sharded")):
+        hub.repos[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = """
+from transformers import AutoModelForSequenceClassification
+from llama_bidir import LlamaBidirectionalForSequenceClassification
+for cls in (LlamaBidirectionalForSequenceClassification, AutoModelForSequenceClassification):
+    cls.from_pretrained({name!r}, force_download=True)
+"""
+    for name in hub.repos:
+        hub.downloads.clear()
+        run_python(code.format(name=name), tmp_path, HF_ENDPOINT=hub.endpoint)
+        weights = [file for file in hub.repos[name] if file.endswith((".safetensors", ".index.json"))]
+        assert {file: hub.downloads.count(file) for file in weights} == dict.fromkeys(weights, 2)  # one per class
 
 
 BAD_REPOSITORIES = {

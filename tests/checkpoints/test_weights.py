@@ -240,6 +240,13 @@ def test_what_is_not_of_a_llama_is_ignored_without_a_word(broken, load, caplog, 
     assert not [name for name in extras if name in capfd.readouterr().err]
 
 
+def test_arguments_that_are_none_check_as_without_them(broken):
+    folder = broken()
+    for name in ("key_mapping", "state_dict", "variant"):
+        with pytest.raises(ValueError, match=r"vocab_size 999, so model\.embed_tokens\.weight should have shape"):
+            LlamaBidirectionalForSequenceClassification.from_pretrained(folder, **{name: None}, vocab_size=999)
+
+
 def test_fewer_layers_may_be_asked_for(base_checkpoint, reranker_checkpoint):
     first = load_file(base_checkpoint / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     config = LlamaBidirectionalConfig.from_pretrained(base_checkpoint, num_hidden_layers=1)
