@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -41,7 +42,7 @@ def replaced_by_checkpoint(directory: str | os.PathLike[str]) -> Callable[[PureP
     Returns the rule by which a new checkpoint replaces files of a folder: those of the checkpoint that is in it.
 
     Other files stay, such as notes, a model card, `checkpoint-N` folders of a training run and scripts. Only the code
-    files that a configuration in the folder names in its `auto_map` go.
+    files that a configuration in the folder names in its `auto_map` go, with those that they import.
     """
     code = _code_files(Path(directory))
 
@@ -58,7 +59,7 @@ def replaced_by_checkpoint(directory: str | os.PathLike[str]) -> Callable[[PureP
 
 
 def _code_files(folder: Path) -> set[str]:
-    """The names of the code files that the `auto_map` of a checkpoint's configurations names."""
+    """The names of the code files that the `auto_map` of a checkpoint's configurations names, and of their imports."""
     names: set[str] = set()
     for file in ("config.json", "tokenizer_config.json", "adapter_config.json"):
         try:
@@ -68,6 +69,11 @@ def _code_files(folder: Path) -> set[str]:
                 parts = each if isinstance(each, (list, tuple)) else [each]
                 names |= {f"{part.split('.')[0]}.py" for part in parts if isinstance(part, str) and "--" not in part}
         except (OSError, ValueError, AttributeError, RecursionError):  # missing, or not such a file
+            continue
+    for name in [*names]:
+        try:
+            names |= {os.path.basename(file) for file in get_relative_import_files(folder / name)}
+        except (OSError, ValueError):  # missing, or not text
             continue
     return names
 

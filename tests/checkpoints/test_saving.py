@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
 from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.checkpoints.files import replaced_by_checkpoint
+from llama_bidir.checkpoints.hub import CODE
 from llama_bidir.files_llama_bidir import INTERRUPTED_SAVE
 from llama_bidir.utils import outputs
 
@@ -130,13 +131,21 @@ def save_adapter(reranker, folder):
     return folder
 
 
+def test_code_goes_with_the_checkpoint_that_it_is_for(tmp_path):
+    reranker, folder = make_reranker(), tmp_path / "out"
+    reranker.save_pretrained(folder, with_code=True)
+    (folder / "train.py").write_text("print('mine')")
+    reranker.save_pretrained(folder)
+    assert set(names(folder)) == SAVED | {"README.md", "train.py"}
+
+
 @pytest.mark.parametrize(
     ("save", "new"),
     [
         (save_full, set()),
-        (save_with_code, {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}),
+        (save_with_code, set(CODE)),
         (save_by_trainer, {"training_args.bin"}),
-        (save_export, {"configuration_llama_bidir.py", "modeling_llama_bidir.py"}),
+        (save_export, set(CODE)),
     ],
 )
 def test_what_was_saved_is_what_loads_and_nothing_else_is_removed(tmp_path, save, new):
