@@ -229,6 +229,7 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         if not is_given:
             has_score = "score.weight" in weights
             check_stock_head(stored, kwargs, repr(name), has_score=has_score)
+            has_score &= cls._has_score_head
             if has_score and is_stock(stored) and "is_causal" not in kwargs and kwargs["pooling"] != "last":
                 logger.warning(
                     f"score.weight of {name} was trained under a causal mask: with pooling={config.pooling!r} and "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -41,7 +42,7 @@ def replaced_by_checkpoint(directory: str | os.PathLike[str]) -> Callable[[PureP
     Returns the rule that decides which files of a folder a new checkpoint replaces: those of the old checkpoint.
 
     Other files stay, such as notes, a model card, scripts, and the `checkpoint-N` folders of a training run. Code files
-    are removed only if the `auto_map` of a configuration in the folder names them.
+    are removed only if the `auto_map` of a configuration in the folder names them, together with the files they import.
     """
     code = _code_files(Path(directory))
 
@@ -68,6 +69,11 @@ def _code_files(folder: Path) -> set[str]:
                 parts = each if isinstance(each, (list, tuple)) else [each]
                 names |= {f"{part.split('.')[0]}.py" for part in parts if isinstance(part, str) and "--" not in part}
         except (OSError, ValueError, AttributeError, RecursionError):  # the file is missing or is not a configuration
+            continue
+    for name in [*names]:
+        try:
+            names |= {os.path.basename(file) for file in get_relative_import_files(folder / name)}
+        except (OSError, ValueError):  # missing, or not text
             continue
     return names
 

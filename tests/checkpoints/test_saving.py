@@ -131,6 +131,14 @@ def save_adapter(reranker, folder):
     return folder
 
 
+def test_code_goes_with_the_checkpoint_that_it_is_for(tmp_path):
+    reranker, folder = make_reranker(), tmp_path / "out"
+    reranker.save_pretrained(folder, with_code=True)
+    (folder / "train.py").write_text("print('mine')")
+    reranker.save_pretrained(folder)
+    assert set(names(folder)) == SAVED | {"README.md", "train.py"}
+
+
 @pytest.mark.parametrize(
     ("save", "new"),
     [
