@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import LlamaModel, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils.import_utils import is_peft_available
@@ -297,7 +298,16 @@ class LlamaBidirectionalPreTrainedModel(LlamaPreTrainedModel):
         is_pickled = kwargs.get("use_safetensors") is False and pickled.is_file()
         weights = torch.load(pickled, map_location="cpu", weights_only=True) if is_pickled else None
         loaded = model.load_adapter(os.fspath(folder), adapter_state_dict=weights)
-        if missing := sorted(getattr(loaded, "missing_keys", None) or ()):
+        if loaded is None:  # transformers 5.6, which reports no missing weights and leaves the head random
+            held = weights or load_file(Path(folder, f"{ADAPTER_STEMS[0]}.safetensors"))
+            held = {name.removeprefix("base_model.model."): weight for name, weight in held.items()}
+            missing = sorted(model.get_adapter_state_dict().keys() - held.keys())
+            if follows and "score.weight" in held:
+                for head in getattr(model.score, "modules_to_save", {}).values():
+                    head.weight.data = held["score.weight"].to(head.weight.device, head.weight.dtype)
+        else:
+            missing = sorted(loaded.missing_keys)
+        if missing:
             raise missing_weights(folder, missing)
         model._score_is_new &= not any("score.modules_to_save" in name for name, _ in model.named_parameters())
         return model.eval()

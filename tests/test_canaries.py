@@ -50,23 +50,27 @@ PRIVATE = {
     "torch.nn.attention.varlen.varlen_attn": "scoring/packing.py: attention on a GPU",
     "transformers.activations.ACT2FN": "scoring/forward.py: the activation of a layer",
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": "scoring/packing.py: input that is not packed",
+    "transformers.dynamic_module_utils.get_relative_import_files": "checkpoints/files.py: code beside a checkpoint",
     "transformers.masking_utils.AttentionMaskInterface": "scoring/packing.py: the mask of packed attention",
     "transformers.masking_utils.create_bidirectional_mask": "modeling_llama_bidir.py: the mask of packed input",
     "transformers.masking_utils.packed_sequence_mask_function": "modeling_llama_bidir.py: the mask of packed input",
     "transformers.masking_utils.sdpa_mask": "scoring/packing.py: the mask of packed attention",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "modeling_llama_bidir.py: outputs",
     "transformers.modeling_outputs.SequenceClassifierOutput": "modeling_llama_bidir.py: outputs",
+    "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": "configuration_llama_bidir.py: the known rope types",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "scoring/forward.py: the attention of a layer",
     **{
         f"transformers.models.llama.modeling_llama.{name}": "scoring/forward.py: which layers it can replace"
         for name in ("LlamaAttention", "LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm", "LlamaRotaryEmbedding")
     },
-    "transformers.models.llama.modeling_llama.LlamaPreTrainedModel": "modeling_llama_bidir.py: the base class",
+    "transformers.models.llama.modeling_llama.LlamaPreTrainedModel": "pretrained_llama_bidir.py: the base class",
     "transformers.quantizers.auto.AutoQuantizationConfig": "checkpoints: quantized weights",
     "transformers.trainer_pt_utils.LengthGroupedSampler": "training/sampling.py: group_by_length",
     "transformers.trainer_utils.EvalLoopOutput": "training/trainer.py: evaluation",
     "transformers.utils.generic.can_return_tuple": "modeling_llama_bidir.py: return_dict=False",
-    "transformers.utils.hub.cached_file": "checkpoints: files of a folder or of the Hub",
+    "transformers.utils.hub.cached_file": "files_llama_bidir.py: files of a folder or of the Hub",
+    "transformers.utils.hub.get_checkpoint_shard_files": "weights_llama_bidir.py: the shards of a checkpoint",
+    "transformers.utils.import_utils.is_peft_available": "pretrained_llama_bidir.py: whether adapters can be loaded",
     "transformers.utils.peft_utils.find_adapter_config_file": "checkpoints: whether a folder is an adapter",
 }
 
