@@ -55,7 +55,10 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
             if (code := _code_of(name, source)) is not None and "gguf_file" not in kwargs:
                 return _load_without_code(name, code, source, kwargs)
             why = " ".join(str(error).split())
-            raise ValueError(f"the tokenizer of {name!r} cannot be read: {type(error).__name__}: {why}") from error
+            files = [file for file in (*VOCABULARIES, *SETTINGS[1:]) if find_file(name, file, source) is not None]
+            raise ValueError(
+                f"the tokenizer of {name!r} cannot be read: {type(error).__name__}: {why}. Correct {' or '.join(files)}"
+            ) from error
 
 
 def _without_sampling(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
