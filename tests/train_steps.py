@@ -84,6 +84,9 @@ def main():
         if not dist.is_initialized() or dist.get_rank() == 0:
             (output / f"{name}.json").write_text(json.dumps([steps, losses]))
             save_file(state, output / f"{name}.safetensors")
+    if dist.is_initialized():
+        dist.barrier()  # a process that leaves early, or with its threads of gloo, may abort another or itself
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
