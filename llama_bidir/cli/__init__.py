@@ -96,7 +96,12 @@ def _raise_at_signals() -> list[int]:
         a list. Each of these signals is added to it when it arrives.
     """
     signals: list[int] = []
-    process = os.getpid()
+    process, report = os.getpid(), sys.excepthook
+
+    def excepthook(*error: Any) -> None:
+        # Forked data-loading workers serve tensors from a thread, which fails when the command ends before they do.
+        if os.getpid() == process and not signals:
+            report(*error)
 
     def interrupt(number: int, frame: Any) -> None:
         if number == signal.SIGINT and os.getpid() != process:
@@ -106,6 +111,7 @@ def _raise_at_signals() -> list[int]:
             signals.append(number)
             raise KeyboardInterrupt
 
+    sys.excepthook = excepthook
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores SIGINT for commands in the background
         signal.signal(signal.SIGINT, interrupt)
