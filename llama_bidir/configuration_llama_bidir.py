@@ -93,11 +93,16 @@ def check_prompt_template(prompt_template: Any) -> str:
     return prompt_template
 
 
-def check_dtype(dtype: Any) -> Any:
-    """Returns `dtype`. Raises ValueError unless it is None, or a floating-point `torch.dtype` or its name."""
+def as_dtype(dtype: Any) -> torch.dtype | None:
+    """Returns the `torch.dtype` that is given or named. Returns None unless weights can be computed in it."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     is_usable = isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize >= 2
-    if dtype is not None and not is_usable:
+    return named if is_usable else None
+
+
+def check_dtype(dtype: Any) -> Any:
+    """Returns `dtype`. Raises ValueError unless it is None, or a floating-point `torch.dtype` or its name."""
+    if dtype is not None and as_dtype(dtype) is None:
         raise ValueError(f"dtype must be 'float32', 'bfloat16', 'float16' or None, got {dtype!r}")
     return dtype
 

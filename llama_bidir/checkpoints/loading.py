@@ -13,8 +13,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig, check_rerank_max_length
-from ..files_llama_bidir import find_file, read_json
+from ..configuration_llama_bidir import LlamaBidirectionalConfig, as_dtype, check_rerank_max_length
+from ..files_llama_bidir import HUB_ARGUMENTS, find_file, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..pretrained_llama_bidir import missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
@@ -29,7 +29,6 @@ from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 BACKENDS = ("torch", "onnx")
 
 
@@ -98,10 +97,9 @@ def open_reranker(
 
 def check_dtype(dtype: Any) -> str | torch.dtype | None:
     """Returns a dtype for scoring, None or `"auto"`; raises ValueError for anything else, with the known names."""
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype in (None, "auto"):
         return dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point or named.itemsize < 2:
+    if (named := as_dtype(dtype)) is None:
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or the torch.dtype, got {dtype!r}")
     return named
 
@@ -185,10 +183,9 @@ def load_reranker(name_or_path: str, model_kwargs: dict[str, Any], *, dequantize
         model_kwargs: for `from_pretrained`, those of the Hub included.
         dequantize: load the base of an adapter that was trained on quantized weights (QLoRA) in full precision.
     """
-    source = {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs}
-    check_source(name_or_path, source)
+    source = check_source(name_or_path, {name: model_kwargs[name] for name in HUB_ARGUMENTS if name in model_kwargs})
     with naming_the_repository(name_or_path):
-        return _load_reranker(name_or_path, model_kwargs, source, dequantize=dequantize)
+        return _load_reranker(name_or_path, {**model_kwargs, **source}, source, dequantize=dequantize)
 
 
 def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict[str, Any], *, dequantize: bool) -> Any:
@@ -225,7 +222,7 @@ def _load_reranker(name_or_path: str, model_kwargs: dict[str, Any], source: dict
     fields = {name: value for name, value in model_kwargs.items() if name not in source}
     dtype = fields.pop("dtype", "auto")
     try:
-        check_source(base, base_source)
+        base_source = check_source(base, base_source)
         config_file = find_file(base, "config.json", base_source)
         stored = {} if config_file is None else read_json(config_file)
     except OSError as error:
@@ -289,7 +286,7 @@ def load_onnx(name_or_path: Any, model_kwargs: dict[str, Any], *, device: Any, d
     source = {name: value for name, value in model_kwargs.items() if name in HUB_ARGUMENTS}
     if unknown := model_kwargs.keys() - source.keys() - {"file_name"}:
         raise ValueError(f"backend 'onnx' takes no {', '.join(sorted(unknown))}: it is for backend 'torch'")
-    check_source(name_or_path, source)
+    source = check_source(name_or_path, source)
     return OnnxReranker(name_or_path, model_kwargs.get("file_name", MODEL_FILE), source)
 
 
@@ -310,8 +307,7 @@ def load_merged(
     Raises:
         ValueError: the weights of the checkpoint are quantized.
     """
-    source: dict[str, Any] = {} if revision is None else {"revision": revision}
-    check_source(name_or_path, source)
+    source = check_source(name_or_path, {"revision": revision})
     if find_adapter_config_file(name_or_path, **source) is None:
         model = load_reranker(name_or_path, {"dtype": dtype, **source})
         if getattr(model, "is_quantized", False):

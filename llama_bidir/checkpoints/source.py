@@ -1,5 +1,6 @@
 """Checks early that a checkpoint exists, as a folder or on the Hub, and names it in errors."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,25 +20,32 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..files_llama_bidir import check_checkpoint_path
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
 
-def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any] | None = None) -> None:
+def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
-    Checks that a name is a folder or a Hub repository. The Hub is asked once, and only for a repository that is not
-    cached. If the Hub cannot be reached, transformers alone would ask again and again, for minutes.
+    Checks that a name is a folder or a Hub repository. The Hub is asked once. If it cannot be reached, transformers
+    alone would ask again for each file, for minutes.
 
     Args:
         name_or_path: a folder or the id of a Hub repository.
-        source: arguments for the Hub, such as `revision`.
+        source: arguments for the Hub, such as `revision`. Those that are None are left out.
+
+    Returns:
+        the arguments for the Hub to load with. If the Hub does not answer and the repository is cached, they include
+        `local_files_only`, and a warning says so.
 
     Raises:
-        OSError: there is neither, or the Hub does not answer. The message names the checkpoint and the Hub.
+        OSError: there is neither, or the Hub does not answer and the repository is not cached. The message names the
+            checkpoint and the Hub.
     """
     check_checkpoint_path(name_or_path)
     name, source = os.fspath(name_or_path), {key: value for key, value in (source or {}).items() if value is not None}
     if os.path.exists(name):
-        return
+        return source
     missing = f"{name!r} is not a checkpoint: there is no such folder, and "
     cache, revision = source.get("cache_dir") or constants.HF_HUB_CACHE, source.get("revision")
     try:
@@ -50,35 +58,40 @@ def check_source(name_or_path: str | os.PathLike[str], source: Mapping[str, Any]
             raise FileNotFoundError(
                 f"{missing}the cache holds no such repository, and local_files_only or offline mode forbids a download"
             )
-        return
-    if any(isinstance(file, str) for file in cached):
-        return
+        return source
     try:
         get_hf_file_metadata(url, token=source.get("token"))
     except EntryNotFoundError:
-        return  # the repository exists, but has no configuration
-    except GatedRepoError:
-        raise OSError(
-            f"{name!r} is a gated repository: ask for access at {constants.ENDPOINT}/{name}, then log in with `hf auth "
-            "login` or pass a token"
-        ) from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{missing}{constants.ENDPOINT} has no such repository, or none that this token may read: check the name, "
-            "and log in with `hf auth login` if the repository is private"
-        ) from None
-    except RevisionNotFoundError:
-        raise FileNotFoundError(f"the repository {name!r} has no revision {revision!r}") from None
-    except HfHubHTTPError as error:
-        answer = str(error).splitlines()[0]
-        raise OSError(
-            f"{missing}{constants.ENDPOINT} cannot serve a repository now, try again later: {answer}"
-        ) from None
+        return source  # the repository exists, but has no configuration
     except Exception as error:  # the HTTP client raises many classes for a network failure
-        raise OSError(
-            f"{missing}{constants.ENDPOINT} cannot be reached: {type(error).__name__}: {error}. Pass a folder, or "
-            "check the network"
-        ) from None
+        if source.get("force_download") or not any(isinstance(file, str) for file in cached):
+            raise _explain(error, name, missing, revision) from None
+        if not isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+            logger.warning(f"{name}: {constants.ENDPOINT} cannot be reached, so the cached files are used: {error}")
+            return {**source, "local_files_only": True}
+    return source
+
+
+def _explain(error: Exception, name: str, missing: str, revision: str | None) -> OSError:
+    """Returns the error for a repository that is not cached, given what asking the Hub for it raised."""
+    hub = constants.ENDPOINT
+    if isinstance(error, GatedRepoError):
+        return OSError(
+            f"{name!r} is a gated repository: ask for access at {hub}/{name}, then log in with `hf auth login` or pass "
+            "a token"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"{missing}{hub} has no such repository, or none that this token may read: check the name, and log in with "
+            "`hf auth login` if the repository is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"the repository {name!r} has no revision {revision!r}")
+    if isinstance(error, HfHubHTTPError):
+        return OSError(f"{missing}{hub} cannot serve a repository now, try again later: {str(error).splitlines()[0]}")
+    return OSError(
+        f"{missing}{hub} cannot be reached: {type(error).__name__}: {error}. Pass a folder, or check the network"
+    )
 
 
 @contextmanager

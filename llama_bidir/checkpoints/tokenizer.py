@@ -31,8 +31,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
         ImportError: the tokenizer needs a package that is not installed.
     """
     name = os.fspath(name_or_path)
-    source = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-    check_source(name, source)
+    source = check_source(name, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+    kwargs |= source
     if kwargs.pop("trust_remote_code", None):
         logger.warning(
             "trust_remote_code is ignored, because code from a checkpoint never runs. Load the tokenizer yourself and "

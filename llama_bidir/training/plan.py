@@ -216,8 +216,8 @@ def _read_checkpoint(
     model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[LlamaBidirectionalConfig, PromptEncoder]:
     name = model_args.model_name_or_path
-    check_source(name, {"revision": model_args.revision})
-    config = LlamaBidirectionalConfig.from_pretrained(name, **config_fields(model_args, data_args))
+    source = check_source(name, {"revision": model_args.revision})
+    config = LlamaBidirectionalConfig.from_pretrained(name, **{**config_fields(model_args, data_args), **source})
     if os.path.isdir(name) and (files := find_weights(name)):
         is_quantized = getattr(config, "quantization_config", None) is not None
         check_weights(config, read_weights(files), has_head=True, is_quantized=is_quantized)

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, set_seed
 
+from ..checkpoints.source import check_source
 from ..checkpoints.tokenizer import load_tokenizer
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
 from ..losses import TEACHER_LOSSES
@@ -181,13 +182,14 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, has_adap
     Raises:
         ImportError: `load_in_4bit` is set, but bitsandbytes is not installed.
     """
-    fields = config_fields(model_args, data_args)
+    name = model_args.model_name_or_path
+    fields = {**config_fields(model_args, data_args), **check_source(name, {"revision": model_args.revision})}
     if model_args.attn_implementation is not None:
         fields["attn_implementation"] = model_args.attn_implementation
     if model_args.load_in_4bit:
         fields["quantization_config"] = _four_bits(model_args.dtype)
     return LlamaBidirectionalForSequenceClassification.from_pretrained(
-        model_args.model_name_or_path,
+        name,
         dtype=model_args.dtype if has_adapter else "float32",
         **fields,
     )

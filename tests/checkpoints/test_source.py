@@ -132,6 +132,19 @@ def test_a_cached_repository_loads_without_the_hub(hub, reranker_checkpoint, tmp
     assert run_python(code, tmp_path, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1") == expected
 
 
+@pytest.mark.parametrize("answer", [None, 500, 429])
+def test_a_cached_repository_loads_when_the_hub_does_not_answer(answer, hub, reranker_checkpoint, tmp_path):
+    hub.repos["tester/cached"] = {path.name: path.read_bytes() for path in reranker_checkpoint.iterdir()}
+    code = "from llama_bidir import CrossEncoder; print(CrossEncoder('tester/cached').predict(('q', 'p')))"
+    expected = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
+    hub.requests.clear()
+    if answer is not None:
+        hub.faults["tester/cached"] = (answer, None)
+    assert run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint if answer else NOWHERE) == expected
+    asked = [path for path in hub.requests if "tester/cached" in path]
+    assert len(asked) == (0 if answer is None else 2)  # one for the model, one for the tokenizer
+
+
 def test_a_forced_download_is_made_once(hub, reranker_checkpoint, tmp_path):
     make_model().save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     for name, folder in (("tester/single", reranker_checkpoint), ("tester/sharded", tmp_path / "sharded")):
