@@ -1,9 +1,8 @@
 """The vLLM layout, and the plugin with which vLLM serves checkpoints of type `llama_bidirec` without an export."""
 
-import json
-import shutil
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -68,7 +67,9 @@ def write(
     reranker.score.weight.data = fold_temperature(reranker)
     reranker.save_pretrained(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        _set_format(path, ONLY_VLLM)
+        named = path.with_name(f".{path.name}")
+        save_file(load_file(path), named, metadata={"format": ONLY_VLLM})
+        named.replace(path)
     fields = llama_config(
         config,
         model_type="llama",
@@ -82,15 +83,3 @@ def write(
     write_json(folder / "config.json", fields)
     save_tokenizer(tokenizer, folder, config)
     (folder / VLLM_TEMPLATE_FILE).replace(folder / "chat_template.jinja")
-
-
-def _set_format(path: Path, name: str) -> None:
-    """Changes the format in the metadata of a safetensors file. The bytes of the tensors stay the same."""
-    working = path.with_name(f".{path.name}")
-    with path.open("rb") as source, working.open("wb") as target:
-        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-        content = json.dumps({**header, "__metadata__": {"format": name}}).encode()
-        content += b" " * (-len(content) % 8)
-        target.write(len(content).to_bytes(8, "little") + content)
-        shutil.copyfileobj(source, target)
-    working.replace(path)
