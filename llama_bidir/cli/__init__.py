@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if hasattr(verb, "parse_unknown"):
             verb.parse_unknown(arguments, unknown, options)
-        verb.run(arguments)
+        with _quiet_threads(signals):
+            verb.run(arguments)
     except (KeyboardInterrupt, Exception) as error:
         # A signal also ends worker processes, so an error about them may arrive instead of the interrupt.
         if signals or isinstance(error, KeyboardInterrupt):
@@ -96,12 +98,7 @@ def _raise_at_signals() -> list[int]:
         a list. Each of these signals is added to it when it arrives.
     """
     signals: list[int] = []
-    process, report = os.getpid(), sys.excepthook
-
-    def excepthook(*error: Any) -> None:
-        # Forked data-loading workers serve tensors from a thread, which fails when the command ends before they do.
-        if os.getpid() == process and not signals:
-            report(*error)
+    process = os.getpid()
 
     def interrupt(number: int, frame: Any) -> None:
         if number == signal.SIGINT and os.getpid() != process:
@@ -111,8 +108,26 @@ def _raise_at_signals() -> list[int]:
             signals.append(number)
             raise KeyboardInterrupt
 
-    sys.excepthook = excepthook
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores SIGINT for commands in the background
         signal.signal(signal.SIGINT, interrupt)
     return signals
+
+
+@contextmanager
+def _quiet_threads(signals: Sequence[int]) -> Iterator[None]:
+    """
+    Reports errors of threads only in this process and before a signal: forked data-loading workers serve tensors from a
+    thread, which fails when the command ends before they do.
+    """
+    process, report = os.getpid(), sys.excepthook
+
+    def excepthook(*error: Any) -> None:
+        if os.getpid() == process and not signals:
+            report(*error)
+
+    sys.excepthook = excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = report
