@@ -67,7 +67,7 @@ def check_config(config: Any) -> None:
         return
     assert read.pooling in ("avg", "cls", "last")
     assert 0 < read.temperature < float("inf")
-    assert isinstance(read.is_causal, bool)
+    assert read.is_causal is (config.get("is_causal", False) if isinstance(config, dict) else False)
     assert min(8, read.max_position_embeddings) <= read.rerank_max_length <= read.max_position_embeddings
     assert read.num_labels >= 1
     assert read.prompt_template.format(query="q", passage="p").count("q") >= 1
@@ -100,7 +100,7 @@ def check_tokenizer(name: str, data: st.DataObject) -> None:
     tokenizer, error = attempt(load_tokenizer, str(folder))
     if error is not None:
         return check_message(error, folder)
-    assert isinstance(tokenizer("bees")["input_ids"], list)
+    assert tokenizer("bees")["input_ids"] == load_tokenizer(str(folder))("bees")["input_ids"]
     return None
 
 

@@ -85,8 +85,8 @@ def damaged_yaml(draw: st.DrawFn) -> bytes:
 
 def check_values(recipe: Recipe) -> None:
     """What a recipe that was accepted holds."""
-    assert isinstance(recipe.model.model_name_or_path, str)
-    assert isinstance(recipe.data.train, list)
+    assert type(recipe.model.model_name_or_path) is str
+    assert type(recipe.data.train) is list
     assert recipe.model.temperature is None or isinstance(recipe.model.temperature, (int, float))
     assert type(recipe.data.group_size) is int
     assert type(recipe.data.skip_bad_rows) is bool
