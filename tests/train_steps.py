@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from llama_bidir import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from llama_bidir.losses import listwise_cross_entropy
+from llama_bidir.utils.launch import leave_process_group
 
 
 def make_rows(count):
@@ -85,8 +86,8 @@ def main():
             (output / f"{name}.json").write_text(json.dumps([steps, losses]))
             save_file(state, output / f"{name}.safetensors")
     if dist.is_initialized():
-        dist.barrier()  # a process that leaves early, or with its threads of gloo, may abort another or itself
-        dist.destroy_process_group()
+        dist.barrier()  # the others may still read from this process
+    leave_process_group()
 
 
 if __name__ == "__main__":

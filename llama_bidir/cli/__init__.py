@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..utils.errors import InputTypeError, ScoreError
-from ..utils.launch import check_launch, launch_number
+from ..utils.launch import check_launch, launch_number, leave_process_group
 from ..utils.names import nearest
 from . import evaluate, export, merge, mine, quickstart, recipes, rerank, train
 
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb.parse_unknown(arguments, unknown, options)
         with _quiet_threads(signals):
             verb.run(arguments)
+        leave_process_group()
     except (KeyboardInterrupt, Exception) as error:
         # A signal also ends worker processes, so an error about them may arrive instead of the interrupt.
         if signals or isinstance(error, KeyboardInterrupt):

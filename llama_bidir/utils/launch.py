@@ -1,6 +1,8 @@
-"""Reads the numbers that torchrun and `accelerate launch` set in the environment of a process."""
+"""What torchrun and `accelerate launch` need of a process: numbers in its environment, and a clean end."""
 
+import gc
 import os
+import sys
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -34,3 +36,14 @@ def check_launch() -> None:
         launch_number(name, 0)
         if not os.environ.get(name, "0").strip():
             del os.environ[name]
+
+
+def leave_process_group() -> None:
+    """
+    Destroys torch's process group, if there is one, so the threads of gloo end before Python does. A thread that frees
+    a tensor of its last collective while Python shuts down would abort the process (seen with torch 2.13).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a wrapped model in a reference cycle would keep the group and its threads alive
+        distributed.destroy_process_group()

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +36,33 @@ def test_training_arguments_read_the_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_RANK", "one")
     with pytest.raises(ValueError, match="the environment variable LOCAL_RANK must be a whole number, got 'one'"):
         CrossEncoderTrainingArguments(str(tmp_path), use_cpu=True)
+
+
+GROUP = """
+import os, sys, threading
+import torch, torch.distributed as dist
+from llama_bidir.utils.launch import leave_process_group
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(1)
+before = count()
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+cycle = [torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))]
+cycle.append(cycle)
+cycle[0](torch.ones(1, 2)).sum().backward()
+with_group = count()
+del cycle
+leave_process_group()
+print(before < with_group, count() - before, dist.is_initialized())
+leave_process_group()
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads by /proc")
+def test_no_thread_of_gloo_outlives_the_group(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", GROUP, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
+    assert (result.stdout, result.returncode) == ("True 0 False\n", 0), result.stderr
