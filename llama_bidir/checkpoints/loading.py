@@ -160,8 +160,8 @@ def _as_int8(model: Any) -> Any:
     """A model in float32 with its linear layers in int8, in place. An adapter is merged first."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"dtype 'int8' cannot quantize {model.config.name_or_path!r}, whose weights are quantized already: pass the "
-            "checkpoint that they were made from"
+            f"dtype 'int8' cannot be used for {model.config.name_or_path!r}, whose weights are quantized already: pass "
+            "the checkpoint that they were made from"
         )
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload(safe_merge=True)

@@ -59,7 +59,7 @@ class Inputs:
     """
 
     def __init__(self) -> None:
-        self.largest = torch.zeros(())
+        self.largest = torch.zeros((), dtype=torch.float32, device="cpu")
         self._rows: list[torch.Tensor] = []
         self._energies: list[torch.Tensor] = []
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +74,6 @@ def cpu_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16_faster() else torch.float32
 
 
-@cache
 def multiplies_bfloat16_faster() -> bool:
     """
     Whether this CPU computes in bfloat16 faster than in float32. It is a rule, because a measurement could differ in

@@ -141,8 +141,8 @@ def attend(
         for projected in project(states, [attention.q_proj, attention.k_proj, attention.v_proj], buffers)
     )
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    if type(attention.v_proj) is Int8Linear:  # its products are float32
-        dtype = torch.bfloat16 if states.device.type == "cpu" and multiplies_bfloat16_faster() else states.dtype
+    if isinstance(attention.v_proj, Int8Linear):  # its products are float32
+        dtype = torch.bfloat16 if states.device.type == "cpu" and _attends_in_bfloat16() else states.dtype
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     name = attention.config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS[PACKED_ATTENTION if name == "sdpa" else name]
@@ -188,10 +188,10 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 def project(states: torch.Tensor, layers: Sequence[nn.Linear | Int8Linear], buffers: Buffers) -> list[torch.Tensor]:
     """`layer(states)` for each layer, of shape `(1, total_tokens, layer.out_features)`; valid until the next call."""
-    rows = quantize_rows(states[0], buffers) if any(type(layer) is Int8Linear for layer in layers) else None
-    products = []
+    products, rows = [], None
     for number, layer in enumerate(layers):
         if isinstance(layer, Int8Linear):
+            rows = rows or quantize_rows(states[0], buffers)
             out = buffers.take(f"product {number}", rows.scales, states.shape[1], layer.out_features)
             products.append(layer.multiply(rows, out)[None])
         else:
@@ -251,3 +251,9 @@ def _use_onednn(states: torch.Tensor) -> bool:
 def _onednn_is_faster() -> bool:
     """Intel's MKL is tuned for Intel's CPUs."""
     return _onednn_linear is not None and not (torch.backends.mkl.is_available() and is_intel())
+
+
+@cache
+def _attends_in_bfloat16() -> bool:
+    """int8 rounds the other products of a layer more than bfloat16 rounds those of attention."""
+    return multiplies_bfloat16_faster()

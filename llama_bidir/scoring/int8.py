@@ -145,6 +145,7 @@ def check_int8_device(device: torch.device) -> None:
         has_instructions = device.type == "cpu" and any(cpu_capabilities().get(name) for name in INT8_INSTRUCTIONS)
     if not has_instructions:
         raise ValueError(
-            f"dtype 'int8' needs a device with instructions for int8, and {device} has none ({', '.join(INT8_INSTRUCTIONS)} "
-            "on a CPU; NVIDIA Ampere or newer on CUDA): use bfloat16 or float32, which are faster there"
+            f"dtype 'int8' needs instructions for products of int8, and {device} has none: a CPU needs one of "
+            f"{', '.join(INT8_INSTRUCTIONS)}, a GPU must be an NVIDIA Ampere or newer. Use bfloat16 or float32, which "
+            "are faster there"
         )
