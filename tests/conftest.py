@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny seeded checkpoints and a tokenizer. Tests have no network."""
 
+import gc
 import json
 import os
 import shutil
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items if config.pluginmanager.hasplugin("xdist") else ():
         needs_quickstart = "quickstart_output" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("quickstart" if needs_quickstart else item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what is imported from garbage collection. The Trainer collects after each run, which would take longer
+    than to train a tiny model."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -75,6 +83,14 @@ def load(tmp_path: Path) -> Callable[..., Any]:
     from llama_bidir.data import load_rows
 
     return partial(load_rows, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training ends without training.png, which takes longer to draw than a tiny model takes to train."""
+    from llama_bidir.training.history import HistoryCallback
+
+    monkeypatch.delattr(HistoryCallback, "on_train_end")
 
 
 @pytest.fixture
