@@ -88,6 +88,7 @@ def load(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training ends without training.png, which takes longer to draw than a tiny model takes to train."""
+    pytest.importorskip("accelerate")
     from llama_bidir.training.history import HistoryCallback
 
     monkeypatch.delattr(HistoryCallback, "on_train_end")
