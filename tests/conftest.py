@@ -12,13 +12,11 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; tests may run beside other work
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -28,13 +26,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama_bidir import LlamaBidirectionalForSequenceClassification
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, a process runs whole files, and one process all tests that need the quickstart."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        needs_quickstart = "quickstart_output" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("quickstart" if needs_quickstart else item.path.name))
 
 
 def pytest_collection_finish() -> None:
@@ -101,21 +92,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
-
-
-class QuickstartOutput(NamedTuple):
-    folder: Path
-    printed: str
-
-
-@pytest.fixture(scope="session")
-def quickstart_output(tmp_path_factory: pytest.TempPathFactory) -> QuickstartOutput:
-    """The folder and the output of `llama-bidir quickstart`, which runs once (about 90 seconds)."""
-    folder = tmp_path_factory.mktemp("quickstart") / "out"
-    command = [sys.executable, "-m", "llama_bidir", "quickstart", "--output", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return QuickstartOutput(folder, result.stdout)
 
 
 # The tokenizers of each Llama generation
