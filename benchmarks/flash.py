@@ -50,7 +50,7 @@ def torch_varlen(
     Args:
         q: shape `(total_tokens, num_heads, head_dim)`.
         k, v: shape `(total_tokens, num_key_value_heads, head_dim)`.
-        cu_seqlens_q, cu_seqlens_k: first token of each sequence, then the number of tokens; shape `(num_sequences + 1,)`.
+        cu_seqlens_q, cu_seqlens_k: shape `(num_sequences + 1,)`: the first token of each sequence, then their number.
         max_seqlen_q, max_seqlen_k: tokens of the longest sequence.
         dropout_p: must be 0.
         softmax_scale: factor of the products of queries and keys. The default is `head_dim ** -0.5`.

@@ -6,18 +6,32 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
 
 import llama_bidir
 
-PACKAGES = ("torch", "transformers", "tokenizers", "sentence-transformers", "nemo-automodel", "FlagEmbedding")
-CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8"}
+T = TypeVar("T")
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentence-transformers",
+    "onnxruntime",
+    "openvino",
+    "vllm",
+    "flash-attn",
+    "nemo-automodel",
+    "FlagEmbedding",
+)
+CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
 MATMUL_ROWS = 2048
 
 
@@ -105,11 +119,35 @@ def peak_memory(device: str) -> int:
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     # On Linux, `ru_maxrss` of a new process starts at the peak of its parent, and the kernel's VmHWM starts at zero.
-    for line in _read("/proc/self/status").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_above(function: Callable[[], T], device: str) -> tuple[int, T]:
+    """
+    Calls `function` and returns the peak memory during the call in bytes, above what was in use before, and the result.
+
+    Where the peak of a CPU process cannot be reset, a peak before the call counts too.
+    """
+    if is_cuda(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM to the memory in use
+        before = _status("VmRSS") or peak_memory(device)
+    result = function()
+    return peak_memory(device) - before, result
+
+
+def _status(name: str) -> int | None:
+    """Returns a size from Linux's description of this process in bytes, or None if there is none."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def _read(path: str) -> str:

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.modeling_llama_bidir import pool
 
 from .workloads import make_collection
@@ -78,6 +80,14 @@ def write_checkpoint(
 def drop_chat_template(folder: str | os.PathLike[str]) -> None:
     """Removes the chat template: sentence-transformers tokenizes pairs of texts faster than chat messages."""
     Path(folder, "chat_template.jinja").unlink()
+
+
+def export_once(folder: str, format: str, **options: Any) -> str:
+    """Exports a checkpoint into a folder within it, unless that exists. Returns the folder of the export."""
+    target = Path(folder, format)
+    if not target.exists():
+        export_reranker(folder, target, format=format, **options)
+    return os.fspath(target)
 
 
 @torch.inference_mode()

@@ -11,6 +11,10 @@ Columns = Mapping[str, Callable[[Row], str]]
 
 COLORS = {
     "llama-bidir": "#2f6fb0",
+    "sentence-transformers, unpadded": "#4f9d8b",
+    "vllm": "#a4508b",
+    "openvino": "#c2703d",
+    "onnxruntime": "#7f6bb3",
     "reference": "#8a94a3",
     "stock-llama": "#c3cad3",
     "FlagEmbedding": "#d9a441",
@@ -37,36 +41,49 @@ SPEED: Columns = {
     "tokens/s": _number("tokens_per_second", "{:,.0f}"),
     "vs ST": _number("ratio", "{:.2f}"),
     "median vs ST": _number("median_ratio", "{:.2f}"),
-    "score error": _number("score_error", "{:.1e}"),
+    "peer": lambda row: row.get("peer") or "",
+    "vs peer": _number("peer_ratio", "{:.2f}"),
+    "median vs peer": _number("median_peer_ratio", "{:.2f}"),
+    "score error": _number("score_error", "{:.1e}"),  # of rows that predate `error`
+    "error": _number("error", "{:.1e}"),
+    "above MiB": _number("above_bytes", "{:,.0f}", 2**-20),
     "of peak": _number("peak_share", "{:.1%}"),
+    "setting": lambda row: row.get("setting", ""),
 }
 MEMORY: Columns = {
     **_SUBJECT,
     "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
     "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
+    "above MiB": _number("above_bytes", "{:,.0f}", 2**-20),
     "vs ST": _number("ratio", "{:.2f}"),
+    "setting": lambda row: row.get("setting", ""),
 }
 STREAM: Columns = {
     "dtype": lambda row: row["dtype"],
     "pairs": _number("pairs", "{:,}"),
     "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
     "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
+    "above MiB": _number("above_bytes", "{:,.0f}", 2**-20),
     "seconds": _number("seconds", "{:.1f}"),
 }
 SECTIONS: dict[str, tuple[str, Columns]] = {
     "speed": (
-        "Speed in the best round. vs ST is pairs/s relative to sentence-transformers, and median vs ST is the median "
-        "of the ratios within each round. score error is the largest difference from a padded float32 pass, relative "
-        "to the largest absolute score. of peak is the arithmetic for real tokens as a share of the machine's fastest "
-        "matrix product.",
+        "Speed in the best round. vs ST is pairs/s relative to sentence-transformers in the same dtype (or in the "
+        "first one that it has), and vs peer is pairs/s relative to the fastest other implementation of the same or a "
+        "higher precision. The medians are over the ratios within each round. error is the root mean square of the "
+        "differences from a padded float32 pass, divided by the standard deviation of the float32 scores. above is the "
+        "peak memory above the loaded weights. of peak is the arithmetic for real tokens as a share of the machine's "
+        "fastest matrix product.",
         SPEED,
     ),
     "memory": (
-        "Peak memory of a separate process, before (loaded) and after scoring: resident on a CPU, allocated on a GPU.",
+        "Peak memory of a separate process, before (loaded) and after scoring: resident on a CPU, allocated on a GPU. "
+        "above is the peak of scoring above the memory in use before, with all weights loaded.",
         MEMORY,
     ),
     "stream": ("Peak memory of CrossEncoder.predict on a generator, with a model of one layer.", STREAM),
 }
+_KEY = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
 
 
 def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
@@ -81,11 +98,13 @@ def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
 
 def write_markdown(path: str | os.PathLike[str], results: Mapping[str, list[Row]]) -> None:
     """Writes one GitHub table per section and machine. Of rows that were measured again, the last one counts."""
+    results = {**results, "speed": add_memory(results.get("speed", []), results.get("memory", []))}
     lines = []
     for name, (caption, columns) in SECTIONS.items():
         for hardware, rows in _by(latest(results.get(name, [])), "hardware"):
-            lines += [f"{caption} {hardware}.", "", _markdown_line(columns), _markdown_line("---" for _ in columns)]
-            lines += [_markdown_line(cell(row) for cell in columns.values()) for row in rows]
+            shown = {title: cell for title, cell in columns.items() if any(map(cell, rows))}
+            lines += [f"{caption} {hardware}.", "", _markdown_line(shown), _markdown_line("---" for _ in shown)]
+            lines += [_markdown_line(cell(row) for cell in shown.values()) for row in rows]
             lines.append("")
     machines = {}
     for machine in results.get("machines", []):
@@ -105,8 +124,17 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """Returns the last row of each machine, model, dtype, workload, implementation and number of pairs."""
-    key = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
-    return list({tuple(row.get(name) for name in key): row for row in rows}.values())
+    return list({_key(row): row for row in rows}.values())
+
+
+def add_memory(speed: Iterable[Row], memory: Iterable[Row]) -> list[Row]:
+    """Returns the rows of speed. Those without `above_bytes` get it from the row of memory for the same subject."""
+    above = {_key(row): row.get("above_bytes") for row in memory}
+    return [row if row.get("above_bytes") else {**row, "above_bytes": above.get(_key(row))} for row in speed]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _KEY)
 
 
 def _by(rows: list[Row], *names: str) -> list[tuple[str, list[Row]]]:
