@@ -21,7 +21,8 @@ COLORS = {
 }
 
 
-def _number(name: str, pattern: str, scale: float = 1) -> Callable[[Row], str]:
+def number(name: str, pattern: str, scale: float = 1) -> Callable[[Row], str]:
+    """Returns a function from a row to the text of a value times `scale`: empty if the row lacks the value."""
     return lambda row: "" if row.get(name) is None else pattern.format(row[name] * scale)
 
 
@@ -30,41 +31,41 @@ _SUBJECT: Columns = {
     "dtype": lambda row: row["dtype"],
     "workload": lambda row: row["workload"],
     "implementation": lambda row: row["implementation"],
-    "pairs": _number("pairs", "{:,}"),
+    "pairs": number("pairs", "{:,}"),
 }
 SPEED: Columns = {
     **_SUBJECT,
-    "tokens": _number("tokens", "{:,}"),
-    "ms": _number("seconds", "{:,.1f}", 1000),
-    "pairs/s": _number("pairs_per_second", "{:.1f}"),
-    "median": _number("median_pairs_per_second", "{:.1f}"),
-    "tokens/s": _number("tokens_per_second", "{:,.0f}"),
-    "vs ST": _number("ratio", "{:.2f}"),
-    "median vs ST": _number("median_ratio", "{:.2f}"),
+    "tokens": number("tokens", "{:,}"),
+    "ms": number("seconds", "{:,.1f}", 1000),
+    "pairs/s": number("pairs_per_second", "{:.1f}"),
+    "median": number("median_pairs_per_second", "{:.1f}"),
+    "tokens/s": number("tokens_per_second", "{:,.0f}"),
+    "vs ST": number("ratio", "{:.2f}"),
+    "median vs ST": number("median_ratio", "{:.2f}"),
     "peer": lambda row: row.get("peer") or "",
-    "vs peer": _number("peer_ratio", "{:.2f}"),
-    "median vs peer": _number("median_peer_ratio", "{:.2f}"),
-    "score error": _number("score_error", "{:.1e}"),  # of rows that predate `error`
-    "error": _number("error", "{:.1e}"),
-    "above MiB": _number("above_bytes", "{:,.0f}", 2**-20),
-    "of peak": _number("peak_share", "{:.1%}"),
+    "vs peer": number("peer_ratio", "{:.2f}"),
+    "median vs peer": number("median_peer_ratio", "{:.2f}"),
+    "score error": number("score_error", "{:.1e}"),  # of rows that predate `error`
+    "error": number("error", "{:.1e}"),
+    "above MiB": number("above_bytes", "{:,.0f}", 2**-20),
+    "of peak": number("peak_share", "{:.1%}"),
     "setting": lambda row: row.get("setting", ""),
 }
 MEMORY: Columns = {
     **_SUBJECT,
-    "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
-    "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
-    "above MiB": _number("above_bytes", "{:,.0f}", 2**-20),
-    "vs ST": _number("ratio", "{:.2f}"),
+    "loaded MiB": number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": number("peak_bytes", "{:,.0f}", 2**-20),
+    "above MiB": number("above_bytes", "{:,.0f}", 2**-20),
+    "vs ST": number("ratio", "{:.2f}"),
     "setting": lambda row: row.get("setting", ""),
 }
 STREAM: Columns = {
     "dtype": lambda row: row["dtype"],
-    "pairs": _number("pairs", "{:,}"),
-    "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
-    "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
-    "above MiB": _number("above_bytes", "{:,.0f}", 2**-20),
-    "seconds": _number("seconds", "{:.1f}"),
+    "pairs": number("pairs", "{:,}"),
+    "loaded MiB": number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": number("peak_bytes", "{:,.0f}", 2**-20),
+    "above MiB": number("above_bytes", "{:,.0f}", 2**-20),
+    "seconds": number("seconds", "{:.1f}"),
 }
 SECTIONS: dict[str, tuple[str, Columns]] = {
     "speed": (

@@ -7,8 +7,8 @@ Run it from the root of the repository, after `pip install -e ".[train]" -r benc
 implementations train the first `--layers` layers of the checkpoint on the same groups in the same order, on a CPU, with
 RankNet and the same optimizer. Each run has a separate process. The implementations take turns, and the best round of
 each counts. sentence-transformers runs in two ways: it forwards as many pairs at a time as a batch has queries, or a
-whole batch at a time. The others are compared with the faster way. Equal losses at each step show that all do the same
-work.
+whole batch at a time. A plain loop trains NeMo AutoModel's class, if that is installed. The fastest of these three is
+the peer that the others are compared with. Equal losses at each step show that all do the same work.
 """
 
 import argparse
@@ -33,22 +33,24 @@ from llama_bidir.data import load_rows, parse_row
 from .machine import describe_machine
 from .models import SEED, drop_chat_template, spread_scores
 from .peers import SENTENCE_TRANSFORMERS, prompt_halves, render
-from .report import Columns, print_rows
-from .trainers import PADDED, PEERS, TRAINERS, WHOLE_BATCH, Group, Run, Task, train
+from .report import Columns, number, print_rows
+from .trainers import IMPLEMENTATIONS, PADDED, PEERS, PLAIN_LOOP, UNPADDED, WHOLE_BATCH, Group, Run, Task, train
 
 COLUMNS: Columns = {
     "implementation": lambda row: row["implementation"],
-    "groups/s": lambda row: f"{row['groups_per_second']:.3f}",
-    "median": lambda row: f"{row['median_groups_per_second']:.3f}",
-    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "padding": lambda row: f"{row['padding']:.1%}",
-    "loaded MiB": lambda row: f"{row['loaded_bytes'] / 2**20:,.0f}",
-    "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:,.0f}",
-    "vs padded": lambda row: f"{row['ratio_to_padded']:.2f}",
-    "median vs padded": lambda row: f"{row['median_ratio_to_padded']:.2f}",
-    "vs ST": lambda row: f"{row['ratio_to_peer']:.2f}",
-    "median vs ST": lambda row: f"{row['median_ratio_to_peer']:.2f}",
+    "groups/s": number("groups_per_second", "{:.3f}"),
+    "median": number("median_groups_per_second", "{:.3f}"),
+    "tokens/s": number("tokens_per_second", "{:,.0f}"),
+    "padding": number("padding", "{:.1%}"),
+    "loaded MiB": number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": number("peak_bytes", "{:,.0f}", 2**-20),
+    "vs padded": number("ratio_to_padded", "{:.2f}"),
+    "median vs padded": number("median_ratio_to_padded", "{:.2f}"),
+    "vs peer": number("ratio_to_peer", "{:.2f}"),
+    "median vs peer": number("median_ratio_to_peer", "{:.2f}"),
 }
+# Without flash attention, sentence-transformers pads. On a CPU it has none.
+ON_CPU = [name for name in IMPLEMENTATIONS if name != UNPADDED]
 
 
 def main() -> None:
@@ -59,13 +61,15 @@ def main() -> None:
     print(json.dumps(machine))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_base(args.checkpoint, folder, layers=args.layers, max_length=args.max_length)
-        # One batch more than is trained, because the next batch is built while one is trained.
-        count = (args.steps + 2) * args.groups
-        groups, rows = choose_groups(
-            args.rows, tokenizer, count=count, group_size=args.group_size, max_length=args.max_length
+        batches, rows = choose_batches(
+            args.rows,
+            tokenizer,
+            steps=args.steps,
+            groups=args.groups,
+            group_size=args.group_size,
+            max_length=args.max_length,
         )
         print(json.dumps(rows))
-        batches = [groups[start : start + args.groups] for start in range(0, count, args.groups)]
         task = Task(folder, batches, args.steps, args.max_length, args.dtype)
         runs = measure(task, args.rounds)
     results = summarize(runs, task)
@@ -123,6 +127,16 @@ def write_base(checkpoint: str, folder: str, *, layers: int, max_length: int) ->
     return tokenizer
 
 
+def choose_batches(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, steps: int, groups: int, group_size: int, max_length: int
+) -> tuple[list[list[Group]], dict[str, Any]]:
+    """Returns batches of `groups` groups for a task of `steps` timed steps, and the numbers of [`choose_groups`]."""
+    # One batch more than is trained, because the next batch is built while one is trained.
+    count = (steps + 2) * groups
+    chosen, rows = choose_groups(path, tokenizer, count=count, group_size=group_size, max_length=max_length)
+    return [chosen[start : start + groups] for start in range(0, count, groups)], rows
+
+
 def choose_groups(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, count: int, group_size: int, max_length: int
 ) -> tuple[list[Group], dict[str, Any]]:
@@ -173,16 +187,23 @@ def choose_groups(
 
 def measure(task: Task, rounds: int) -> dict[str, list[Run]]:
     """Trains with each implementation in turn. Each round starts with a different implementation."""
-    names = list(TRAINERS)
+    names = list(ON_CPU)
     runs: dict[str, list[Run]] = {name: [] for name in names}
-    for number in range(rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                run = process.submit(train, name, task).result()
+    for round_number in range(rounds):
+        start = round_number % len(ON_CPU)
+        for name in ON_CPU[start:] + ON_CPU[:start]:
+            if name not in names:
+                continue
+            try:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    run = process.submit(train, name, task).result()
+            except ImportError as error:
+                print(f"{name} is skipped: {error}")
+                names.remove(name)
+                continue
             runs[name].append(run)
-            print(f"round {number + 1}: {name} took {run.seconds:.2f} s for {task.steps} steps", flush=True)
-    return runs
+            print(f"round {round_number + 1}: {name} took {run.seconds:.2f} s for {task.steps} steps", flush=True)
+    return {name: runs[name] for name in names}
 
 
 def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
@@ -190,8 +211,8 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
     Returns the rows of the table, one per implementation.
 
     A row has the speed of the best and of the median round, the share of padding among the tokens of the timed steps,
-    and the peak memory. It also has the ratios of the speed to this package's padded batches and to the faster peer:
-    between the best rounds, and as the median of the ratios within each round.
+    and the peak memory. It also has the ratios of the speed to this package's padded batches and to the fastest peer,
+    where those were measured: between the best rounds, and as the median of the ratios within each round.
 
     Args:
         runs: the runs of each implementation, one per round.
@@ -201,9 +222,10 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
     lengths = [[length for group in batch for length in group.lengths] for batch in timed]
     num_groups, num_tokens = sum(map(len, timed)), sum(map(sum, lengths))
     num_queries, num_pairs = len(timed[0]), len(lengths[0])
-    pairs_per_forward = {PADDED: num_pairs, SENTENCE_TRANSFORMERS: num_queries, WHOLE_BATCH: num_pairs}
+    pairs_per_forward = dict.fromkeys((PADDED, WHOLE_BATCH, PLAIN_LOOP), num_pairs)
+    pairs_per_forward[SENTENCE_TRANSFORMERS] = num_queries
     speeds = {name: [num_groups / run.seconds for run in rounds] for name, rounds in runs.items()}
-    peer = max(PEERS, key=lambda name: max(speeds[name]))
+    peer = max(set(PEERS) & set(speeds), key=lambda name: max(speeds[name]), default=None)
     results = []
     for name, rounds in runs.items():
         size = pairs_per_forward.get(name)
@@ -219,9 +241,10 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
             "peer": peer,
         }
         for key, other in (("padded", PADDED), ("peer", peer)):
-            ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[other], strict=True)]
-            row[f"ratio_to_{key}"] = max(speeds[name]) / max(speeds[other])
-            row[f"median_ratio_to_{key}"] = statistics.median(ratios)
+            if other in speeds:
+                ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[other], strict=True)]
+                row[f"ratio_to_{key}"] = max(speeds[name]) / max(speeds[other])
+                row[f"median_ratio_to_{key}"] = statistics.median(ratios)
         results.append(row)
     return results
 
