@@ -32,6 +32,13 @@ def flash_implementation(device: str) -> str:
     return TORCH_FLASH
 
 
+def kernel_name(device: str) -> str:
+    """Returns what computes attention by [`flash_implementation`] on a device, in words."""
+    if flash_implementation(device) == PACKAGE_FLASH:
+        return "flash-attn"
+    return "the varlen kernel of torch" if is_cuda(device) else "attention by sequence"
+
+
 def torch_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -48,6 +48,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
         "cpu": cpu,
         "cpu_cores": cores,
         "cpu_flags": sorted(CPU_FLAGS & set(fields.get("flags", "").split())),
@@ -55,6 +56,21 @@ def describe_machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"llama-bidir": llama_bidir.__version__, **{name: _version(name) for name in PACKAGES}},
     }
+
+
+class Deadline:
+    """The end of a run that resumes later: `seconds` after this object was made, or never if they are 0."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + (seconds or float("inf"))
+        self.seconds = seconds
+
+    def is_over(self) -> bool:
+        """Returns whether the time is over, and says so."""
+        over = time.monotonic() > self.end
+        if over:
+            print(f"{self.seconds:.0f} seconds are over: run the same command again to measure the rest", flush=True)
+        return over
 
 
 def is_cuda(device: str) -> bool:

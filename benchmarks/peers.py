@@ -24,7 +24,7 @@ from transformers import (
 from llama_bidir import CrossEncoder
 from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE
 
-from .flash import PACKAGE_FLASH, flash_implementation
+from .flash import flash_implementation, kernel_name
 from .machine import is_cuda
 from .models import export_once
 from .workloads import Pair
@@ -82,18 +82,20 @@ def load_sentence_transformers(folder: str, *, dtype: str, device: str, max_leng
 
 def load_unpadded(folder: str, *, dtype: str, device: str, max_length: int) -> Scorer:
     """sentence-transformers without padding: this package's export for it, with flash attention."""
-    attention = flash_implementation(device)
     encoder = _open_sentence_transformers(
-        export_for_unpadding(folder), dtype=dtype, device=device, max_length=max_length, attn_implementation=attention
+        export_for_unpadding(folder),
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        attn_implementation=flash_implementation(device),
     )
     if not encoder[0].can_flatten_inputs:
         raise RuntimeError("sentence-transformers pads these inputs, although the model has flash attention")
-    kernel = "flash-attn" if attention == PACKAGE_FLASH else "the varlen kernel of torch"
     return Scorer(
         # The same names as in a whole reranker.
         torch.nn.ModuleDict({"model": encoder[0].auto_model}),
         lambda pairs, batch_size: encoder.predict(prompt_halves(pairs), batch_size=batch_size),
-        f"unpadded, {kernel if is_cuda(device) else 'attention by sequence'}, {{}} pairs",
+        f"unpadded, {kernel_name(device)}, {{}} pairs",
         batch_sizes(device),
     )
 

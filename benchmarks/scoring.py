@@ -120,6 +120,7 @@ def measure_speed(args: argparse.Namespace) -> Iterator[list[Row]]:
                     expected=expected[workload.name],
                     rounds=args.rounds,
                     device=args.device,
+                    skip=print_skipped,
                 )
                 yield [{"model": model, **row} for row in rows]
             # Frees the models before the next ones are loaded.

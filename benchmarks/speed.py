@@ -2,10 +2,12 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from .implementations import DTYPES, FLOATS, IMPLEMENTATIONS, OURS
@@ -81,10 +83,18 @@ def expected_scores(folder: str, workloads: Sequence[Workload], device: str) -> 
 
 
 def time_workload(
-    scorers: dict[Name, Scorer], workload: Workload, *, folder: str, expected: np.ndarray, rounds: int, device: str
+    scorers: dict[Name, Scorer],
+    workload: Workload,
+    *,
+    folder: str,
+    expected: np.ndarray,
+    rounds: int,
+    device: str,
+    skip: Callable[[Name, str], None],
 ) -> list[Row]:
     """
-    Times each implementation in turn, and the matrix product of each floating-point dtype after each round.
+    Times each implementation in turn, and the matrix product of each floating-point dtype after each round. One that
+    fails is skipped.
 
     Returns:
         One row per implementation and dtype. `seconds` is the best round, with the batch size that was fastest on a
@@ -95,15 +105,23 @@ def time_workload(
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [render(*pair) for pair in workload.pairs]
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=workload.max_length)["input_ids"]]
-    sizes = {name: fastest_size(scorer, workload.pairs, device) for name, scorer in scorers.items()}
     seconds: dict[Name, list[float]] = {name: [] for name in scorers}
     peaks = {dtype: 0.0 for _, dtype in scorers if dtype in FLOATS}
+    sizes: dict[Name, int | None] = {}
     scores, above = {}, {}
     for _ in range(rounds):
-        for name, scorer in scorers.items():
-            call = partial(scorer.score, workload.pairs, sizes[name])
-            above[name], (elapsed, scores[name]) = peak_above(partial(timed, call, device), device)
-            seconds[name].append(elapsed)
+        for name in list(seconds):
+            scorer = scorers[name]
+            try:
+                if name not in sizes:
+                    sizes[name] = fastest_size(scorer, workload.pairs, device)
+                call = partial(scorer.score, workload.pairs, sizes[name])
+                above[name], (elapsed, scores[name]) = peak_above(partial(timed, call, device), device)
+            except Exception as error:
+                skip(name, f"{type(error).__name__}: {error}")
+                del seconds[name]
+            else:
+                seconds[name].append(elapsed)
         peaks = {dtype: max(peak, matmul_speed(config, dtype, device)) for dtype, peak in peaks.items()}
     checked, flops = checked_pairs(len(workload.pairs)), model_flops(config, lengths)
     rows = []
@@ -141,7 +159,12 @@ def fastest_size(scorer: Scorer, pairs: Sequence[Pair], device: str) -> int | No
     if len(sizes) < 2:
         return sizes[0] if sizes else None
     sample = spread(list(pairs), SAMPLE_PAIRS["cuda" if is_cuda(device) else "cpu"])
-    return min(sizes, key=lambda size: timed(partial(scorer.score, sample, size), device)[0])
+    seconds = {}
+    for size in sizes:
+        # A batch that is too large for the memory is not a candidate.
+        with suppress(torch.OutOfMemoryError):
+            seconds[size] = timed(partial(scorer.score, sample, size), device)[0]
+    return min(seconds, key=seconds.__getitem__, default=sizes[0])
 
 
 def relative_error(scores: np.ndarray, expected: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallbac
 from llama_bidir import CrossEncoderTrainer, CrossEncoderTrainingArguments, LlamaBidirectionalForSequenceClassification
 from llama_bidir.losses import ranknet
 
-from .flash import flash_implementation
+from .flash import flash_implementation, kernel_name
 from .machine import is_cuda, peak_memory
 from .models import SEED
 from .peers import REFERENCE, SENTENCE_TRANSFORMERS, export_for_unpadding, import_alone, prompt_halves, render
@@ -26,6 +26,14 @@ WHOLE_BATCH, UNPADDED = "ST, whole batch", "ST, unpadded"
 PLAIN_LOOP = "reference, plain loop"
 PEERS = (SENTENCE_TRANSFORMERS, WHOLE_BATCH, UNPADDED, PLAIN_LOOP)
 LEARNING_RATE = 2e-5
+SETTINGS = {
+    PACKED: "packed, defaults",
+    PADDED: "padded, the whole batch per forward pass",
+    SENTENCE_TRANSFORMERS: "defaults: padded, {groups} pairs per forward pass",
+    WHOLE_BATCH: "padded, mini_batch_size=-1: the whole batch per forward pass",
+    UNPADDED: "unpadded, {kernel}, mini_batch_size=-1",
+    PLAIN_LOOP: "padded, the whole batch per forward pass",
+}
 
 
 class Group(NamedTuple):
@@ -62,6 +70,11 @@ class Run(NamedTuple):
     losses: list[float]
     loaded_bytes: int
     peak_bytes: int
+
+
+def describe(name: str, task: Task) -> str:
+    """Returns the setting of an implementation, in words."""
+    return SETTINGS[name].format(kernel=kernel_name(task.device), groups=len(task.batches[0]))
 
 
 def train(name: str, task: Task) -> Run:

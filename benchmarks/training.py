@@ -33,8 +33,20 @@ from llama_bidir.data import load_rows, parse_row
 from .machine import describe_machine
 from .models import SEED, drop_chat_template, spread_scores
 from .peers import SENTENCE_TRANSFORMERS, prompt_halves, render
-from .report import Columns, number, print_rows
-from .trainers import IMPLEMENTATIONS, PADDED, PEERS, PLAIN_LOOP, UNPADDED, WHOLE_BATCH, Group, Run, Task, train
+from .report import Columns, Row, number, print_rows
+from .trainers import (
+    IMPLEMENTATIONS,
+    PADDED,
+    PEERS,
+    PLAIN_LOOP,
+    UNPADDED,
+    WHOLE_BATCH,
+    Group,
+    Run,
+    Task,
+    describe,
+    train,
+)
 
 COLUMNS: Columns = {
     "implementation": lambda row: row["implementation"],
@@ -48,6 +60,7 @@ COLUMNS: Columns = {
     "median vs padded": number("median_ratio_to_padded", "{:.2f}"),
     "vs peer": number("ratio_to_peer", "{:.2f}"),
     "median vs peer": number("median_ratio_to_peer", "{:.2f}"),
+    "setting": lambda row: row["setting"],
 }
 # Without flash attention, sentence-transformers pads. On a CPU it has none.
 ON_CPU = [name for name in IMPLEMENTATIONS if name != UNPADDED]
@@ -232,6 +245,7 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
         padded = sum(padded_tokens(batch, size) for batch in lengths) if size else num_tokens
         row = {
             "implementation": name,
+            "setting": describe(name, task),
             "groups_per_second": max(speeds[name]),
             "median_groups_per_second": statistics.median(speeds[name]),
             "tokens_per_second": max(speeds[name]) * num_tokens / num_groups,
@@ -247,6 +261,27 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
                 row[f"median_ratio_to_{key}"] = statistics.median(ratios)
         results.append(row)
     return results
+
+
+def add_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """
+    Returns the rows of one model with the ratios of the best speed to padded batches and to the fastest peer.
+
+    They were measured one after the other, so there are no ratios within a round.
+    """
+    speeds = {row["implementation"]: row["groups_per_second"] for row in rows}
+    peer = max(set(PEERS) & set(speeds), key=speeds.__getitem__, default=None)
+    return [
+        {
+            **{name: value for name, value in row.items() if not name.startswith("median_")},
+            "peer": peer,
+            **{
+                f"ratio_to_{key}": row["groups_per_second"] / speeds[other] if other in speeds else None
+                for key, other in (("padded", PADDED), ("peer", peer))
+            },
+        }
+        for row in rows
+    ]
 
 
 def padded_tokens(lengths: Sequence[int], size: int) -> int:
