@@ -41,10 +41,12 @@ class Recorder:
             reason = report.longrepr[2] if report.skipped else report.longreprtext
             self._record(report.nodeid, report.outcome, report.duration, reason)
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Stops at the deadline."""
-        if self.deadline.is_over():
-            item.session.shouldstop = "the time of this run is over"
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Stops at the deadline. True tells pytest not to run the test."""
+        if not self.deadline.is_over():
+            return None
+        item.session.shouldstop = "the time of this run is over"
+        return True
 
     def _record(self, name: str, outcome: str, seconds: float, reason: str) -> None:
         lines = reason.strip().splitlines()

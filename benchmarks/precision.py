@@ -134,8 +134,8 @@ def measure(judged: Judged, folder: str, device: str) -> None:
     for name, (path, options) in precisions(folder, device).items():
         try:
             scores, speed = score(path, options, judged.pairs)
-        except (ImportError, ValueError) as error:
-            print(f"{name:<38}skipped: {error}")
+        except (ImportError, ValueError) as reason:
+            print(f"{name:<38}skipped: {reason}")
             continue
         expected = scores if expected is None else expected
         error = relative_error(scores, expected)

@@ -125,15 +125,15 @@ def time_workload(
         peaks = {dtype: max(peak, matmul_speed(config, dtype, device)) for dtype, peak in peaks.items()}
     checked, flops = checked_pairs(len(workload.pairs)), model_flops(config, lengths)
     rows = []
-    for (name, dtype), times in seconds.items():
-        best, size = min(times), sizes[name, dtype]
-        error = relative_error(scores[name, dtype][checked], expected)
+    for name, times in seconds.items():
+        implementation, dtype = name
+        best = min(times)
         row = {
             "dtype": dtype,
             "workload": workload.name,
-            "implementation": name,
-            "setting": scorers[name, dtype].setting.format(size),
-            "batch_size": size,
+            "implementation": implementation,
+            "setting": scorers[name].setting.format(sizes[name]),
+            "batch_size": sizes[name],
             "pairs": len(workload.pairs),
             "tokens": sum(lengths),
             "max_length": workload.max_length,
@@ -142,8 +142,8 @@ def time_workload(
             "pairs_per_second": len(workload.pairs) / best,
             "median_pairs_per_second": len(workload.pairs) / statistics.median(times),
             "tokens_per_second": sum(lengths) / best,
-            "error": None if name == OTHER_FUNCTION else error,
-            "above_bytes": above[name, dtype] if is_cuda(device) else None,
+            "error": None if implementation == OTHER_FUNCTION else relative_error(scores[name][checked], expected),
+            "above_bytes": above[name] if is_cuda(device) else None,
             "flops": flops,
             "matmul_flops_per_second": peaks.get(dtype),
             "peak_share": flops / best / peaks[dtype] if dtype in peaks else None,

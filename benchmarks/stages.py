@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer
 
 from . import trainers
 from .cells import Cells
-from .device_tests import run_device_tests
 from .implementations import choose
 from .machine import Deadline, is_cuda
 from .models import write_checkpoint
@@ -199,4 +198,6 @@ def release(device: str) -> None:
 
 def measure_tests(args: argparse.Namespace, cells: Cells, deadline: Deadline) -> None:
     """Runs the tests that need a GPU. A cell is a test."""
+    from .device_tests import run_device_tests  # no other stage needs pytest
+
     run_device_tests(cells, deadline)
