@@ -47,10 +47,15 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def write_checkpoint(
-    name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str], *, device: str = "cpu"
+    name: str,
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> None:
     """
-    Writes a `llama_bidirec` checkpoint in float32. Every call on the same device writes the same weights.
+    Writes a `llama_bidirec` checkpoint. Every call on the same device writes the same weights.
 
     Args:
         name: a key of `SHAPES`.
@@ -58,6 +63,7 @@ def write_checkpoint(
             of the body.
         folder: output folder, created if missing.
         device: device on which random weights are drawn.
+        dtype: of the saved weights.
     """
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -73,6 +79,7 @@ def write_checkpoint(
     encoder = CrossEncoder(model.eval(), tokenizer, device=device)
     model.config.pad_token_id = tokenizer.pad_token_id
     spread_scores(model, tokenizer)
+    model.to(getattr(torch, dtype))
     encoder.save_pretrained(folder)
     drop_chat_template(folder)
 

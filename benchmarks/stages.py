@@ -46,7 +46,7 @@ def measure_scoring(args: argparse.Namespace, cells: Cells, deadline: Deadline) 
         if not missing or deadline.is_over():
             continue
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(shape, args.checkpoint, folder, device=args.device)
+            write_checkpoint(shape, args.checkpoint, folder, device=args.device, dtype=DTYPE)
             made = make_workloads(
                 list(missing),
                 collection,
@@ -159,7 +159,7 @@ def measure_training(args: argparse.Namespace, cells: Cells, deadline: Deadline)
         if not names or deadline.is_over():
             continue
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(shape, args.checkpoint, folder, device=args.device)
+            write_checkpoint(shape, args.checkpoint, folder, device=args.device, dtype=DTYPE)
             config = AutoConfig.from_pretrained(folder)
             batches, _ = choose_batches(
                 args.rows, AutoTokenizer.from_pretrained(folder), **sizes, max_length=config.rerank_max_length
