@@ -1,5 +1,5 @@
 r"""
-Measures on one GPU, in bfloat16, in stages of at most four minutes that resume.
+Measures on one GPU, in stages of about four minutes that resume.
 
     python -m benchmarks.gpu scoring --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --data path/to/a/beir/folder
     python -m benchmarks.gpu quality --reranker path/to/a/trained/reranker --data path/to/a/beir/folder
@@ -25,7 +25,7 @@ from pathlib import Path
 import transformers
 
 from .cells import Cells
-from .implementations import IMPLEMENTATIONS, choose
+from .implementations import DTYPES, IMPLEMENTATIONS, choose
 from .machine import Deadline, describe_machine
 from .models import SHAPES
 from .peers import OTHER_FUNCTION
@@ -78,6 +78,13 @@ def parse_arguments() -> argparse.Namespace:
     scoring.add_argument("--data", type=Path, help="BEIR folder with run.bm25.trec (default: made-up text)")
     scoring.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     scoring.add_argument("--implementations", nargs="+", choices=SCORERS, default=SCORERS)
+    scoring.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=[DTYPE, "int8", "float8"],
+        help="eight bits for this package only (default: bfloat16 int8 float8)",
+    )
     scoring.add_argument("--queries", type=int, default=30, help="queries of nq, 100 pairs each (default: 30)")
     scoring.add_argument("--max-pairs", type=int, help="maximum pairs of a workload (default: all)")
     scoring.add_argument("--rounds", type=int, default=3, help="the best one counts (default: 3)")

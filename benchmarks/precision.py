@@ -128,7 +128,7 @@ def measure(judged: Judged, folder: str, device: str) -> None:
     """Prints nDCG@10, pairs/s and the error of the scores for each precision."""
     queries, pairs = len(judged.doc_ids), len(judged.pairs)
     print(f"torch {torch.__version__}, {queries} queries, {pairs} pairs")
-    print(f"{'precision':<38}{'nDCG@10':>9}{'pairs/s':>9}{'error':>9}")
+    print(f"{'precision':<38}{'nDCG@10':>9}{'pairs/s':>9}{'rms difference / std':>22}")
     print(f"{'first stage':<38}{judged.first_stage():>9.4f}")
     expected = None
     for name, (path, options) in precisions(folder, device).items():
@@ -139,7 +139,7 @@ def measure(judged: Judged, folder: str, device: str) -> None:
             continue
         expected = scores if expected is None else expected
         error = relative_error(scores, expected)
-        print(f"{name:<38}{judged.ndcg(scores):>9.4f}{speed:>9.1f}{error:>9.4f}", flush=True)
+        print(f"{name:<38}{judged.ndcg(scores):>9.4f}{speed:>9.1f}{error:>22.4f}", flush=True)
 
 
 def own_precisions(device: str) -> dict[str, dict[str, Any]]:

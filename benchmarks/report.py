@@ -90,7 +90,9 @@ _KEY = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
 def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
     """Prints rows in columns of fixed width, which line up from one call to the next."""
     widths = {title: max(len(title), 9) for title in columns}
-    widths.update({title: width for title, width in {"workload": 12, "implementation": 21}.items() if title in widths})
+    widths.update(
+        {title: width for title, width in {"workload": 12, "implementation": 31, "peer": 31}.items() if title in widths}
+    )
     if header:
         print("  ".join(f"{title:>{width}}" for title, width in widths.items()))
     for row in rows:

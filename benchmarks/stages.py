@@ -38,7 +38,7 @@ QUALITY: Columns = {
 
 def measure_scoring(args: argparse.Namespace, cells: Cells, deadline: Deadline) -> None:
     """Lets the implementations take turns. A cell is a model, a workload, an implementation and a dtype."""
-    names = choose(args.implementations, [DTYPE], "cuda")
+    names = choose(args.implementations, args.dtypes, "cuda")
     collection = read_collection(args.data) if args.data else make_collection()
     for shape in args.shapes:
         missing = {workload: missing_names(names, cells, model=shape, workload=workload) for workload in args.workloads}
