@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ class Cells:
     The rows of a JSON file, by cell. A cell is what is measured once, such as a model and a workload.
 
     The file has three lists: `machines`, the rows under the name of the section, and `skipped` with the reason of each
-    cell that could not be measured. A row has the fields of its cell, the name of the hardware, and in `machine` the
-    index of the entry with the versions and the card.
+    cell that could not be measured. A row has the fields of its cell, the name of the hardware, the date, and in
+    `machine` the index of the entry with the versions and the card.
 
     Args:
         path: the file. It is created with the first cell.
@@ -61,8 +62,9 @@ class Cells:
         return self.again or self._cell(cell) not in map(self._cell, done)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows, in place of those of the same cells, and writes the file."""
-        added = [{"hardware": self.hardware, "machine": self.machine, **row} for row in rows]
+        """Adds rows, in place of those of the same cells, and writes the file. A row that was in it keeps its date."""
+        fields = {"hardware": self.hardware, "machine": self.machine, "date": datetime.now(UTC).isoformat()}
+        added = [{**fields, **row} for row in rows]
         for row in added:
             self._remove(row)
         self.results[self.section] += added

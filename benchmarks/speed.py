@@ -174,14 +174,15 @@ def relative_error(scores: np.ndarray, expected: np.ndarray) -> float:
 
 def compare(rows: list[Row]) -> list[Row]:
     """
-    Adds the ratios between the rows of one workload, which were measured in the same rounds.
+    Adds the ratios between the rows of one workload.
 
     - `ratio` and `median_ratio`: pairs/s relative to sentence-transformers with its defaults, in the same dtype or, if
       it does not have that dtype, in the first dtype that it has.
     - `peer`, `peer_ratio` and `median_peer_ratio`: the fastest other implementation of the same or a higher precision
       (see `DTYPES`, from the highest on), and pairs/s relative to it. A peer is compared with other peers.
 
-    `ratio` and `peer_ratio` compare the best rounds. The others are the median over the rounds.
+    `ratio` and `peer_ratio` compare the best rounds. The others are the median over the rounds, if the rows have the
+    same date: they were then measured in the same rounds.
     """
     defaults = [row for row in rows if row["implementation"] == SENTENCE_TRANSFORMERS]
     compared = []
@@ -205,5 +206,8 @@ def compare(rows: list[Row]) -> list[Row]:
 def _ratios(name: str, row: Row, other: Row | None) -> dict[str, float | None]:
     if other is None:
         return {name: None, f"median_{name}": None}
-    rounds = [theirs / ours for ours, theirs in zip(row["seconds_of_rounds"], other["seconds_of_rounds"], strict=True)]
-    return {name: other["seconds"] / row["seconds"], f"median_{name}": statistics.median(rounds)}
+    rounds = zip(row["seconds_of_rounds"], other["seconds_of_rounds"], strict=False)
+    # Rows that have just been measured have no date yet.
+    are_together = row.get("date") == other.get("date")
+    median = statistics.median(theirs / ours for ours, theirs in rounds) if are_together else None
+    return {name: other["seconds"] / row["seconds"], f"median_{name}": median}

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from . import trainers
 from .cells import Cells
+from .groups import choose_batches
 from .implementations import choose
 from .machine import Deadline, is_cuda
 from .models import write_checkpoint
-from .peers import SENTENCE_TRANSFORMERS
 from .precision import judge, own_precisions, read_qrels, score
 from .report import SPEED, Columns, number, print_rows
-from .speed import Name, expected_scores, load_scorers, relative_error, time_workload
-from .training import COLUMNS, add_ratios, choose_batches, summarize
+from .speed import Name, compare, expected_scores, load_scorers, relative_error, time_workload
+from .training import COLUMNS, add_ratios, summarize
 from .workloads import Workload, make_collection, make_workloads, read_collection
 
 DTYPE = "bfloat16"
@@ -41,7 +41,14 @@ def measure_scoring(args: argparse.Namespace, cells: Cells, deadline: Deadline) 
     names = choose(args.implementations, args.dtypes, "cuda")
     collection = read_collection(args.data) if args.data else make_collection()
     for shape in args.shapes:
-        missing = {workload: missing_names(names, cells, model=shape, workload=workload) for workload in args.workloads}
+        missing = {
+            workload: [
+                (name, dtype)
+                for name, dtype in names
+                if cells.is_missing(model=shape, workload=workload, implementation=name, dtype=dtype)
+            ]
+            for workload in args.workloads
+        }
         missing = {workload: of_workload for workload, of_workload in missing.items() if of_workload}
         if not missing or deadline.is_over():
             continue
@@ -60,18 +67,6 @@ def measure_scoring(args: argparse.Namespace, cells: Cells, deadline: Deadline) 
             for _, group in groupby(workloads, key=lambda workload: workload.max_length):
                 measure_group(list(group), missing, expected, shape, folder, args, cells, deadline)
     print_rows(cells.rows, {"model": lambda row: row["model"], **SPEED}, header=True)
-
-
-def missing_names(names: list[Name], cells: Cells, *, model: str, workload: str) -> list[Name]:
-    """Returns the implementations to measure: those without a row, and the baseline if there are any."""
-    missing = [
-        (name, dtype)
-        for name, dtype in names
-        if cells.is_missing(model=model, workload=workload, implementation=name, dtype=dtype)
-    ]
-    # Ratios are between rows of the same rounds.
-    baseline = (SENTENCE_TRANSFORMERS, DTYPE)
-    return [name for name in names if name in missing or name == baseline] if missing else []
 
 
 def measure_group(
@@ -101,6 +96,8 @@ def measure_group(
         if deadline.is_over():
             return
         chosen = {name: scorer for name, scorer in scorers.items() if name in missing[workload.name]}
+        if not chosen:
+            continue
         rows = time_workload(
             chosen,
             workload,
@@ -110,7 +107,11 @@ def measure_group(
             device=args.device,
             skip=partial(skip, [workload]),
         )
-        cells.add({"model": shape, **row} for row in rows)
+        measured = [{"model": shape, **row} for row in rows]
+        earlier = [row for row in cells.rows if (row["model"], row["workload"]) == (shape, workload.name)]
+        names = {(row["implementation"], row["dtype"]) for row in measured}
+        kept = [row for row in earlier if (row["implementation"], row["dtype"]) not in names]
+        cells.add(compare([*kept, *measured]))
 
 
 def measure_quality(args: argparse.Namespace, cells: Cells, deadline: Deadline) -> None:

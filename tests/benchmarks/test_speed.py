@@ -57,6 +57,13 @@ def test_ratios_are_to_sentence_transformers_and_to_the_fastest_peer_of_no_lower
     assert shown[theirs, "float32"]["peer"] == "openvino float32"
 
 
+def test_rows_of_different_rounds_have_no_median_ratio():
+    earlier = {**row("sentence-transformers", "float32", 6.0, 8.0), "date": "2026-01-01"}
+    added, _ = compare([row("llama-bidir", "float32", 3.0, 2.0, 4.0), earlier])
+    assert (added["ratio"], added["median_ratio"]) == (3.0, None)
+    assert (added["peer_ratio"], added["median_peer_ratio"]) == (3.0, None)
+
+
 def test_one_implementation_has_no_ratios():
     (alone,) = compare([row("llama-bidir", "float32", 1.0)])
     assert (alone["ratio"], alone["peer"], alone["peer_ratio"]) == (None, None, None)
