@@ -6,18 +6,32 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
 
 import llama_bidir
 
-PACKAGES = ("torch", "transformers", "tokenizers", "sentence-transformers", "nemo-automodel", "FlagEmbedding")
-CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8"}
+T = TypeVar("T")
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentence-transformers",
+    "onnxruntime",
+    "openvino",
+    "vllm",
+    "flash-attn",
+    "nemo-automodel",
+    "FlagEmbedding",
+)
+CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
 MATMUL_ROWS = 2048
 
 
@@ -34,6 +48,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
         "cpu": cpu,
         "cpu_cores": cores,
         "cpu_flags": sorted(CPU_FLAGS & set(fields.get("flags", "").split())),
@@ -41,6 +56,21 @@ def describe_machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"llama-bidir": llama_bidir.__version__, **{name: _version(name) for name in PACKAGES}},
     }
+
+
+class Deadline:
+    """The end of a run that resumes later: `seconds` after this object was made, or never if they are 0."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + (seconds or float("inf"))
+        self.seconds = seconds
+
+    def is_over(self) -> bool:
+        """Returns whether the time is over, and says so."""
+        over = time.monotonic() > self.end
+        if over:
+            print(f"{self.seconds:.0f} seconds are over: run the same command again to measure the rest", flush=True)
+        return over
 
 
 def is_cuda(device: str) -> bool:
@@ -105,11 +135,35 @@ def peak_memory(device: str) -> int:
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     # On Linux, `ru_maxrss` of a new process starts at the peak of its parent, and the kernel's VmHWM starts at zero.
-    for line in _read("/proc/self/status").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_above(function: Callable[[], T], device: str) -> tuple[int, T]:
+    """
+    Calls `function` and returns the peak memory during the call in bytes, above what was in use before, and the result.
+
+    Where the peak of a CPU process cannot be reset, a peak before the call counts too.
+    """
+    if is_cuda(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM to the memory in use
+        before = _status("VmRSS") or peak_memory(device)
+    result = function()
+    return peak_memory(device) - before, result
+
+
+def _status(name: str) -> int | None:
+    """Returns a size from Linux's description of this process in bytes, or None if there is none."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def _read(path: str) -> str:

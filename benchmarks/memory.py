@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import transformers
 
 from llama_bidir import CrossEncoder
 
-from .machine import peak_memory, timed
-from .peers import LOADERS
+from .implementations import IMPLEMENTATIONS
+from .machine import peak_above, peak_memory, timed
 from .workloads import Pair
 
 
@@ -26,7 +27,9 @@ def run_alone(task: dict[str, Any]) -> dict[str, Any]:
             generator of pairs.
 
     Returns:
-        `loaded_bytes` and `peak_bytes` (peak memory before and after scoring) and `seconds` of scoring.
+        `loaded_bytes` and `peak_bytes` (peak memory before and after scoring), `seconds` of scoring, `above_bytes`, and
+        for an implementation its `setting` and `batch_size`. `above_bytes` is the peak of scoring above the memory in
+        use before. Four short pairs are scored before that, so that a memory-mapped file of weights has been read.
 
     Raises:
         RuntimeError: the process failed. The message is the last line that it wrote.
@@ -46,16 +49,28 @@ def run_alone(task: dict[str, Any]) -> dict[str, Any]:
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Measures a task in this process. Returns what [`run_alone`] returns."""
-    options = {"dtype": task["dtype"], "device": task["device"]}
+    device, options = task["device"], {"dtype": task["dtype"], "device": task["device"]}
+    row: dict[str, Any] = {}
     if "num_pairs" in task:
-        score = CrossEncoder(task["folder"], **options).predict
-        pairs: Any = generate_pairs(task["num_pairs"])
+        encoder = CrossEncoder(task["folder"], **options)
+        row["loaded_bytes"] = peak_memory(device)
+        encoder.predict(list(generate_pairs(4)))
+        call = partial(encoder.predict, generate_pairs(task["num_pairs"]))
     else:
-        scorer = LOADERS[task["implementation"]](task["folder"], max_length=task["max_length"], **options)
-        score, pairs = scorer.score, [(query, passage) for query, passage in task["pairs"]]
-    loaded = peak_memory(task["device"])
-    seconds, _ = timed(lambda: score(pairs), task["device"])
-    return {"loaded_bytes": loaded, "peak_bytes": peak_memory(task["device"]), "seconds": seconds}
+        load = IMPLEMENTATIONS[task["implementation"]].load
+        scorer = load(task["folder"], max_length=task["max_length"], **options)
+        row["loaded_bytes"] = peak_memory(device)
+        size = next(iter(scorer.batch_sizes), None)
+        scorer.score(list(generate_pairs(4)), size)
+        row |= {"setting": scorer.setting.format(size), "batch_size": size}
+        call = partial(scorer.score, [(query, passage) for query, passage in task["pairs"]], size)
+    above, (seconds, _) = peak_above(partial(timed, call, device), device)
+    return {
+        **row,
+        "peak_bytes": max(row["loaded_bytes"], peak_memory(device)),
+        "above_bytes": above,
+        "seconds": seconds,
+    }
 
 
 def generate_pairs(count: int) -> Iterator[Pair]:

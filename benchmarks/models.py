@@ -3,11 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.modeling_llama_bidir import pool
 
 from .workloads import make_collection
@@ -45,10 +47,15 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def write_checkpoint(
-    name: str, source: str | os.PathLike[str], folder: str | os.PathLike[str], *, device: str = "cpu"
+    name: str,
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> None:
     """
-    Writes a `llama_bidirec` checkpoint in float32. Every call on the same device writes the same weights.
+    Writes a `llama_bidirec` checkpoint. Every call on the same device writes the same weights.
 
     Args:
         name: a key of `SHAPES`.
@@ -56,6 +63,7 @@ def write_checkpoint(
             of the body.
         folder: output folder, created if missing.
         device: device on which random weights are drawn.
+        dtype: of the saved weights.
     """
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -71,6 +79,7 @@ def write_checkpoint(
     encoder = CrossEncoder(model.eval(), tokenizer, device=device)
     model.config.pad_token_id = tokenizer.pad_token_id
     spread_scores(model, tokenizer)
+    model.to(getattr(torch, dtype))
     encoder.save_pretrained(folder)
     drop_chat_template(folder)
 
@@ -78,6 +87,14 @@ def write_checkpoint(
 def drop_chat_template(folder: str | os.PathLike[str]) -> None:
     """Removes the chat template: sentence-transformers tokenizes pairs of texts faster than chat messages."""
     Path(folder, "chat_template.jinja").unlink()
+
+
+def export_once(folder: str, format: str, **options: Any) -> str:
+    """Exports a checkpoint into a folder within it, unless that exists. Returns the folder of the export."""
+    target = Path(folder, format)
+    if not target.exists():
+        export_reranker(folder, target, format=format, **options)
+    return os.fspath(target)
 
 
 @torch.inference_mode()

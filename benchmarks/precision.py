@@ -9,11 +9,11 @@ first `--layers` layers of the checkpoint on the rows and reranks the first-stag
 
 import argparse
 import csv
-import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,13 @@ from llama_bidir import (
     CrossEncoderTrainingArguments,
     LlamaBidirectionalForSequenceClassification,
 )
-from llama_bidir.checkpoints.export import export_reranker
+from llama_bidir.checkpoints.onnx import INT8_FILE, MODEL_FILE
 from llama_bidir.data import load_rows
 from llama_bidir.evaluation import Qrels, evaluate_run
 
-from .workloads import Collection, read_collection, spread
+from .graphs import export_graphs
+from .speed import relative_error
+from .workloads import Collection, Pair, read_collection, spread
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
     collection = read_collection(args.data)
     with tempfile.TemporaryDirectory() as folder:
         train(args, folder)
-        measure(collection, read_qrels(args.data), folder, args)
+        measure(judge(collection, read_qrels(args.data), queries=args.queries, depth=args.depth), folder, args.device)
 
 
 def train(args: argparse.Namespace, folder: str) -> None:
@@ -87,32 +89,62 @@ def read_qrels(data: Path) -> Qrels:
     return qrels
 
 
-def measure(collection: Collection, qrels: Qrels, folder: str, args: argparse.Namespace) -> None:
-    """Prints nDCG@10, pairs/s and the difference from float32 scores, for each precision."""
-    query_ids = spread(list(collection.run), args.queries)
-    doc_ids = {query_id: collection.run[query_id][: args.depth] for query_id in query_ids}
+class Judged(NamedTuple):
+    """Candidates of queries with judgements: `pairs` has the candidates of `doc_ids`, query by query."""
+
+    pairs: list[Pair]
+    doc_ids: dict[str, list[str]]
+    qrels: Qrels
+
+    def ndcg(self, scores: Iterable[float]) -> float:
+        """Returns nDCG@10 of the candidates, ranked by one score per pair."""
+        values = iter(scores)
+        run = {query_id: {doc_id: float(next(values)) for doc_id in ids} for query_id, ids in self.doc_ids.items()}
+        return evaluate_run(self.qrels, run, ["nDCG@10"])["nDCG@10"]
+
+    def first_stage(self) -> float:
+        """Returns nDCG@10 of the candidates in the order of the first stage."""
+        return self.ndcg([-rank for ids in self.doc_ids.values() for rank in range(len(ids))])
+
+
+def judge(collection: Collection, qrels: Qrels, *, queries: int, depth: int) -> Judged:
+    """Returns the first `depth` candidates of `queries` queries, which are spread evenly over the run."""
+    query_ids = spread(list(collection.run), queries)
+    doc_ids = {query_id: collection.run[query_id][:depth] for query_id in query_ids}
     pairs = [(collection.queries[q], collection.corpus[d]) for q in query_ids for d in doc_ids[q]]
-    judged = {query_id: qrels.get(query_id, {}) for query_id in query_ids}
+    return Judged(pairs, doc_ids, {query_id: qrels.get(query_id, {}) for query_id in query_ids})
 
-    def ndcg(scores: Any) -> float:
-        values = iter(np.asarray(scores).tolist())
-        run = {query_id: {doc_id: next(values) for doc_id in doc_ids[query_id]} for query_id in query_ids}
-        return evaluate_run(judged, run, ["nDCG@10"])["nDCG@10"]
 
-    print(f"torch {torch.__version__}, {len(query_ids)} queries x {args.depth} candidates, {len(pairs)} pairs")
+def score(folder: str, options: dict[str, Any], pairs: list[Pair]) -> tuple[np.ndarray, float]:
+    """Returns the scores by a precision (see [`precisions`]), and pairs per second after a warm-up."""
+    reranker = CrossEncoder(folder, **options)
+    reranker.predict(pairs[:8])
+    start = time.perf_counter()
+    scores = reranker.predict(pairs)
+    return scores, len(pairs) / (time.perf_counter() - start)
+
+
+def measure(judged: Judged, folder: str, device: str) -> None:
+    """Prints nDCG@10, pairs/s and the error of the scores for each precision."""
+    queries, pairs = len(judged.doc_ids), len(judged.pairs)
+    print(f"torch {torch.__version__}, {queries} queries, {pairs} pairs")
     print(f"{'precision':<38}{'nDCG@10':>9}{'pairs/s':>9}{'rms difference / std':>22}")
-    first_stage = [-rank for query_id in query_ids for rank in range(len(doc_ids[query_id]))]
-    print(f"{'first stage':<38}{ndcg(first_stage):>9.4f}")
+    print(f"{'first stage':<38}{judged.first_stage():>9.4f}")
     expected = None
-    for name, (path, options) in precisions(folder, args.device).items():
-        reranker = CrossEncoder(path, **options)
-        reranker.predict(pairs[:8])
-        start = time.perf_counter()
-        scores = reranker.predict(pairs)
-        seconds = time.perf_counter() - start
+    for name, (path, options) in precisions(folder, device).items():
+        try:
+            scores, speed = score(path, options, judged.pairs)
+        except (ImportError, ValueError) as reason:
+            print(f"{name:<38}skipped: {reason}")
+            continue
         expected = scores if expected is None else expected
-        difference = np.sqrt(np.square(scores - expected).mean()) / expected.std()
-        print(f"{name:<38}{ndcg(scores):>9.4f}{len(pairs) / seconds:>9.1f}{difference:>22.4f}", flush=True)
+        error = relative_error(scores, expected)
+        print(f"{name:<38}{judged.ndcg(scores):>9.4f}{speed:>9.1f}{error:>22.4f}", flush=True)
+
+
+def own_precisions(device: str) -> dict[str, dict[str, Any]]:
+    """Returns the CrossEncoder arguments of this package's own precisions, float32 first."""
+    return {dtype: {"device": device, "dtype": dtype} for dtype in ("float32", "bfloat16", "int8", "float8")}
 
 
 def precisions(folder: str, device: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -125,15 +157,14 @@ def precisions(folder: str, device: str) -> dict[str, tuple[str, dict[str, Any]]
     }
     if torch.device(device).type == "cuda":
         configs["fp8 weights and activations (torchao)"] = quantization.Float8DynamicActivationFloat8WeightConfig()
-    options: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
+    options = own_precisions(device)
     for name, config in configs.items():
         quantized = TorchAoConfig(config, modules_to_not_convert=["score"])
-        options[name] = {"dtype": "bfloat16", "model_kwargs": {"quantization_config": quantized}}
-    result = {name: (folder, {"device": device, **values}) for name, values in options.items()}
+        options[name] = {"device": device, "dtype": "bfloat16", "model_kwargs": {"quantization_config": quantized}}
+    result = {name: (folder, values) for name, values in options.items()}
     if torch.device(device).type == "cpu":
-        exported = os.path.join(folder, "onnx")
-        export_reranker(folder, exported, format="onnx", int8=True)
-        for name, file_name in (("float32 (onnxruntime)", "model.onnx"), ("int8 (onnxruntime)", "model_int8.onnx")):
+        exported = export_graphs(folder)
+        for name, file_name in (("float32 (onnxruntime)", MODEL_FILE), ("int8 (onnxruntime)", INT8_FILE)):
             result[name] = exported, {"backend": "onnx", "model_kwargs": {"file_name": file_name}}
     return result
 

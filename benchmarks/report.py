@@ -11,13 +11,18 @@ Columns = Mapping[str, Callable[[Row], str]]
 
 COLORS = {
     "llama-bidir": "#2f6fb0",
+    "sentence-transformers, unpadded": "#4f9d8b",
+    "vllm": "#a4508b",
+    "openvino": "#c2703d",
+    "onnxruntime": "#7f6bb3",
     "reference": "#8a94a3",
     "stock-llama": "#c3cad3",
     "FlagEmbedding": "#d9a441",
 }
 
 
-def _number(name: str, pattern: str, scale: float = 1) -> Callable[[Row], str]:
+def number(name: str, pattern: str, scale: float = 1) -> Callable[[Row], str]:
+    """Returns a function from a row to the text of a value times `scale`: empty if the row lacks the value."""
     return lambda row: "" if row.get(name) is None else pattern.format(row[name] * scale)
 
 
@@ -26,53 +31,68 @@ _SUBJECT: Columns = {
     "dtype": lambda row: row["dtype"],
     "workload": lambda row: row["workload"],
     "implementation": lambda row: row["implementation"],
-    "pairs": _number("pairs", "{:,}"),
+    "pairs": number("pairs", "{:,}"),
 }
 SPEED: Columns = {
     **_SUBJECT,
-    "tokens": _number("tokens", "{:,}"),
-    "ms": _number("seconds", "{:,.1f}", 1000),
-    "pairs/s": _number("pairs_per_second", "{:.1f}"),
-    "median": _number("median_pairs_per_second", "{:.1f}"),
-    "tokens/s": _number("tokens_per_second", "{:,.0f}"),
-    "vs ST": _number("ratio", "{:.2f}"),
-    "median vs ST": _number("median_ratio", "{:.2f}"),
-    "score error": _number("score_error", "{:.1e}"),
-    "of peak": _number("peak_share", "{:.1%}"),
+    "tokens": number("tokens", "{:,}"),
+    "ms": number("seconds", "{:,.1f}", 1000),
+    "pairs/s": number("pairs_per_second", "{:.1f}"),
+    "median": number("median_pairs_per_second", "{:.1f}"),
+    "tokens/s": number("tokens_per_second", "{:,.0f}"),
+    "vs ST": number("ratio", "{:.2f}"),
+    "median vs ST": number("median_ratio", "{:.2f}"),
+    "peer": lambda row: row.get("peer") or "",
+    "vs peer": number("peer_ratio", "{:.2f}"),
+    "median vs peer": number("median_peer_ratio", "{:.2f}"),
+    "score error": number("score_error", "{:.1e}"),  # of rows that predate `error`
+    "error": number("error", "{:.1e}"),
+    "above MiB": number("above_bytes", "{:,.0f}", 2**-20),
+    "of peak": number("peak_share", "{:.1%}"),
+    "setting": lambda row: row.get("setting", ""),
 }
 MEMORY: Columns = {
     **_SUBJECT,
-    "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
-    "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
-    "vs ST": _number("ratio", "{:.2f}"),
+    "loaded MiB": number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": number("peak_bytes", "{:,.0f}", 2**-20),
+    "above MiB": number("above_bytes", "{:,.0f}", 2**-20),
+    "vs ST": number("ratio", "{:.2f}"),
+    "setting": lambda row: row.get("setting", ""),
 }
 STREAM: Columns = {
     "dtype": lambda row: row["dtype"],
-    "pairs": _number("pairs", "{:,}"),
-    "loaded MiB": _number("loaded_bytes", "{:,.0f}", 2**-20),
-    "peak MiB": _number("peak_bytes", "{:,.0f}", 2**-20),
-    "seconds": _number("seconds", "{:.1f}"),
+    "pairs": number("pairs", "{:,}"),
+    "loaded MiB": number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": number("peak_bytes", "{:,.0f}", 2**-20),
+    "above MiB": number("above_bytes", "{:,.0f}", 2**-20),
+    "seconds": number("seconds", "{:.1f}"),
 }
 SECTIONS: dict[str, tuple[str, Columns]] = {
     "speed": (
-        "Speed in the best round. vs ST is pairs/s relative to sentence-transformers, and median vs ST is the median "
-        "of the ratios within each round. score error is the largest difference from a padded float32 pass, relative "
-        "to the largest absolute score. of peak is the arithmetic for real tokens as a share of the machine's fastest "
-        "matrix product.",
+        "Speed in the best round. vs ST is pairs/s relative to sentence-transformers in the same dtype (or in the "
+        "first one that it has), and vs peer is pairs/s relative to the fastest other implementation of the same or a "
+        "higher precision. The medians are over the ratios within each round. error is the root mean square of the "
+        "differences from a padded float32 pass, divided by the standard deviation of the float32 scores. above is the "
+        "peak memory above the loaded weights. of peak is the arithmetic for real tokens as a share of the machine's "
+        "fastest matrix product.",
         SPEED,
     ),
     "memory": (
-        "Peak memory of a separate process, before (loaded) and after scoring: resident on a CPU, allocated on a GPU.",
+        "Peak memory of a separate process, before (loaded) and after scoring: resident on a CPU, allocated on a GPU. "
+        "above is the peak of scoring above the memory in use before, with all weights loaded.",
         MEMORY,
     ),
     "stream": ("Peak memory of CrossEncoder.predict on a generator, with a model of one layer.", STREAM),
 }
+_KEY = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
 
 
 def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
     """Prints rows in columns of fixed width, which line up from one call to the next."""
     widths = {title: max(len(title), 9) for title in columns}
-    widths.update({title: width for title, width in {"workload": 12, "implementation": 21}.items() if title in widths})
+    widths.update(
+        {title: width for title, width in {"workload": 12, "implementation": 31, "peer": 31}.items() if title in widths}
+    )
     if header:
         print("  ".join(f"{title:>{width}}" for title, width in widths.items()))
     for row in rows:
@@ -81,11 +101,13 @@ def print_rows(rows: Iterable[Row], columns: Columns, *, header: bool) -> None:
 
 def write_markdown(path: str | os.PathLike[str], results: Mapping[str, list[Row]]) -> None:
     """Writes one GitHub table per section and machine. Of rows that were measured again, the last one counts."""
+    results = {**results, "speed": add_memory(results.get("speed", []), results.get("memory", []))}
     lines = []
     for name, (caption, columns) in SECTIONS.items():
         for hardware, rows in _by(latest(results.get(name, [])), "hardware"):
-            lines += [f"{caption} {hardware}.", "", _markdown_line(columns), _markdown_line("---" for _ in columns)]
-            lines += [_markdown_line(cell(row) for cell in columns.values()) for row in rows]
+            shown = {title: cell for title, cell in columns.items() if any(map(cell, rows))}
+            lines += [f"{caption} {hardware}.", "", _markdown_line(shown), _markdown_line("---" for _ in shown)]
+            lines += [_markdown_line(cell(row) for cell in shown.values()) for row in rows]
             lines.append("")
     machines = {}
     for machine in results.get("machines", []):
@@ -105,8 +127,17 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """Returns the last row of each machine, model, dtype, workload, implementation and number of pairs."""
-    key = ("hardware", "model", "dtype", "workload", "implementation", "pairs")
-    return list({tuple(row.get(name) for name in key): row for row in rows}.values())
+    return list({_key(row): row for row in rows}.values())
+
+
+def add_memory(speed: Iterable[Row], memory: Iterable[Row]) -> list[Row]:
+    """Returns the rows of speed. Those without `above_bytes` get it from the row of memory for the same subject."""
+    above = {_key(row): row.get("above_bytes") for row in memory}
+    return [row if row.get("above_bytes") else {**row, "above_bytes": above.get(_key(row))} for row in speed]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _KEY)
 
 
 def _by(rows: list[Row], *names: str) -> list[tuple[str, list[Row]]]:

@@ -7,16 +7,14 @@ Run it from the root of the repository, after `pip install -e ".[train]" -r benc
 implementations train the first `--layers` layers of the checkpoint on the same groups in the same order, on a CPU, with
 RankNet and the same optimizer. Each run has a separate process. The implementations take turns, and the best round of
 each counts. sentence-transformers runs in two ways: it forwards as many pairs at a time as a batch has queries, or a
-whole batch at a time. The others are compared with the faster way. Equal losses at each step show that all do the same
-work.
+whole batch at a time. A plain loop trains NeMo AutoModel's class, if that is installed. The fastest of these three is
+the peer that the others are compared with. Equal losses at each step show that all do the same work.
 """
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -28,27 +26,41 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalForSequenceClassification
-from llama_bidir.data import load_rows, parse_row
 
+from .groups import choose_batches
 from .machine import describe_machine
 from .models import SEED, drop_chat_template, spread_scores
-from .peers import SENTENCE_TRANSFORMERS, prompt_halves, render
-from .report import Columns, print_rows
-from .trainers import PADDED, PEERS, TRAINERS, WHOLE_BATCH, Group, Run, Task, train
+from .peers import SENTENCE_TRANSFORMERS
+from .report import Columns, Row, number, print_rows
+from .trainers import (
+    IMPLEMENTATIONS,
+    PADDED,
+    PEERS,
+    PLAIN_LOOP,
+    UNPADDED,
+    WHOLE_BATCH,
+    Run,
+    Task,
+    describe,
+    train,
+)
 
 COLUMNS: Columns = {
     "implementation": lambda row: row["implementation"],
-    "groups/s": lambda row: f"{row['groups_per_second']:.3f}",
-    "median": lambda row: f"{row['median_groups_per_second']:.3f}",
-    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "padding": lambda row: f"{row['padding']:.1%}",
-    "loaded MiB": lambda row: f"{row['loaded_bytes'] / 2**20:,.0f}",
-    "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:,.0f}",
-    "vs padded": lambda row: f"{row['ratio_to_padded']:.2f}",
-    "median vs padded": lambda row: f"{row['median_ratio_to_padded']:.2f}",
-    "vs ST": lambda row: f"{row['ratio_to_peer']:.2f}",
-    "median vs ST": lambda row: f"{row['median_ratio_to_peer']:.2f}",
+    "groups/s": number("groups_per_second", "{:.3f}"),
+    "median": number("median_groups_per_second", "{:.3f}"),
+    "tokens/s": number("tokens_per_second", "{:,.0f}"),
+    "padding": number("padding", "{:.1%}"),
+    "loaded MiB": number("loaded_bytes", "{:,.0f}", 2**-20),
+    "peak MiB": number("peak_bytes", "{:,.0f}", 2**-20),
+    "vs padded": number("ratio_to_padded", "{:.2f}"),
+    "median vs padded": number("median_ratio_to_padded", "{:.2f}"),
+    "vs peer": number("ratio_to_peer", "{:.2f}"),
+    "median vs peer": number("median_ratio_to_peer", "{:.2f}"),
+    "setting": lambda row: row["setting"],
 }
+# Without flash attention, sentence-transformers pads. On a CPU it has none.
+ON_CPU = [name for name in IMPLEMENTATIONS if name != UNPADDED]
 
 
 def main() -> None:
@@ -59,13 +71,15 @@ def main() -> None:
     print(json.dumps(machine))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_base(args.checkpoint, folder, layers=args.layers, max_length=args.max_length)
-        # One batch more than is trained, because the next batch is built while one is trained.
-        count = (args.steps + 2) * args.groups
-        groups, rows = choose_groups(
-            args.rows, tokenizer, count=count, group_size=args.group_size, max_length=args.max_length
+        batches, rows = choose_batches(
+            args.rows,
+            tokenizer,
+            steps=args.steps,
+            groups=args.groups,
+            group_size=args.group_size,
+            max_length=args.max_length,
         )
         print(json.dumps(rows))
-        batches = [groups[start : start + args.groups] for start in range(0, count, args.groups)]
         task = Task(folder, batches, args.steps, args.max_length, args.dtype)
         runs = measure(task, args.rounds)
     results = summarize(runs, task)
@@ -123,66 +137,25 @@ def write_base(checkpoint: str, folder: str, *, layers: int, max_length: int) ->
     return tokenizer
 
 
-def choose_groups(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, count: int, group_size: int, max_length: int
-) -> tuple[list[Group], dict[str, Any]]:
-    """
-    Draws rows by a seed and makes a group of each: its first positive and its first negatives.
-
-    A row is used only if all implementations train it alike:
-    - No pair is cut, because sentence-transformers truncates the longer text of a pair and this package the passage.
-    - All groups have the same number of passages, because sentence-transformers averages over the pairs of a batch and
-      this package over groups.
-    - A pair has the same tokens whether it is rendered or given in two halves.
-
-    Returns:
-        `count` groups, and the numbers of rows that were looked at and left out for each reason.
-
-    Raises:
-        ValueError: there are too few such rows.
-    """
-    rows = load_rows(path)
-    order = random.Random(SEED).sample(range(len(rows)), len(rows))
-    groups: list[Group] = []
-    left_out: Counter[str] = Counter(too_few_negatives=0, too_long=0, other_tokens=0)
-    for index in order:
-        if len(groups) == count:
-            break
-        row = parse_row(rows[index], f"{path}, row {index}")
-        negatives = [passage for passage in row.negatives if passage not in row.positives][: group_size - 1]
-        if len(negatives) < group_size - 1:
-            left_out["too_few_negatives"] += 1
-            continue
-        passages = [row.positives[0], *negatives]
-        pairs = [(row.query, passage) for passage in passages]
-        input_ids = tokenizer([render(*pair) for pair in pairs], verbose=False)["input_ids"]
-        lengths = [len(ids) for ids in input_ids]
-        if max(lengths) > max_length:
-            left_out["too_long"] += 1
-        elif tokenizer(*map(list, zip(*prompt_halves(pairs), strict=True)))["input_ids"] != input_ids:
-            left_out["other_tokens"] += 1
-        else:
-            groups.append(Group(row.query, passages, lengths))
-    if len(groups) < count:
-        raise ValueError(
-            f"{path}: {count} groups are needed, but only {len(groups)} of {len(rows)} rows are usable "
-            f"(left out: {dict(left_out)}); lower steps, groups or group_size, or raise max_length"
-        )
-    return groups, {"looked_at": len(groups) + left_out.total(), "taken": len(groups), "left_out": dict(left_out)}
-
-
 def measure(task: Task, rounds: int) -> dict[str, list[Run]]:
     """Trains with each implementation in turn. Each round starts with a different implementation."""
-    names = list(TRAINERS)
+    names = list(ON_CPU)
     runs: dict[str, list[Run]] = {name: [] for name in names}
-    for number in range(rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                run = process.submit(train, name, task).result()
+    for round_number in range(rounds):
+        start = round_number % len(ON_CPU)
+        for name in ON_CPU[start:] + ON_CPU[:start]:
+            if name not in names:
+                continue
+            try:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    run = process.submit(train, name, task).result()
+            except ImportError as error:
+                print(f"{name} is skipped: {error}")
+                names.remove(name)
+                continue
             runs[name].append(run)
-            print(f"round {number + 1}: {name} took {run.seconds:.2f} s for {task.steps} steps", flush=True)
-    return runs
+            print(f"round {round_number + 1}: {name} took {run.seconds:.2f} s for {task.steps} steps", flush=True)
+    return {name: runs[name] for name in names}
 
 
 def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
@@ -190,8 +163,8 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
     Returns the rows of the table, one per implementation.
 
     A row has the speed of the best and of the median round, the share of padding among the tokens of the timed steps,
-    and the peak memory. It also has the ratios of the speed to this package's padded batches and to the faster peer:
-    between the best rounds, and as the median of the ratios within each round.
+    and the peak memory. It also has the ratios of the speed to this package's padded batches and to the fastest peer,
+    where those were measured: between the best rounds, and as the median of the ratios within each round.
 
     Args:
         runs: the runs of each implementation, one per round.
@@ -201,15 +174,17 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
     lengths = [[length for group in batch for length in group.lengths] for batch in timed]
     num_groups, num_tokens = sum(map(len, timed)), sum(map(sum, lengths))
     num_queries, num_pairs = len(timed[0]), len(lengths[0])
-    pairs_per_forward = {PADDED: num_pairs, SENTENCE_TRANSFORMERS: num_queries, WHOLE_BATCH: num_pairs}
+    pairs_per_forward = dict.fromkeys((PADDED, WHOLE_BATCH, PLAIN_LOOP), num_pairs)
+    pairs_per_forward[SENTENCE_TRANSFORMERS] = num_queries
     speeds = {name: [num_groups / run.seconds for run in rounds] for name, rounds in runs.items()}
-    peer = max(PEERS, key=lambda name: max(speeds[name]))
+    peer = max(set(PEERS) & set(speeds), key=lambda name: max(speeds[name]), default=None)
     results = []
     for name, rounds in runs.items():
         size = pairs_per_forward.get(name)
         padded = sum(padded_tokens(batch, size) for batch in lengths) if size else num_tokens
         row = {
             "implementation": name,
+            "setting": describe(name, task),
             "groups_per_second": max(speeds[name]),
             "median_groups_per_second": statistics.median(speeds[name]),
             "tokens_per_second": max(speeds[name]) * num_tokens / num_groups,
@@ -219,11 +194,33 @@ def summarize(runs: dict[str, list[Run]], task: Task) -> list[dict[str, Any]]:
             "peer": peer,
         }
         for key, other in (("padded", PADDED), ("peer", peer)):
-            ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[other], strict=True)]
-            row[f"ratio_to_{key}"] = max(speeds[name]) / max(speeds[other])
-            row[f"median_ratio_to_{key}"] = statistics.median(ratios)
+            if other in speeds:
+                ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[other], strict=True)]
+                row[f"ratio_to_{key}"] = max(speeds[name]) / max(speeds[other])
+                row[f"median_ratio_to_{key}"] = statistics.median(ratios)
         results.append(row)
     return results
+
+
+def add_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """
+    Returns the rows of one model with the ratios of the best speed to padded batches and to the fastest peer.
+
+    They were measured one after the other, so there are no ratios within a round.
+    """
+    speeds = {row["implementation"]: row["groups_per_second"] for row in rows}
+    peer = max(set(PEERS) & set(speeds), key=speeds.__getitem__, default=None)
+    return [
+        {
+            **{name: value for name, value in row.items() if not name.startswith("median_")},
+            "peer": peer,
+            **{
+                f"ratio_to_{key}": row["groups_per_second"] / speeds[other] if other in speeds else None
+                for key, other in (("padded", PADDED), ("peer", peer))
+            },
+        }
+        for row in rows
+    ]
 
 
 def padded_tokens(lengths: Sequence[int], size: int) -> int:

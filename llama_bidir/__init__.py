@@ -3,6 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .utils.launch import is_command, wait_passively
+
+# torch loads OpenMP, which reads the environment only then. The modules of the command line are imported later.
+if is_command():
+    wait_passively()
+
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from .configuration_llama_bidir import LlamaBidirectionalConfig

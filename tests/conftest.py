@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny seeded checkpoints and a tokenizer. Tests have no network."""
 
+import gc
 import json
 import os
 import shutil
@@ -9,14 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="llama-bidir-tests-")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; tests may run beside other work
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -28,11 +28,11 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from llama_bidir import LlamaBidirectionalForSequenceClassification
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, a process runs whole files, and one process all tests that need the quickstart."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        needs_quickstart = "quickstart_output" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("quickstart" if needs_quickstart else item.path.name))
+def pytest_collection_finish() -> None:
+    """Exempts what is imported from garbage collection. The Trainer collects after each run, which would take longer
+    than to train a tiny model."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -77,27 +77,21 @@ def load(tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training ends without training.png, which takes longer to draw than a tiny model takes to train."""
+    pytest.importorskip("accelerate")
+    from llama_bidir.training.history import HistoryCallback
+
+    monkeypatch.delattr(HistoryCallback, "on_train_end")
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder. Messages therefore hold short names."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
-
-
-class QuickstartOutput(NamedTuple):
-    folder: Path
-    printed: str
-
-
-@pytest.fixture(scope="session")
-def quickstart_output(tmp_path_factory: pytest.TempPathFactory) -> QuickstartOutput:
-    """The folder and the output of `llama-bidir quickstart`, which runs once (about 90 seconds)."""
-    folder = tmp_path_factory.mktemp("quickstart") / "out"
-    command = [sys.executable, "-m", "llama_bidir", "quickstart", "--output", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return QuickstartOutput(folder, result.stdout)
 
 
 # The tokenizers of each Llama generation

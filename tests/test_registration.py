@@ -53,18 +53,6 @@ def test_auto_classes_know_the_model_in_any_import_order(imports, reranker_check
     ]
 
 
-def test_config_alone_selects_the_model(base_checkpoint):
-    name = run(
-        "import json, llama_bidir\n"
-        "from llama_bidir import LlamaBidirectionalConfig\n"
-        "from transformers import AutoModelForSequenceClassification\n"
-        f"config = LlamaBidirectionalConfig.from_pretrained({str(base_checkpoint)!r})\n"
-        f"model = AutoModelForSequenceClassification.from_pretrained({str(base_checkpoint)!r}, config=config)\n"
-        "print(json.dumps(type(model).__name__))"
-    )
-    assert name == "LlamaBidirectionalForSequenceClassification"
-
-
 def test_config_module_alone_brings_the_model(base_checkpoint):
     names = run(
         "import json\n"
@@ -76,16 +64,21 @@ def test_config_module_alone_brings_the_model(base_checkpoint):
     assert names == "LlamaBidirectionalModel"
 
 
-def test_config_mapping_holds_the_class_itself():
+def test_config_alone_selects_the_model(base_checkpoint):
     facts = run(
         "import json, pickle, llama_bidir\n"
         "from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, LlamaConfig\n"
+        "from transformers import AutoConfig, AutoModelForSequenceClassification\n"
         "cls = CONFIG_MAPPING['llama_bidirec']\n"
         "same = pickle.loads(pickle.dumps(cls)) is cls and isinstance(cls(), cls) and issubclass(cls, LlamaConfig)\n"
         "count = list(CONFIG_MAPPING.keys()).count('llama_bidirec')\n"
-        "print(json.dumps([same, count, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[cls].__name__]))"
+        "made = AutoConfig.for_model('llama_bidirec', pooling='cls')\n"
+        f"config = llama_bidir.LlamaBidirectionalConfig.from_pretrained({str(base_checkpoint)!r})\n"
+        f"model = AutoModelForSequenceClassification.from_pretrained({str(base_checkpoint)!r}, config=config)\n"
+        "names = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[cls].__name__, type(model).__name__]\n"
+        "print(json.dumps([same, count, made.pooling, made.model_type, *names]))"
     )
-    assert facts == [True, 1, "LlamaBidirectionalForSequenceClassification"]
+    assert facts == [True, 1, "cls", "llama_bidirec", *["LlamaBidirectionalForSequenceClassification"] * 2]
 
 
 def test_a_pickled_config_finds_its_model_in_a_new_process(tmp_path):
@@ -98,16 +91,6 @@ def test_a_pickled_config_finds_its_model_in_a_new_process(tmp_path):
         "print(json.dumps(type(AutoModelForSequenceClassification.from_config(config)).__name__))"
     )
     assert name == "LlamaBidirectionalForSequenceClassification"
-
-
-def test_auto_config_makes_one_for_the_model_type():
-    fields = run(
-        "import json, llama_bidir\n"
-        "from transformers import AutoConfig\n"
-        "config = AutoConfig.for_model('llama_bidirec', pooling='cls')\n"
-        "print(json.dumps([config.pooling, config.model_type]))"
-    )
-    assert fields == ["cls", "llama_bidirec"]
 
 
 def test_unknown_attributes_are_attribute_errors():

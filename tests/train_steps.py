@@ -3,6 +3,7 @@
 Tests call `train_case`, and start this file with torchrun. Usage: train_steps.py CASES.json OUTPUT
 """
 
+import gc
 import json
 import sys
 from itertools import chain
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from llama_bidir import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from llama_bidir.losses import listwise_cross_entropy
+from llama_bidir.training.history import HistoryCallback
 from llama_bidir.utils.launch import leave_process_group
 
 
@@ -67,6 +69,7 @@ def train_case(case, output):
         loss=loss,
         group_size=4,
     )
+    trainer.remove_callback(HistoryCallback)  # drawing its plot takes longer than training
     trainer.train()
     found = [steps]
     if dist.is_initialized():
@@ -80,6 +83,7 @@ def train_case(case, output):
 def main():
     cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
+    gc.freeze()  # the Trainer collects garbage after each run
     for name, case in cases.items():
         steps, losses, state = train_case(case, output / name)
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -1,10 +1,38 @@
-"""What torchrun and `accelerate launch` need of a process: numbers in its environment, and a clean end."""
+"""How the process of a command starts and ends: its environment, that of torchrun, and its process group."""
 
 import gc
 import os
 import sys
+from pathlib import PurePath
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+# Each decides how long a thread of GNU's or LLVM's OpenMP spins before it sleeps.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def is_command() -> bool:
+    """
+    Returns whether Python was started as `llama-bidir` or as `python -m llama_bidir`.
+
+    The answer is right only while the package itself is imported, because `sys.argv[0]` is "-m" only until Python has
+    found the module to run.
+    """
+    program, *arguments = sys.argv or [""]
+    if program != "-m":
+        return PurePath(program).stem == "llama-bidir"
+    options = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+    return options[-1:] in (["llama_bidir"], ["-mllama_bidir"])
+
+
+def wait_passively() -> None:
+    """
+    Makes OpenMP's threads sleep while they wait, unless the environment says how they wait.
+
+    Threads that spin take the CPU from the threads that they wait for, if other processes keep the cores busy. The call
+    has an effect only before torch is imported. Processes that this process starts inherit the setting.
+    """
+    if not os.environ.keys() & set(WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def launch_number(name: str, default: int) -> int:

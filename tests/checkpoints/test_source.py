@@ -6,6 +6,8 @@ import pytest
 from helpers import make_model, run_python
 from hub_server import COMMIT, run_hub
 
+from llama_bidir import CrossEncoder
+
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 
 MISSING = "is not a checkpoint: there is no such folder, and"
@@ -125,41 +127,48 @@ except OSError as error:
     assert "tester/cut" in run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
 
 
-def test_a_cached_repository_loads_without_the_hub(hub, reranker_checkpoint, tmp_path):
-    hub.repos["tester/cached"] = {path.name: path.read_bytes() for path in reranker_checkpoint.iterdir()}
-    code = "from llama_bidir import CrossEncoder; print(CrossEncoder('tester/cached').predict(('q', 'p')))"
-    expected = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
-    assert run_python(code, tmp_path, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1") == expected
+CACHED = ["tester/cached", "tester/failing", "tester/busy"]
+SCORE = """
+from llama_bidir import CrossEncoder
+for name in NAMES:
+    print(CrossEncoder(name).predict(("q", "p")))
+"""
 
 
-@pytest.mark.parametrize("answer", [None, 500, 429])
-def test_a_cached_repository_loads_when_the_hub_does_not_answer(answer, hub, reranker_checkpoint, tmp_path):
-    hub.repos["tester/cached"] = {path.name: path.read_bytes() for path in reranker_checkpoint.iterdir()}
-    code = "from llama_bidir import CrossEncoder; print(CrossEncoder('tester/cached').predict(('q', 'p')))"
-    expected = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
+def score(names, path, **environment):
+    """Loads repositories by name in one process, and returns the scores of each."""
+    return run_python(SCORE.replace("NAMES", repr(names)), path, **environment).splitlines()
+
+
+def test_a_cached_repository_loads_when_the_hub_does_not_answer(hub, reranker_checkpoint, tmp_path):
+    for name in CACHED:
+        hub.repos[name] = {path.name: path.read_bytes() for path in reranker_checkpoint.iterdir()}
+    expected = score(CACHED, tmp_path, HF_ENDPOINT=hub.endpoint)
+    assert expected == [str(CrossEncoder(reranker_checkpoint).predict(("q", "p")))] * 3
+    assert score(CACHED[:1], tmp_path, HF_ENDPOINT=NOWHERE) == expected[:1]
+    assert score(CACHED[:1], tmp_path, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1") == expected[:1]
     hub.requests.clear()
-    if answer is not None:
-        hub.faults["tester/cached"] = (answer, None)
-    assert run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint if answer else NOWHERE) == expected
-    asked = [path for path in hub.requests if "tester/cached" in path]
-    assert len(asked) == (0 if answer is None else 2)  # one for the model, one for the tokenizer
+    hub.faults = {"tester/failing": (500, None), "tester/busy": (429, None)}
+    assert score(CACHED[1:], tmp_path, HF_ENDPOINT=hub.endpoint) == expected[1:]
+    asked = [len([path for path in hub.requests if name in path]) for name in CACHED]
+    assert asked == [0, 2, 2]  # one for the model, one for the tokenizer
 
 
 def test_a_forced_download_is_made_once(hub, reranker_checkpoint, tmp_path):
     make_model().save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     for name, folder in (("tester/single", reranker_checkpoint), ("tester/sharded", tmp_path / "sharded")):
         hub.repos[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code = """
+    code = f"""
 from transformers import AutoModelForSequenceClassification
 from llama_bidir import LlamaBidirectionalForSequenceClassification
-for cls in (LlamaBidirectionalForSequenceClassification, AutoModelForSequenceClassification):
-    cls.from_pretrained({name!r}, force_download=True)
+for name in {list(hub.repos)!r}:
+    for cls in (LlamaBidirectionalForSequenceClassification, AutoModelForSequenceClassification):
+        cls.from_pretrained(name, force_download=True)
 """
-    for name in hub.repos:
-        hub.downloads.clear()
-        run_python(code.format(name=name), tmp_path, HF_ENDPOINT=hub.endpoint)
-        weights = [file for file in hub.repos[name] if file.endswith((".safetensors", ".index.json"))]
-        assert {file: hub.downloads.count(file) for file in weights} == dict.fromkeys(weights, 2)  # one per class
+    run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
+    weights = [file for files in hub.repos.values() for file in files if file.endswith((".safetensors", ".index.json"))]
+    assert len(set(weights)) == len(weights) > 3
+    assert {file: hub.downloads.count(file) for file in weights} == dict.fromkeys(weights, 2)  # one per class
 
 
 BAD_REPOSITORIES = {

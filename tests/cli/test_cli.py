@@ -1,7 +1,5 @@
 import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -88,13 +86,6 @@ def test_existing_output_is_kept_without_overwrite(tmp_path, capsys):
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(FileExistsError):
         main(["quickstart", "--output", str(tmp_path), "--debug"])
-
-
-def test_module_runs():
-    result = subprocess.run(
-        [sys.executable, "-m", "llama_bidir", "--version"], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == f"llama-bidir {__version__}"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
+"""The quickstart learns, and what the README and the pages in docs/ show afterwards runs and prints what they say."""
+
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from helpers import lines
+from helpers import lines, run_python
+from hub_server import run_hub
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -15,6 +22,22 @@ from llama_bidir.cli.quickstart.steps import run_quickstart
 from llama_bidir.data import parse_row
 
 FILES = {"corpus.jsonl", "queries.jsonl", "qrels.tsv", "run.bm25.trec", "run.before.trec", "run.after.trec"}
+ROOT = Path(__file__).parents[2]
+
+
+class QuickstartOutput(NamedTuple):
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def quickstart_output(tmp_path_factory: pytest.TempPathFactory) -> QuickstartOutput:
+    """The folder and the output of `llama-bidir quickstart`, which runs once (about 90 seconds)."""
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    command = [sys.executable, "-m", "llama_bidir", "quickstart", "--output", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return QuickstartOutput(folder, result.stdout)
 
 
 def test_the_collection_is_seeded_and_no_test_person_is_in_the_training_rows():
@@ -53,6 +76,36 @@ def test_quickstart_learns_to_rank_held_out_questions(quickstart_output):
     first = [line for line in run if line[0] == queries[0]["_id"]]
     scores = CrossEncoder(output / "model").predict([(queries[0]["text"], corpus[line[2]]) for line in first])
     assert scores.tolist() == pytest.approx([float(line[4]) for line in first], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_every_block_of_the_readme_prints_what_it_says(quickstart_output, tmp_path):
+    (tmp_path / "quickstart-output").symlink_to(quickstart_output.folder)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", readme, flags=re.DOTALL)
+    assert len(blocks) == 4
+    with run_hub() as hub:
+        for code, expected in blocks:
+            printed = run_python(code, tmp_path, HF_ENDPOINT=hub.endpoint)
+            if expected:
+                # Scores differ slightly between machines, and the ranking does not.
+                numbers = r"-?\d+\.\d+"
+                assert re.sub(numbers, "#", printed) == re.sub(numbers, "#", expected)
+        assert "model.safetensors" in hub.repos["you/my-reranker"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "num_blocks"), [("scoring.md", 4), ("training.md", 1)])
+def test_a_page_prints_what_it_says(page, num_blocks, quickstart_output, tmp_path):
+    """Each page is one script, from top to bottom."""
+    pytest.importorskip("torchao")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
+    assert len(code) == text.count("```python") == num_blocks
+    (tmp_path / "quickstart-output").symlink_to(quickstart_output.folder)
+    printed = run_python("\n".join(block for block, _ in code), tmp_path)
+    expected = "".join(output for _, output in code)
+    assert printed.endswith(expected) if "trainer" in text else printed == expected
 
 
 def test_quickstart_with_a_given_model_and_file(base_checkpoint, tmp_path):

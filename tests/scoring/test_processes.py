@@ -32,7 +32,7 @@ def run_script(tmp_path, source, *arguments, threads="2"):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"},
+        env={**os.environ, "OMP_NUM_THREADS": threads},
         start_new_session=True,
     )
     try:

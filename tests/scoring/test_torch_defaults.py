@@ -158,10 +158,10 @@ def test_adapters_and_merging(adapter, setting):
         assert merged.predict(PAIRS).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+@pytest.mark.usefixtures("no_plot")
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 @pytest.mark.parametrize("setting", [*DTYPES, "cpu", "deterministic"])
 def test_training(tmp_path, setting, strategy):
-    pytest.importorskip("accelerate")
     from llama_bidir.training import CrossEncoderTrainer, CrossEncoderTrainingArguments
 
     def train(name: str) -> tuple[dict[str, torch.Tensor], float]:

@@ -143,21 +143,22 @@ import numpy as np
 from llama_bidir import CrossEncoder
 from llama_bidir.scoring.engine import LocalEngine
 
-folder, output, task = sys.argv[1:]
+folder, output, *tasks = sys.argv[1:]
 rank = os.environ["RANK"]
-pairs = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
-reranker = CrossEncoder(folder, device="cpu", distributed=task != "alone")
-scored = []
-forward = reranker.engine()._forward
-reranker.engine()._forward = lambda ids, *args: scored.append(len(ids)) or forward(ids, *args)
 LocalEngine.chunk_pairs = 8
-if task == "other pairs" and rank == "1":
-    pairs = pairs[:30]
-if task == "alone" and rank == "1":
-    pairs = pairs[:3]
-if task == "failure" and rank == "1":
-    reranker.engine()._forward = lambda *args: 1 / 0
-np.savez(f"{output}/{task}-{rank}.npz", scores=reranker.predict(iter(pairs)), scored=sum(scored))
+for task in tasks:
+    pairs = [(f"query {number % 7}", f"{'bees ' * (number % 11)}{number}") for number in range(60)]
+    reranker = CrossEncoder(folder, device="cpu", distributed=task != "alone")
+    scored = []
+    forward = reranker.engine()._forward
+    reranker.engine()._forward = lambda ids, *args: scored.append(len(ids)) or forward(ids, *args)
+    if task == "other pairs" and rank == "1":
+        pairs = pairs[:30]
+    if task == "alone" and rank == "1":
+        pairs = pairs[:3]
+    if task == "failure" and rank == "1":
+        reranker.engine()._forward = lambda *args: 1 / 0
+    np.savez(f"{output}/{task}-{rank}.npz", scores=reranker.predict(iter(pairs)), scored=sum(scored))
 """
 
 
@@ -192,13 +193,13 @@ os._exit(0)
 """
 
 
-def run_ranks(tmp_path, folder, task, source=RANK_SCRIPT):
+def run_ranks(tmp_path, folder, *tasks, source=RANK_SCRIPT):
     script = tmp_path / "script.py"
     script.write_text(source)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "--standalone", str(script), str(folder), str(tmp_path), task],
+        [*command, "--standalone", str(script), str(folder), str(tmp_path), *tasks],
         capture_output=True,
         text=True,
         check=False,
@@ -208,21 +209,19 @@ def run_ranks(tmp_path, folder, task, source=RANK_SCRIPT):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["shared", "alone"])
-def test_ranks_share_the_pairs_and_all_get_all_scores(tmp_path, reranker_checkpoint, single, task):
-    result = run_ranks(tmp_path, reranker_checkpoint, task)
+def test_ranks_share_the_pairs_and_all_get_all_scores(tmp_path, reranker_checkpoint, single):
+    result = run_ranks(tmp_path, reranker_checkpoint, "alone", "shared")
     assert result.returncode == 0, result.stderr
     expected = single.predict(PAIRS)
-    outputs = [np.load(tmp_path / f"{task}-{rank}.npz") for rank in (0, 1)]
-    if task == "alone":
-        assert [int(output["scored"]) for output in outputs] == [60, 3]
-        expected_of = [expected, expected[:3]]
-    else:
-        assert sum(int(output["scored"]) for output in outputs) == 60
-        assert min(int(output["scored"]) for output in outputs) > 20
-        expected_of = [expected, expected]
-    for output, values in zip(outputs, expected_of, strict=True):
-        np.testing.assert_allclose(output["scores"], values, rtol=1e-5, atol=1e-6)
+    for task, expected_of in (("alone", [expected, expected[:3]]), ("shared", [expected, expected])):
+        outputs = [np.load(tmp_path / f"{task}-{rank}.npz") for rank in (0, 1)]
+        if task == "alone":
+            assert [int(output["scored"]) for output in outputs] == [60, 3]
+        else:
+            assert sum(int(output["scored"]) for output in outputs) == 60
+            assert min(int(output["scored"]) for output in outputs) > 20
+        for output, values in zip(outputs, expected_of, strict=True):
+            np.testing.assert_allclose(output["scores"], values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -243,7 +242,7 @@ def test_ranks_fail_together(tmp_path, reranker_checkpoint, task, messages):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["second call", "other call", "joined by us"])
 def test_a_call_that_the_other_process_does_not_make_ends_with_an_error(tmp_path, reranker_checkpoint, task):
-    result = run_ranks(tmp_path, reranker_checkpoint, task, ABSENT_SCRIPT)
+    result = run_ranks(tmp_path, reranker_checkpoint, task, source=ABSENT_SCRIPT)
     assert result.returncode == 0, result.stderr
     error = (tmp_path / f"{task}-0.txt").read_text()
     assert error.startswith(

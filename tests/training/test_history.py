@@ -2,11 +2,31 @@ import json
 import logging
 
 import pytest
+from helpers import ROWS, arguments, make_model, make_tokenizer
 
 pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
 
+from llama_bidir import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from llama_bidir.training import read_history
 from llama_bidir.training.checkpoints import RUN_NAME, check_same_run, is_finished, remove_run
+
+
+def test_history_and_curves_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = CrossEncoderTrainer(
+        make_model(),
+        arguments(CrossEncoderTrainingArguments, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2),
+        ROWS,
+        ROWS[:4],
+        make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>"),
+    )
+    trainer.train()
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert history == trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in history if "eval_ndcg@10" in entry] == [2, 4]
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_lines_that_are_not_logs_are_left_out(tmp_path, caplog):

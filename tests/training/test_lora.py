@@ -20,6 +20,7 @@ from llama_bidir import (  # noqa: E402
 )
 from llama_bidir.training import DataArguments, ModelArguments, merge_adapter, train  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 PAIRS = [(row["query"], passage) for row in ROWS[:5] for passage in row["pos_doc"] + row["neg_doc"]]
 
 

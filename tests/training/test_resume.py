@@ -28,6 +28,7 @@ from llama_bidir.training import (
 )
 from llama_bidir.training.checkpoints import describe_groups
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 
 

@@ -1,6 +1,5 @@
 import copy
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -16,6 +15,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
 from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE  # noqa: E402
 from llama_bidir.losses import LOSSES, TEACHER_LOSSES  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 def make_trainer(path, rows=ROWS, eval_rows=None, *, model=None, model_fields=None, trainer_fields=None, **kwargs):
@@ -288,17 +289,6 @@ def test_neftune_adds_noise_in_training_only(tmp_path):
     for trainer in (plain, noisy):
         trainer.train()
     assert losses(noisy)[0] != losses(plain)[0]
-
-
-def test_history_and_curves_are_written(tmp_path):
-    pytest.importorskip("matplotlib")
-    trainer = make_trainer(tmp_path, ROWS, ROWS[:4], max_steps=4, eval_strategy="steps", eval_steps=2)
-    trainer.train()
-    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert history == trainer.state.log_history
-    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
-    assert [entry["step"] for entry in history if "eval_ndcg@10" in entry] == [2, 4]
-    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_global_batch_size_sets_accumulation(tmp_path):

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
 from llama_bidir.training import DataArguments, ModelArguments, train  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 ROWS = ALL_ROWS[:16]
 
 

@@ -1,11 +1,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from llama_bidir import __version__
 from llama_bidir.cli import main
-from llama_bidir.utils.launch import check_launch, launch_number
+from llama_bidir.utils.launch import WAIT_VARIABLES, check_launch, launch_number
 
 
 def test_an_empty_variable_is_unset(monkeypatch):
@@ -66,3 +68,65 @@ def test_no_thread_of_gloo_outlives_the_group(tmp_path):
         [sys.executable, "-c", GROUP, str(tmp_path / "store")], capture_output=True, text=True, check=False
     )
     assert (result.stdout, result.returncode) == ("True 0 False\n", 0), result.stderr
+
+
+COMMANDS = {
+    "module": ["-m", "llama_bidir"],
+    "one word": ["-W", "error", "-mllama_bidir"],
+    "script": [str(Path(sys.executable).with_name("llama-bidir"))],
+}
+OTHERS = {
+    "code": ["-c", "import llama_bidir"],
+    "module": ["-m", "other", "-m", "llama_bidir"],
+    "script": ["script.py", "llama-bidir"],
+}
+
+
+def environment(**variables):
+    """The environment of a user: that of the tests without the variables of OpenMP."""
+    return {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES} | variables
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A `transformers` that, when imported, prints the policy and ends the process before torch is imported."""
+    (tmp_path / "other").mkdir()
+    for name in ("script.py", "other/__init__.py", "other/__main__.py"):
+        (tmp_path / name).write_text("import llama_bidir")
+    (tmp_path / "transformers.py").write_text("import os\nprint(os.environ.get('OMP_WAIT_POLICY'))\nraise SystemExit")
+    return tmp_path
+
+
+def policies(arguments, path, **variables):
+    variables["PYTHONPATH"] = os.pathsep.join([str(path), str(Path(__file__).parents[2])])
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=path, env=environment(**variables), capture_output=True, text=True, check=True
+    )
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_waits_passively_before_torch_is_imported(arguments, stub):
+    assert policies([*arguments, "recipes"], stub) == ["PASSIVE"]
+    assert policies(arguments, stub, OMP_WAIT_POLICY="ACTIVE") == ["ACTIVE"]
+    assert policies(arguments, stub, GOMP_SPINCOUNT="1000") == ["None"]
+
+
+@pytest.mark.parametrize("arguments", OTHERS.values(), ids=OTHERS)
+def test_an_import_leaves_the_environment_alone(arguments, stub):
+    assert policies(arguments, stub) == ["None"]
+
+
+def test_processes_of_torchrun_wait_passively(stub):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llama_bidir"]
+    assert policies(torchrun, stub) == ["PASSIVE", "PASSIVE"]
+
+
+def test_the_module_runs_and_openmp_reads_the_policy():
+    command = [sys.executable, "-m", "llama_bidir", "--version"]
+    result = subprocess.run(
+        command, env=environment(OMP_DISPLAY_ENV="VERBOSE"), capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"llama-bidir {__version__}\n"
+    if sys.platform == "linux":  # torch comes with another OpenMP elsewhere
+        assert "GOMP_SPINCOUNT = '0'" in result.stderr
