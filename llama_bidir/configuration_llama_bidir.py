@@ -313,9 +313,9 @@ class LlamaBidirectionalConfig(LlamaConfig):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
             `max_position_embeddings`, or to `original_max_position_embeddings` with the rope_type `longrope`.
         int8_skip_modules (`list[str]`, *optional*):
-            The linear layers that `dtype="int8"` leaves in float32, by their names in the body of the model, such as
-            `"layers.2.mlp.down_proj"`. `llama-bidir quantize` sets it. `None` means that the weights were not made for
-            int8.
+            The linear layers that `dtype="int8"` leaves in a higher precision, by their names in the body of the model,
+            such as `"layers.2.mlp.down_proj"`. `llama-bidir quantize` sets it. `None` means that the weights were not
+            made for int8.
         num_labels (`int`, *optional*, defaults to 1):
             The number of outputs of the score head.
 

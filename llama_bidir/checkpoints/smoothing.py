@@ -18,8 +18,8 @@ from ..scoring.int8 import quantize_rows
 
 # How far a factor follows the activations (1) or the weights (0). No factor at all is tried too.
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Rows of a linear layer's input that are kept to compare strengths.
-SAMPLE_ROWS = 256
+# Rows of a linear layer's input that are kept to compare strengths, and the distance between two of them.
+SAMPLE_ROWS, SAMPLE_STEP = 512, 16
 
 
 class Site(NamedTuple):
@@ -65,21 +65,20 @@ class Inputs:
 
     def add(self, states: torch.Tensor, residual: torch.Tensor) -> None:
         """Reads the input of a forward pass and the residual stream of its layer, of shape `(..., features)`."""
-        rows = states.detach().flatten(0, -2).float()
-        self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
-        # A sample without random numbers: every 8th row, until there are enough.
+        self.largest = torch.maximum(self.largest, states.detach().flatten(0, -2).float().abs().amax(dim=0))
         missing = SAMPLE_ROWS - sum(map(len, self._rows))
-        self._rows.append(rows[::8][:missing].clone())
-        self._energies.append(residual.detach().flatten(0, -2)[::8][:missing].float().square().sum(dim=-1))
+        rows, residual = (each.detach().flatten(0, -2)[::SAMPLE_STEP][:missing].float() for each in (states, residual))
+        self._rows.append(rows.clone())
+        self._energies.append(residual.square().sum(dim=-1))
 
     @property
     def rows(self) -> torch.Tensor:
-        """`torch.FloatTensor` of shape `(at most 256, in_features)`."""
+        """`torch.FloatTensor` of shape `(at most 512, in_features)`."""
         return torch.cat(self._rows)
 
     @property
     def energies(self) -> torch.Tensor:
-        """The squared norm of the residual stream for each row, `torch.FloatTensor` of shape `(at most 256,)`."""
+        """The squared norm of the residual stream for each row, `torch.FloatTensor` of shape `(at most 512,)`."""
         return torch.cat(self._energies)
 
 
@@ -104,32 +103,35 @@ def watching(body: Any, names: Iterable[str]) -> Iterator[dict[str, Inputs]]:
         yield found
 
 
-def smooth(body: Any, calibrate: Callable[[], Any], *, num_kept: int) -> list[str]:
+def smooth(body: Any, calibrate: Callable[[], Any], *, num_skipped: int) -> list[str]:
     """
     Smooths a model in place. Its outputs stay the same.
 
     Args:
         body: a [`LlamaBidirectionalModel`] in a floating-point dtype.
         calibrate: runs forward passes of typical pairs, each through all modules of the body.
-        num_kept: how many layers should stay in the higher precision.
+        num_skipped: how many of the projections to the residual stream int8 should skip.
 
     Returns:
-        the names of the layers whose rounding changes the residual stream most, within the body.
+        the names of the layers that int8 should skip, within the body: all query, key and value projections, because
+        attention amplifies their errors, and the projections whose rounding changes the residual stream most.
     """
     sites = list(find_sites(body))
     with watching(body, [site.consumers[0] for site in sites]) as found:
         calibrate()
-    errors: dict[str, float] = {}
+    skipped, errors = [], {}
     for site in sites:
         inputs = found.pop(site.consumers[0])
         layers = [body.get_submodule(name) for name in site.consumers]
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
         factors = best_factors(inputs, weight, shared=site.shared, head_dim=body.config.head_dim)
-        if len(layers) == 1:  # it writes to the residual stream
+        if len(layers) == 3:
+            skipped += site.consumers
+        elif len(layers) == 1:  # it writes to the residual stream
             difference = rounding(inputs.rows / factors, weight * factors)
             errors[site.consumers[0]] = float((difference.square().sum(dim=-1) / inputs.energies).mean())
         _fold(site, layers, factors, body.config.head_dim)
-    return sorted(sorted(errors, key=lambda name: -errors[name])[:num_kept])
+    return skipped + sorted(errors, key=lambda name: -errors[name])[:num_skipped]
 
 
 def best_factors(inputs: Inputs, weight: torch.Tensor, *, shared: int, head_dim: int) -> torch.Tensor:

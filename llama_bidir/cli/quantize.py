@@ -1,6 +1,7 @@
 """Make a reranker for int8: a checkpoint with equal scores that dtype int8 changes less."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..utils.tables import format_table
@@ -50,7 +51,13 @@ def run(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         overwrite=arguments.overwrite,
     )
-    say(*_format(result), f"in float32: {', '.join(result.skip_modules)}", f"reranker: {arguments.output}")
+    say(*_format(result), f"int8 skips {_summary(result.skip_modules)}", f"reranker: {arguments.output}")
+
+
+def _summary(names: Sequence[str]) -> str:
+    """The query, key and value projections are one item, because they are those of all layers."""
+    others = [name for name in names if name.rsplit(".", 1)[1] not in ("q_proj", "k_proj", "v_proj")]
+    return ", ".join(["q_proj, k_proj and v_proj", *others])
 
 
 def _format(result: "QuantizationResult") -> list[str]:

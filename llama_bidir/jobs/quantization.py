@@ -23,8 +23,8 @@ from ..utils.outputs import whole_folder
 from ..utils.validation import check_positive_int, check_text
 
 MEASURE = "nDCG@10"
-# One in ten decoder layers has an input of its down projection that int8 rounds much more than those of the others.
-LAYERS_PER_KEPT_MODULE = 10
+# In one decoder layer of ten, int8 rounds the down projection much more than in the others: a few inputs are very large.
+LAYERS_PER_SKIPPED_PROJECTION = 10
 # The largest difference of the new checkpoint's scores from the old one's, relative to the largest score.
 TOLERANCE = 1e-5
 
@@ -36,7 +36,7 @@ class QuantizationResult(NamedTuple):
     What int8 does to the scores of a reranker, before and after it was made for int8.
 
     Args:
-        skip_modules: the linear layers that stay in float32.
+        skip_modules: the linear layers that int8 skips.
         num_pairs: how many pairs the errors are of. None of them was used for calibration if there were enough pairs.
         errors: the root mean square of the difference between int8 and float32 scores, over the standard deviation of
             the float32 scores, by `"before"` and `"after"`.
@@ -166,7 +166,7 @@ def _smooth(cross_encoder: CrossEncoder, pairs: Sequence[Pair]) -> list[str]:
         for ids in sequences:
             body(input_ids=torch.tensor([ids], device="cpu"))
 
-    return smooth(body, calibrate, num_kept=-(-num_layers // LAYERS_PER_KEPT_MODULE))
+    return smooth(body, calibrate, num_skipped=-(-num_layers // LAYERS_PER_SKIPPED_PROJECTION))
 
 
 def _check_scores(scores: np.ndarray, expected: np.ndarray) -> None:

@@ -32,8 +32,10 @@ from ..modeling_llama_bidir import (
 )
 from .buffers import Buffers
 from .device import is_intel, multiplies_bfloat16_faster
-from .int8 import Int8Linear, quantize_rows
+from .int8 import Int8Linear, SkippedLinear, quantize_rows
 from .packing import PACKED_ATTENTION
+
+Layer = nn.Linear | Int8Linear | SkippedLinear
 
 PLAIN_PARTS = {
     LlamaBidirectionalForSequenceClassification,
@@ -45,6 +47,7 @@ PLAIN_PARTS = {
     LlamaRotaryEmbedding,
     Float32Linear,
     Int8Linear,
+    SkippedLinear,
     nn.Embedding,
     nn.Linear,
     nn.ModuleList,
@@ -141,7 +144,7 @@ def attend(
         for projected in project(states, [attention.q_proj, attention.k_proj, attention.v_proj], buffers)
     )
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    if isinstance(attention.v_proj, Int8Linear):  # its products are float32
+    if isinstance(attention.v_proj, Int8Linear | SkippedLinear):  # its products need not have the dtype of the states
         dtype = torch.bfloat16 if states.device.type == "cpu" and _attends_in_bfloat16() else states.dtype
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     name = attention.config._attn_implementation
@@ -186,7 +189,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return rotated
 
 
-def project(states: torch.Tensor, layers: Sequence[nn.Linear | Int8Linear], buffers: Buffers) -> list[torch.Tensor]:
+def project(states: torch.Tensor, layers: Sequence[Layer], buffers: Buffers) -> list[torch.Tensor]:
     """`layer(states)` for each layer, of shape `(1, total_tokens, layer.out_features)`; valid until the next call."""
     products, rows = [], None
     for number, layer in enumerate(layers):
@@ -195,17 +198,15 @@ def project(states: torch.Tensor, layers: Sequence[nn.Linear | Int8Linear], buff
             out = buffers.take(f"product {number}", rows.scales, states.shape[1], layer.out_features)
             products.append(layer.multiply(rows, out)[None])
         else:
+            states = states.to(layer.weight.dtype)  # another one for what int8 skips
             products.append(_multiply(states, layer))
     return products
 
 
-def add_projected(
-    residual: torch.Tensor, states: torch.Tensor, layer: nn.Linear | Int8Linear, buffers: Buffers
-) -> torch.Tensor:
+def add_projected(residual: torch.Tensor, states: torch.Tensor, layer: Layer, buffers: Buffers) -> torch.Tensor:
     """`residual + layer(states)`, of the shape of `residual`, in its memory where that is faster."""
-    if isinstance(layer, Int8Linear):
+    if isinstance(layer, Int8Linear | SkippedLinear):
         return residual.add_(project(states, [layer], buffers)[0])
-    states = states.to(residual.dtype)
     if _use_onednn(states):
         total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
         return total
@@ -226,7 +227,7 @@ def gate(states: torch.Tensor, mlp: LlamaMLP, buffers: Buffers) -> torch.Tensor:
     return silu(gates, inplace=True).mul_(ups)
 
 
-def _multiply(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+def _multiply(states: torch.Tensor, layer: nn.Linear | SkippedLinear) -> torch.Tensor:
     if _use_onednn(states):
         product: torch.Tensor = _onednn_linear(states, layer.weight, layer.bias, "none", [], "")
         return product

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from .buffers import Buffers
-from .device import cpu_capabilities
+from .device import cpu_capabilities, multiplies_bfloat16_faster
 
 LARGEST = 127
 # Instructions that add products of int8 without rounding, by torch's names for them.
@@ -103,6 +104,29 @@ class Int8Linear(nn.Module):
         return self
 
 
+class SkippedLinear(nn.Module):
+    """
+    A linear layer that int8 skips: in bfloat16 where the device multiplies that faster, else in float32.
+
+    Args:
+        weight (`torch.Tensor` of shape `(out_features, in_features)`): any floating dtype.
+        bias (`torch.Tensor` of shape `(out_features,)`, *optional*).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        dtype = torch.bfloat16 if weight.device.type != "cpu" or multiplies_bfloat16_faster() else torch.float32
+        self.register_buffer("weight", weight.detach().to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = linear(input.to(self.weight.dtype), self.weight, self.bias)
+        return product.to(input.dtype)
+
+
 def _integer_product(values: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`values @ weight.t()` in int32, in the memory of `out` where it can be."""
     if values.device.type != "cuda" or len(values) >= SMALLEST_CUDA_ROWS:
@@ -118,17 +142,20 @@ def quantize_linears(model: Any, skip_modules: Sequence[str] = ()) -> None:
 
     Args:
         model: a [`LlamaBidirectionalForSequenceClassification`].
-        skip_modules: names of layers that stay as they are, within the body, such as `"layers.2.mlp.down_proj"`.
+        skip_modules: names of layers that become a [`SkippedLinear`], within the body, such as
+            `"layers.2.mlp.down_proj"`.
     """
     for name, layer in list(model.model.layers.named_modules(prefix="layers")):
-        if type(layer) is nn.Linear and name not in skip_modules:
+        if type(layer) is nn.Linear:
             parent, _, child = name.rpartition(".")
-            setattr(model.model.get_submodule(parent), child, Int8Linear(layer.weight, layer.bias))
+            kind = SkippedLinear if name in skip_modules else Int8Linear
+            setattr(model.model.get_submodule(parent), child, kind(layer.weight, layer.bias))
 
 
 def is_int8(model: Any) -> bool:
-    """Whether a model has int8 layers."""
-    return isinstance(model, nn.Module) and any(type(module) is Int8Linear for module in model.modules())
+    """Whether a model is one that [`quantize_linears`] has changed."""
+    kinds = (Int8Linear, SkippedLinear)
+    return isinstance(model, nn.Module) and any(type(module) in kinds for module in model.modules())
 
 
 def dtype_name(model: Any) -> str:

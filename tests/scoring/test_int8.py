@@ -13,7 +13,7 @@ from llama_bidir import CrossEncoder
 from llama_bidir.jobs.scoring import describe_scoring
 from llama_bidir.scoring import forward, int8
 from llama_bidir.scoring.forward import is_plain
-from llama_bidir.scoring.int8 import Int8Linear, quantize_rows
+from llama_bidir.scoring.int8 import Int8Linear, SkippedLinear, quantize_rows
 
 try:
     int8.check_int8_device(torch.device("cpu"))
@@ -57,8 +57,12 @@ def test_scores_are_near_those_of_float32(tokenizer, fields):
     assert 0 < error < 0.1
 
 
+@pytest.mark.parametrize("skipped", [[], ["layers.0.self_attn.v_proj", "layers.1.mlp.down_proj"]])
 @pytest.mark.parametrize(("in_bfloat16", "tolerance"), [(False, 1e-4), (True, 0.05)])
-def test_scoring_computes_what_the_layers_do(reranker, monkeypatch, in_bfloat16, tolerance):
+def test_scoring_computes_what_the_layers_do(tokenizer, monkeypatch, in_bfloat16, tolerance, skipped):
+    monkeypatch.setattr(int8, "multiplies_bfloat16_faster", lambda: in_bfloat16)
+    model = make_model(int8_skip_modules=skipped)
+    reranker = CrossEncoder(model, tokenizer, max_length=64, device="cpu", dtype="int8")
     monkeypatch.setattr(forward, "_attends_in_bfloat16", lambda: in_bfloat16)
     scores = reranker.predict(PAIRS)
     assert is_plain(reranker.model)
@@ -82,13 +86,14 @@ def test_the_callers_model_stays_in_float32(model, tokenizer):
     assert not int8.is_int8(model)
 
 
-def test_layers_that_the_configuration_names_stay_in_float32(tokenizer, tmp_path):
+def test_layers_that_the_configuration_names_are_skipped(tokenizer, tmp_path):
     make_model(int8_skip_modules=["layers.1.mlp.down_proj"]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reranker = CrossEncoder(tmp_path, device="cpu", dtype="int8")
     kinds = {name: type(module) for name, module in reranker.model.model.named_modules() if name.endswith("_proj")}
     assert len(kinds) == 14
-    assert [name for name, kind in kinds.items() if kind is nn.Linear] == ["layers.1.mlp.down_proj"]
+    assert [name for name, kind in kinds.items() if kind is SkippedLinear] == ["layers.1.mlp.down_proj"]
+    assert [name for name, kind in kinds.items() if kind is not Int8Linear] == ["layers.1.mlp.down_proj"]
     exact = CrossEncoder(tmp_path, device="cpu", dtype="float32").predict(PAIRS)
     assert np.sqrt(np.mean((reranker.predict(PAIRS) - exact) ** 2)) / exact.std() < 0.1
 
