@@ -53,85 +53,56 @@ def _parameters(layer: nn.Linear) -> list[torch.Tensor]:
 
 
 class Inputs:
-    """
-    What calibration keeps of a linear layer: the largest magnitude per input channel, some rows of its input, and how
-    large the residual stream is there.
-    """
+    """What calibration keeps of a linear layer: the largest magnitude per input channel, and some rows of its input."""
 
     def __init__(self) -> None:
         self.largest = torch.zeros((), dtype=torch.float32, device="cpu")
         self._rows: list[torch.Tensor] = []
-        self._energies: list[torch.Tensor] = []
 
-    def add(self, states: torch.Tensor, residual: torch.Tensor) -> None:
-        """Reads the input of a forward pass and the residual stream of its layer, of shape `(..., features)`."""
-        self.largest = torch.maximum(self.largest, states.detach().flatten(0, -2).float().abs().amax(dim=0))
+    def add(self, states: torch.Tensor) -> None:
+        """Reads the input of a forward pass, of shape `(..., in_features)`."""
+        rows = states.detach().flatten(0, -2).float()
+        self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
         missing = SAMPLE_ROWS - sum(map(len, self._rows))
-        rows, residual = (each.detach().flatten(0, -2)[::SAMPLE_STEP][:missing].float() for each in (states, residual))
-        self._rows.append(rows.clone())
-        self._energies.append(residual.square().sum(dim=-1))
+        self._rows.append(rows[::SAMPLE_STEP][:missing].clone())
 
     @property
     def rows(self) -> torch.Tensor:
         """`torch.FloatTensor` of shape `(at most 512, in_features)`."""
         return torch.cat(self._rows)
 
-    @property
-    def energies(self) -> torch.Tensor:
-        """The squared norm of the residual stream for each row, `torch.FloatTensor` of shape `(at most 512,)`."""
-        return torch.cat(self._energies)
-
 
 @contextmanager
 def watching(body: Any, names: Iterable[str]) -> Iterator[dict[str, Inputs]]:
     """Yields what forward passes send into linear layers while the context is open, by the names of the layers."""
     found = {name: Inputs() for name in names}
-    residuals: dict[nn.Module, torch.Tensor] = {}
 
-    def keep_residual(layer: nn.Module, inputs: Any) -> None:
-        residuals[layer] = inputs[0]
-
-    def reader(inputs: Inputs, layer: nn.Module) -> Callable[[nn.Module, Any], None]:
-        return lambda module, arguments: inputs.add(arguments[0], residuals[layer])
+    def reader(inputs: Inputs) -> Callable[[nn.Module, Any], None]:
+        return lambda module, arguments: inputs.add(arguments[0])
 
     with ExitStack() as hooks:
-        for layer in body.layers:
-            hooks.callback(layer.register_forward_pre_hook(keep_residual).remove)
         for name, inputs in found.items():
-            layer = body.layers[int(name.split(".")[1])]
-            hooks.callback(body.get_submodule(name).register_forward_pre_hook(reader(inputs, layer)).remove)
+            hooks.callback(body.get_submodule(name).register_forward_pre_hook(reader(inputs)).remove)
         yield found
 
 
-def smooth(body: Any, calibrate: Callable[[], Any], *, num_skipped: int) -> list[str]:
+def smooth(body: Any, calibrate: Callable[[], Any]) -> None:
     """
     Smooths a model in place. Its outputs stay the same.
 
     Args:
         body: a [`LlamaBidirectionalModel`] in a floating-point dtype.
         calibrate: runs forward passes of typical pairs, each through all modules of the body.
-        num_skipped: how many of the projections to the residual stream int8 should skip.
-
-    Returns:
-        the names of the layers that int8 should skip, within the body: all query, key and value projections, because
-        attention amplifies their errors, and the projections whose rounding changes the residual stream most.
     """
     sites = list(find_sites(body))
     with watching(body, [site.consumers[0] for site in sites]) as found:
         calibrate()
-    skipped, errors = [], {}
     for site in sites:
         inputs = found.pop(site.consumers[0])
         layers = [body.get_submodule(name) for name in site.consumers]
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
         factors = best_factors(inputs, weight, shared=site.shared, head_dim=body.config.head_dim)
-        if len(layers) == 3:
-            skipped += site.consumers
-        elif len(layers) == 1:  # it writes to the residual stream
-            difference = rounding(inputs.rows / factors, weight * factors)
-            errors[site.consumers[0]] = float((difference.square().sum(dim=-1) / inputs.energies).mean())
         _fold(site, layers, factors, body.config.head_dim)
-    return skipped + sorted(errors, key=lambda name: -errors[name])[:num_skipped]
 
 
 def best_factors(inputs: Inputs, weight: torch.Tensor, *, shared: int, head_dim: int) -> torch.Tensor:

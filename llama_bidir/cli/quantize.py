@@ -1,7 +1,6 @@
 """Make a reranker for int8: a checkpoint with equal scores that dtype int8 changes less."""
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..utils.tables import format_table
@@ -51,13 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         overwrite=arguments.overwrite,
     )
-    say(*_format(result), f"int8 skips {_summary(result.skip_modules)}", f"reranker: {arguments.output}")
-
-
-def _summary(names: Sequence[str]) -> str:
-    """The query, key and value projections are one item, because they are those of all layers."""
-    others = [name for name in names if name.rsplit(".", 1)[1] not in ("q_proj", "k_proj", "v_proj")]
-    return ", ".join(["q_proj, k_proj and v_proj", *others])
+    say(*_format(result), f"int8 skips {', '.join(result.skip_modules) or 'nothing'}", f"reranker: {arguments.output}")
 
 
 def _format(result: "QuantizationResult") -> list[str]:

@@ -207,6 +207,7 @@ def add_projected(residual: torch.Tensor, states: torch.Tensor, layer: Layer, bu
     """`residual + layer(states)`, of the shape of `residual`, in its memory where that is faster."""
     if isinstance(layer, Int8Linear | SkippedLinear):
         return residual.add_(project(states, [layer], buffers)[0])
+    states = states.to(residual.dtype)  # another one where int8 layers attend in bfloat16
     if _use_onednn(states):
         total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
         return total

@@ -4,7 +4,8 @@ Linear layers in int8: one scale per output channel of the weights, and one per 
 A token's scale depends on that token alone, so a score does not depend on the other pairs of its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -147,9 +148,21 @@ def quantize_linears(model: Any, skip_modules: Sequence[str] = ()) -> None:
     """
     for name, layer in list(model.model.layers.named_modules(prefix="layers")):
         if type(layer) is nn.Linear:
-            parent, _, child = name.rpartition(".")
             kind = SkippedLinear if name in skip_modules else Int8Linear
-            setattr(model.model.get_submodule(parent), child, kind(layer.weight, layer.bias))
+            model.model.set_submodule(name, kind(layer.weight, layer.bias))
+
+
+@contextmanager
+def in_int8(body: Any, names: Sequence[str]) -> Iterator[None]:
+    """Replaces linear layers by int8 ones until the context closes, by their names in the body of a model."""
+    layers = {name: body.get_submodule(name) for name in names}
+    try:
+        for name, layer in layers.items():
+            body.set_submodule(name, Int8Linear(layer.weight, layer.bias))
+        yield
+    finally:
+        for name, layer in layers.items():
+            body.set_submodule(name, layer)
 
 
 def is_int8(model: Any) -> bool:

@@ -11,8 +11,8 @@ from llama_bidir import CrossEncoder
 from llama_bidir.checkpoints.smoothing import find_sites, smooth
 from llama_bidir.cli import main
 from llama_bidir.jobs import quantization
-from llama_bidir.jobs.quantization import quantize_reranker, read_calibration_pairs
-from llama_bidir.scoring.int8 import check_int8_device
+from llama_bidir.jobs.quantization import choose_skipped, quantize_reranker, read_calibration_pairs
+from llama_bidir.scoring.int8 import check_int8_device, in_int8
 
 try:
     check_int8_device(torch.device("cpu"))
@@ -60,12 +60,26 @@ def test_scores_stay_and_int8_rounds_less(checkpoint, data, tmp_path):
     stored = CrossEncoder(tmp_path / "out", device="cpu", dtype="auto").model
     assert stored.dtype == torch.bfloat16  # nothing is rounded, so nothing needs more bits
     assert stored.config.int8_skip_modules == result.skip_modules
-    # The inputs of attention, and of 2 layers the projection that int8 rounds most.
-    assert len(result.skip_modules) == 2 * 3 + 1
-    assert result.skip_modules[:3] == [f"layers.0.self_attn.{part}_proj" for part in "qkv"]
     exact = CrossEncoder(checkpoint, device="cpu", dtype="float32").predict(PAIRS)
     error = CrossEncoder(tmp_path / "out", device="cpu", dtype="int8").predict(PAIRS) - exact
     assert np.sqrt(np.mean(error**2)) / exact.std() == pytest.approx(result.errors["after"], rel=1e-3)
+
+
+def test_int8_skips_what_changes_the_scores_most(tokenizer, monkeypatch):
+    reranker = CrossEncoder(outlier_model(), tokenizer, device="cpu")
+    expected, errors = reranker.predict(PAIRS), {}
+    for layer in (0, 1):
+        attention = [f"layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
+        for site in (attention, [f"layers.{layer}.mlp.down_proj"]):
+            with in_int8(reranker.model.model, site):
+                errors[tuple(site)] = quantization._error(reranker.predict(PAIRS), expected)
+    assert np.array_equal(reranker.predict(PAIRS), expected)  # the layers are back
+    order = sorted(errors, key=lambda site: -errors[site])
+    left = np.sqrt(sum(errors[site] ** 2 for site in order[2:]))
+    monkeypatch.setattr(quantization, "TARGET_ERROR", left * 1.001)
+    assert choose_skipped(reranker, PAIRS) == [*order[0], *order[1]]
+    monkeypatch.setattr(quantization, "TARGET_ERROR", 1.0)
+    assert choose_skipped(reranker, PAIRS) == []
 
 
 def test_each_site_is_smoothed_by_powers_of_two(tokenizer):
@@ -77,7 +91,7 @@ def test_each_site_is_smoothed_by_powers_of_two(tokenizer):
         for each in ids:
             smoothed.model(input_ids=each)
 
-    smooth(smoothed.model, calibrate, num_skipped=0)
+    smooth(smoothed.model, calibrate)
     sites = list(find_sites(smoothed.model))
     assert [len(site.consumers) for site in sites] == [3, 1, 2, 1] * 2
     for site in sites:
@@ -119,7 +133,7 @@ def test_the_command_prints_what_changed(checkpoint, data, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["scores", "error", "on", "4", "pairs"]
     assert [line.split("  ")[0] for line in printed[1:4]] == ["float32", "int8, before", "int8, after"]
-    assert printed[4].startswith("int8 skips q_proj, k_proj and v_proj, layers.")
+    assert printed[4].startswith("int8 skips ")
     assert printed[5] == f"reranker: {tmp_path / 'out'}"
     assert main(arguments) == 2
     assert "exists" in capsys.readouterr().err
@@ -144,9 +158,8 @@ def test_weights_beyond_the_range_of_their_dtype_are_refused(checkpoint, data, t
     smooth_model = quantization._smooth
 
     def lose(cross_encoder, pairs):
-        kept = smooth_model(cross_encoder, pairs)
+        smooth_model(cross_encoder, pairs)
         cross_encoder.model.model.layers[0].mlp.up_proj.weight.data[0] *= 2
-        return kept
 
     monkeypatch.setattr(quantization, "_smooth", lose)
     with pytest.raises(RuntimeError, match="the scores of the new checkpoint differ by up to"):
