@@ -118,7 +118,7 @@ def _place(model: Any, device: torch.device | None) -> Any:
 def _adopt(model: Any, device: torch.device | None, dtype: str | torch.dtype | None) -> Any:
     """The caller's model on a device, or a copy of it in another dtype."""
     if dtype == INT8 and not is_int8(model):
-        model = _as_int8(copy.deepcopy(model))
+        model = _as_int8(copy.deepcopy(model), device or model.device)
     elif isinstance(dtype, torch.dtype) and is_int8(model):
         raise ValueError(f"the model is in int8 and cannot be changed to {dtype}: load its checkpoint again")
     elif isinstance(dtype, torch.dtype) and any(parameter.dtype != dtype for parameter in model.parameters()):
@@ -146,9 +146,7 @@ def _load_on(
     model = load_reranker(name, {**fields, "dtype": "float32" if dtype == INT8 else dtype or "auto"})
     stored = model.dtype
     if dtype == INT8:
-        model = _as_int8(model)
-        if device is not None and device.type == "cuda":
-            cast_parameters(model, torch.bfloat16)
+        model = _as_int8(model, device or model.device)
     places = [torch.device(each) for each in devices.workers] or [device or model.device]
     if dtype is None and getattr(model, "hf_quantizer", None) is None and all(p.type == "cpu" for p in places):
         cast_parameters(model, cpu_dtype(stored))
@@ -156,8 +154,11 @@ def _load_on(
     return model if device is None else model.to(device), stored if stored != model.dtype else None
 
 
-def _as_int8(model: Any) -> Any:
-    """A model in float32 with its linear layers in int8, in place. An adapter is merged first."""
+def _as_int8(model: Any, device: torch.device) -> Any:
+    """
+    A model with its linear layers in int8, in place. The rest is in bfloat16 for a GPU and in float32 for a CPU. An
+    adapter is merged first.
+    """
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"dtype 'int8' cannot be used for {model.config.name_or_path!r}, whose weights are quantized already: pass "
@@ -172,7 +173,9 @@ def _as_int8(model: Any) -> Any:
             "`llama-bidir quantize` writes a checkpoint with equal scores that int8 rounds less"
         )
     quantize_linears(model, model.config.int8_skip_modules or ())
-    return model.eval()
+    if device.type == "cuda":
+        cast_parameters(model, torch.bfloat16)
+    return model
 
 
 def _configure(
