@@ -185,6 +185,20 @@ def check_rerank_max_length(rerank_max_length: Any, config: Any) -> int:
     return length
 
 
+def check_int8_skip_modules(names: Any) -> list[str] | None:
+    """Returns `names`. Raises ValueError unless it is None or a list of linear layers, by their names in the body."""
+    if names is None:
+        return None
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    wrong = [name for name in names if not _LINEAR_LAYER.fullmatch(name)] if is_list else [names]
+    if wrong:
+        raise ValueError(
+            "int8_skip_modules must be None or a list of linear layers, such as 'layers.2.mlp.down_proj', got "
+            f"{wrong[0]!r}"
+        )
+    return list(names)
+
+
 def check_num_labels(num_labels: Any) -> int | None:
     """Returns `num_labels`. Raises ValueError unless it is None or an int from 1 to 65,536."""
     number = as_int(num_labels)
@@ -298,6 +312,10 @@ class LlamaBidirectionalConfig(LlamaConfig):
         rerank_max_length (`int`, *optional*, defaults to 512, or `max_position_embeddings` where that is smaller):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
             `max_position_embeddings`, or to `original_max_position_embeddings` with the rope_type `longrope`.
+        int8_skip_modules (`list[str]`, *optional*):
+            The linear layers that `dtype="int8"` leaves in a higher precision, by their names in the body of the model,
+            such as `"layers.2.mlp.down_proj"`. `llama-bidir quantize` sets it. `None` means that the weights were not
+            made for int8.
         num_labels (`int`, *optional*, defaults to 1):
             The number of outputs of the score head.
 
@@ -319,6 +337,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
     is_causal: bool = False
     prompt_template: str = DEFAULT_PROMPT_TEMPLATE
     rerank_max_length: int = None  # type: ignore[assignment]  # set to the default
+    int8_skip_modules: list[str] | None = None
     # sentence-transformers and vLLM read this field. Without it they apply a sigmoid to the logits.
     sentence_transformers: dict[str, Any] | None = None
 
@@ -358,6 +377,9 @@ class LlamaBidirectionalConfig(LlamaConfig):
             raise ValueError(str(error)) from None
         check_rerank_max_length(self.rerank_max_length, self)
         check_num_labels(self.num_labels)  # the length of id2label, which may be empty
+        for name in self.int8_skip_modules or ():
+            if int(name.split(".")[1]) >= self.num_hidden_layers:
+                raise ValueError(f"int8_skip_modules names {name}, but the model has {self.num_hidden_layers} layers")
         if not -self.vocab_size <= (self.pad_token_id or 0) < self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}")
 
@@ -463,6 +485,8 @@ def _read_config_again(name: str, source: Mapping[str, Any]) -> None:
 # Architectures with a trained head. Those of this package are excluded, because their configuration says how they pool.
 _HEADS = re.compile(r"^(?!LlamaBidirectional).*(Classification|QuestionAnswering|Reward|Score|Regress|ValueHead)")
 
+_LINEAR_LAYER = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj")
+
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
     "dtype": check_dtype,
     "hidden_act": check_hidden_act,
@@ -472,6 +496,7 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
     "is_causal": check_is_causal,
     "prompt_template": check_prompt_template,
     "num_labels": check_num_labels,
+    "int8_skip_modules": check_int8_skip_modules,
     **{field: partial(check_size, field) for field in SIZES},
 }
 

@@ -20,6 +20,7 @@ from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
 from .scoring.finite import RankedActivation
 from .scoring.forks import leave_threads_of_parent
+from .scoring.int8 import dtype_name
 from .scoring.pipeline import (
     Activation,
     Scorer,
@@ -52,8 +53,9 @@ class CrossEncoder(SavedReranker):
             without a pad token gets one (see [`~prompts.ensure_pad_token`]).
         device: such as `"cuda:1"`. Defaults to the first accelerator, or to the CPU if there is none. A list, such as
             `["cuda:0", "cuda:1"]`, scores in one worker process per device (see [`~scoring.workers.WorkerPool`]).
-        dtype: `torch.dtype` or its name. On an accelerator, the default is the dtype of the checkpoint. On a CPU, it is
-            bfloat16 if the checkpoint is stored in bfloat16 and the CPU multiplies bfloat16 faster, else float32.
+        dtype: `torch.dtype` or its name, or `"int8"` (see [`~scoring.int8.Int8Linear`]). On an accelerator, the default
+            is the dtype of the checkpoint. On a CPU, it is bfloat16 if the checkpoint is stored in bfloat16 and the CPU
+            multiplies bfloat16 faster, else float32.
         max_length: maximum tokens of a rendered pair, special tokens included; saved as `rerank_max_length`.
         prompt_template: text with one `{query}` and one `{passage}`.
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
@@ -138,7 +140,9 @@ class CrossEncoder(SavedReranker):
         return [*map(torch.device, self._placement.worker_devices)] or [self.device]
 
     def __repr__(self) -> str:
-        fields = f"device={str(self.device)!r}, dtype={self.model.dtype}, max_length={self.config.rerank_max_length}"
+        fields = (
+            f"device={str(self.device)!r}, dtype={dtype_name(self.model)!r}, max_length={self.config.rerank_max_length}"
+        )
         return f"{type(self).__name__}({self.config.name_or_path or type(self.model).__name__!r}, {fields})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -98,6 +98,21 @@ def test_private_names_are_all_listed():
     assert private == PRIVATE.keys(), f"PRIVATE and the package differ in {sorted(private ^ PRIVATE.keys())}"
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_of_int8_are_exact(rows):
+    leans = "scoring/int8.py"
+    holds(hasattr(torch, "_int_mm"), "torch._int_mm is gone", leans)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-127, 128, (rows, 4096), generator=generator, dtype=torch.int8)
+    right = torch.randint(-127, 128, (24, 4096), generator=generator, dtype=torch.int8)
+    left[0], right[0] = 127, -127  # sums of pairs that overflow int16
+    memory = torch.empty(rows, 24, dtype=torch.float32)
+    product = torch._int_mm(left, right.t(), out=memory.view(torch.int32))
+    holds(torch.equal(product.long(), left.long() @ right.long().t()), "torch._int_mm rounds", leans)
+    memory.copy_(product)  # from the same memory
+    holds(torch.equal(memory.double(), left.double() @ right.double().t()), "a tensor is not copied in place", leans)
+
+
 @torch.no_grad()
 def first_token_moves(**fields):
     """Whether the hidden state of the first token changes with the last token."""

@@ -243,7 +243,7 @@ def test_wrong_arguments_change_nothing(reranker):
         reranker.rank("q", ["a"], apply_softmax=True)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8", "float8_e4m3fn", "cuda", torch.int32, 16])
+@pytest.mark.parametrize("dtype", ["int4", "float8", "float8_e4m3fn", "cuda", torch.int32, 16])
 def test_a_wrong_dtype_is_named(model, tokenizer, reranker_checkpoint, dtype):
     for arguments in ((model, tokenizer), (reranker_checkpoint,)):
         with pytest.raises(ValueError, match=rf"dtype must be 'auto', 'float32', 'bfloat16', .* got {dtype!r}"):

@@ -19,6 +19,7 @@ from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..pretrained_llama_bidir import missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
+from ..scoring.int8 import check_int8_device, is_int8, quantize_linears
 from ..utils.extras import require
 from .adapters import absolute_base, check_adapter, check_weights, named_errors, read_names
 from .chat_template import find_prompt_template
@@ -30,6 +31,7 @@ from .tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("torch", "onnx")
+INT8 = "int8"
 
 
 class OpenedReranker(NamedTuple):
@@ -72,6 +74,9 @@ def open_reranker(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
     dtype = check_dtype(dtype)
+    if dtype == INT8:
+        for device in devices.workers or [_place(model, devices.model)]:
+            check_int8_device(torch.device(device))
     is_callers = backend == "torch" and not isinstance(model, (str, os.PathLike))
     if any(torch.device(each).type == "cpu" for each in devices.workers or [_place(model, devices.model)]):
         limit_onednn_caches()
@@ -96,11 +101,13 @@ def open_reranker(
 
 
 def check_dtype(dtype: Any) -> str | torch.dtype | None:
-    """Returns a dtype for scoring, None or `"auto"`; raises ValueError for anything else, with the known names."""
-    if dtype in (None, "auto"):
-        return dtype
+    """Returns a dtype for scoring, None, `"auto"` or `"int8"`; raises ValueError for anything else."""
+    if dtype in (None, "auto", INT8, torch.int8):
+        return INT8 if dtype == torch.int8 else dtype
     if (named := as_dtype(dtype)) is None:
-        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or the torch.dtype, got {dtype!r}")
+        raise ValueError(
+            f"dtype must be 'auto', 'float32', 'bfloat16', 'float16', 'int8' or the torch.dtype, got {dtype!r}"
+        )
     return named
 
 
@@ -110,7 +117,11 @@ def _place(model: Any, device: torch.device | None) -> Any:
 
 def _adopt(model: Any, device: torch.device | None, dtype: str | torch.dtype | None) -> Any:
     """The caller's model on a device, or a copy of it in another dtype."""
-    if isinstance(dtype, torch.dtype) and any(parameter.dtype != dtype for parameter in model.parameters()):
+    if dtype == INT8 and not is_int8(model):
+        model = _as_int8(copy.deepcopy(model), device or model.device)
+    elif isinstance(dtype, torch.dtype) and is_int8(model):
+        raise ValueError(f"the model is in int8 and cannot be changed to {dtype}: load its checkpoint again")
+    elif isinstance(dtype, torch.dtype) and any(parameter.dtype != dtype for parameter in model.parameters()):
         model = copy.deepcopy(model)
         cast_parameters(model, dtype)
     return model if device is None else model.to(device)
@@ -130,13 +141,41 @@ def _load_on(
     elif device is None:
         device = torch.device(default_device())
     dtype = dtype or fields.pop("dtype", None) or fields.pop("torch_dtype", None)
-    model = load_reranker(name, {**fields, "dtype": dtype or "auto"})
+    if dtype == INT8 and "device_map" in fields:
+        raise ValueError("dtype 'int8' and a device_map in model_kwargs exclude each other: pass device")
+    model = load_reranker(name, {**fields, "dtype": "float32" if dtype == INT8 else dtype or "auto"})
     stored = model.dtype
+    if dtype == INT8:
+        model = _as_int8(model, device or model.device)
     places = [torch.device(each) for each in devices.workers] or [device or model.device]
     if dtype is None and getattr(model, "hf_quantizer", None) is None and all(p.type == "cpu" for p in places):
         cast_parameters(model, cpu_dtype(stored))
         logger.info(f"scoring in {model.dtype} on this CPU")
     return model if device is None else model.to(device), stored if stored != model.dtype else None
+
+
+def _as_int8(model: Any, device: torch.device) -> Any:
+    """
+    A model with its linear layers in int8, in place. The rest is in bfloat16 for a GPU and in float32 for a CPU. An
+    adapter is merged first.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"dtype 'int8' cannot be used for {model.config.name_or_path!r}, whose weights are quantized already: pass "
+            "the checkpoint that they were made from"
+        )
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload(safe_merge=True)
+    cast_parameters(model, torch.float32)
+    if model.config.int8_skip_modules is None:
+        logger.warning(
+            f"{model.config.name_or_path or 'the model'} was not made for int8, which may change its ranking: "
+            "`llama-bidir quantize` writes a checkpoint with equal scores that int8 rounds less"
+        )
+    quantize_linears(model, model.config.int8_skip_modules or ())
+    if device.type == "cuda":
+        cast_parameters(model, torch.bfloat16)
+    return model
 
 
 def _configure(

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..scoring.int8 import is_int8
 from ..utils.outputs import whole_folder
 from .adapters import complete_adapter
 from .chat_template import save_tokenizer
@@ -60,11 +61,16 @@ class SavedReranker:
 
         Raises:
             TypeError: the model is an exported graph.
-            ValueError: `evaluation` is not a file of that command.
+            ValueError: the model is in int8, or `evaluation` is not a file of that command.
             OSError: a file cannot be written; the folder is unchanged.
         """
         if not isinstance(self.model, torch.nn.Module):
             raise TypeError("an exported reranker (backend='onnx') is not saved again: copy its folder")
+        if is_int8(self.model):
+            raise ValueError(
+                "a reranker in int8 is not saved, because other tools could not read its weights: load the checkpoint "
+                "without dtype='int8' and save that, or use `llama-bidir quantize`"
+            )
         if evaluation is not None:
             read_measures(evaluation)  # raises before anything is written
         if self._stored_dtype not in (None, self.model.dtype):

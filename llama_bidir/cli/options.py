@@ -12,7 +12,7 @@ from ..utils.errors import naming
 if TYPE_CHECKING:
     from ..jobs.job import Job, JobResult
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def say(*lines: str) -> None:

@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 
 from ..cross_encoder import CrossEncoder
 from ..scoring.finite import find_cause
+from ..scoring.int8 import dtype_name
 from ..scoring.pipeline import check_one_label
 from ..utils.errors import ScoreError
 
@@ -54,7 +56,7 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         "model": os.path.abspath(name) if os.path.isdir(name) else name,
         "weights": fingerprint(cross_encoder.model),
         "tokenizer": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
-        "dtype": str(cross_encoder.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(cross_encoder.model),
         "device": devices[0].type if len(devices) == 1 else f"{len(devices)} x {devices[0].type}",
         "pooling": config.pooling,
         "temperature": config.temperature,
@@ -84,9 +86,9 @@ def fix_scoring(
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Returns a digest of the shape, the dtype, the first values and the sum of all bits of each weight."""
+    """Returns a digest of the shape, the dtype, the first values and the sum of all bits of each weight and buffer."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if type(parameter.data) is torch.Tensor and not parameter.is_meta:  # neither quantized nor offloaded
             bits = parameter.detach().contiguous().flatten().view(INTEGERS[parameter.dtype.itemsize])

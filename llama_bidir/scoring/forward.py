@@ -5,6 +5,7 @@ It adds residuals within the matrix product, overwrites what nobody reads again,
 activates within the matrix product where oneDNN computes it. It changes nothing in the model.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -29,8 +30,12 @@ from ..modeling_llama_bidir import (
     packed_positions,
     pool_packed,
 )
-from .device import is_intel
+from .buffers import Buffers
+from .device import is_intel, multiplies_bfloat16_faster
+from .int8 import Int8Linear, SkippedLinear, quantize_rows
 from .packing import PACKED_ATTENTION
+
+Layer = nn.Linear | Int8Linear | SkippedLinear
 
 PLAIN_PARTS = {
     LlamaBidirectionalForSequenceClassification,
@@ -41,6 +46,8 @@ PLAIN_PARTS = {
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     Float32Linear,
+    Int8Linear,
+    SkippedLinear,
     nn.Embedding,
     nn.Linear,
     nn.ModuleList,
@@ -98,39 +105,54 @@ def packed_logits(model: LlamaBidirectionalForSequenceClassification, batch: dic
     # (1, total_tokens, head_dim) -> (1, total_tokens, 1, head_dim)
     cos, sin = (angles.unsqueeze(2) for angles in body.rotary_emb(hidden_states, position_ids=position_ids))
     attention_options = {name: value for name, value in batch.items() if name != "input_ids"}
+    buffers = Buffers()
     for layer in body.layers:
-        hidden_states = decode(hidden_states, layer, cos, sin, attention_options)
-    pooled = pool_packed(normalize(hidden_states, body.norm)[0], cu_seq_lens, model.config.pooling)
+        hidden_states = decode(hidden_states, layer, cos, sin, attention_options, buffers)
+    pooled = pool_packed(normalize(hidden_states, body.norm, buffers)[0], cu_seq_lens, model.config.pooling)
     logits: torch.Tensor = model.score(pooled) / model.config.temperature
     return logits
 
 
 def decode(
-    hidden_states: torch.Tensor, layer: LlamaDecoderLayer, cos: torch.Tensor, sin: torch.Tensor, options: dict[str, Any]
+    hidden_states: torch.Tensor,
+    layer: LlamaDecoderLayer,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    options: dict[str, Any],
+    buffers: Buffers,
 ) -> torch.Tensor:
-    """What a decoder layer makes of hidden states of shape `(1, total_tokens, hidden_size)`."""
+    """What a decoder layer makes of hidden states of shape `(1, total_tokens, hidden_size)`, which it may change."""
     attention, mlp = layer.self_attn, layer.mlp
-    attended = attend(normalize(hidden_states, layer.input_layernorm), attention, cos, sin, options)
-    hidden_states = add_projected(hidden_states, attended, attention.o_proj)
-    gated = gate(normalize(hidden_states, layer.post_attention_layernorm), mlp)
-    return add_projected(hidden_states, gated, mlp.down_proj, overwrite=True)
+    attended = attend(normalize(hidden_states, layer.input_layernorm, buffers), attention, cos, sin, options, buffers)
+    hidden_states = add_projected(hidden_states, attended, attention.o_proj, buffers)
+    gated = gate(normalize(hidden_states, layer.post_attention_layernorm, buffers), mlp, buffers)
+    return add_projected(hidden_states, gated, mlp.down_proj, buffers)
 
 
 def attend(
-    states: torch.Tensor, attention: LlamaAttention, cos: torch.Tensor, sin: torch.Tensor, options: dict[str, Any]
+    states: torch.Tensor,
+    attention: LlamaAttention,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    options: dict[str, Any],
+    buffers: Buffers,
 ) -> torch.Tensor:
     """The heads' outputs, of shape `(1, total_tokens, num_heads * head_dim)`, before the output projection."""
     # (1, total_tokens, hidden_size) -> (1, total_tokens, heads, head_dim)
     query, key, value = (
-        project(states, projection).unflatten(-1, (-1, attention.head_dim))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        projected.unflatten(-1, (-1, attention.head_dim))
+        for projected in project(states, [attention.q_proj, attention.k_proj, attention.v_proj], buffers)
     )
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    if isinstance(attention.v_proj, Int8Linear | SkippedLinear):  # its products need not have the dtype of the states
+        dtype = torch.bfloat16 if states.device.type == "cpu" and _attends_in_bfloat16() else states.dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     name = attention.config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS[PACKED_ATTENTION if name == "sdpa" else name]
     attended, _ = function(
         attention,
-        rotate(query, cos, sin).transpose(1, 2),
-        rotate(key, cos, sin).transpose(1, 2),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
         value.transpose(1, 2),
         None,
         dropout=0.0,
@@ -140,15 +162,16 @@ def attend(
     return attended.flatten(2)
 
 
-def normalize(states: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
-    """`norm(states)`, of shape `(1, total_tokens, hidden_size)`."""
+def normalize(states: torch.Tensor, norm: LlamaRMSNorm, buffers: Buffers) -> torch.Tensor:
+    """`norm(states)`, of shape `(1, total_tokens, hidden_size)`; valid until the next call on a CPU."""
     if states.device.type == "cuda":
         return rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
     if states.dtype != torch.float32:
         normed: torch.Tensor = norm(states)
         return normed
     variance = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_() / states.shape[-1]
-    return (states * (variance + norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+    scales = (variance + norm.variance_epsilon).rsqrt_()
+    return torch.mul(states, scales, out=buffers.take("normed", states)).mul_(norm.weight)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -166,36 +189,50 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return rotated
 
 
-def project(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """`layer(states)`, of shape `(1, total_tokens, layer.out_features)`."""
+def project(states: torch.Tensor, layers: Sequence[Layer], buffers: Buffers) -> list[torch.Tensor]:
+    """`layer(states)` for each layer, of shape `(1, total_tokens, layer.out_features)`; valid until the next call."""
+    products, rows = [], None
+    for number, layer in enumerate(layers):
+        if isinstance(layer, Int8Linear):
+            rows = rows or quantize_rows(states[0], buffers)
+            out = buffers.take(f"product {number}", rows.scales, states.shape[1], layer.out_features)
+            products.append(layer.multiply(rows, out)[None])
+        else:
+            states = states.to(layer.weight.dtype)  # another one for what int8 skips
+            products.append(_multiply(states, layer))
+    return products
+
+
+def add_projected(residual: torch.Tensor, states: torch.Tensor, layer: Layer, buffers: Buffers) -> torch.Tensor:
+    """`residual + layer(states)`, of the shape of `residual`, in its memory where that is faster."""
+    if isinstance(layer, Int8Linear | SkippedLinear):
+        return residual.add_(project(states, [layer], buffers)[0])
+    states = states.to(residual.dtype)  # another one where int8 layers attend in bfloat16
+    if _use_onednn(states):
+        total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
+        return total
+    residual.flatten(0, 1).addmm_(states.flatten(0, 1), layer.weight.t())
+    if layer.bias is not None:
+        residual += layer.bias
+    return residual
+
+
+def gate(states: torch.Tensor, mlp: LlamaMLP, buffers: Buffers) -> torch.Tensor:
+    """`silu(gate_proj(states)) * up_proj(states)`, of shape `(1, total_tokens, intermediate_size)`."""
+    gate_proj, up_proj = mlp.gate_proj, mlp.up_proj
+    if _use_onednn(states) and type(gate_proj) is type(up_proj) is nn.Linear:
+        activated = _onednn_linear(states, gate_proj.weight, gate_proj.bias, "swish", [1.0], "")
+        product: torch.Tensor = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
+        return product
+    gates, ups = project(states, [gate_proj, up_proj], buffers)
+    return silu(gates, inplace=True).mul_(ups)
+
+
+def _multiply(states: torch.Tensor, layer: nn.Linear | SkippedLinear) -> torch.Tensor:
     if _use_onednn(states):
         product: torch.Tensor = _onednn_linear(states, layer.weight, layer.bias, "none", [], "")
         return product
     return linear(states, layer.weight, layer.bias)
-
-
-def add_projected(
-    residual: torch.Tensor, states: torch.Tensor, layer: nn.Linear, *, overwrite: bool = False
-) -> torch.Tensor:
-    """`residual + layer(states)`, of the shape of `residual`, which `overwrite` allows to be written over."""
-    if _use_onednn(states):
-        total: torch.Tensor = _onednn_linear.binary(states, residual, layer.weight, layer.bias, "add")
-        return total
-    rows, inputs, weight = residual.flatten(0, 1), states.flatten(0, 1), layer.weight.t()
-    total = rows.addmm_(inputs, weight) if overwrite else torch.addmm(rows, inputs, weight)
-    if layer.bias is not None:
-        total += layer.bias
-    return total.view_as(residual)
-
-
-def gate(states: torch.Tensor, mlp: LlamaMLP) -> torch.Tensor:
-    """`silu(gate_proj(states)) * up_proj(states)`, of shape `(1, total_tokens, intermediate_size)`."""
-    gate_proj, up_proj = mlp.gate_proj, mlp.up_proj
-    if _use_onednn(states):
-        activated = _onednn_linear(states, gate_proj.weight, gate_proj.bias, "swish", [1.0], "")
-        product: torch.Tensor = _onednn_linear.binary(states, activated, up_proj.weight, up_proj.bias, "mul")
-        return product
-    return silu(project(states, gate_proj), inplace=True).mul_(project(states, up_proj))
 
 
 # The operator of torch.compile's own CPU backend, which has no name in the public interface.
@@ -216,3 +253,9 @@ def _use_onednn(states: torch.Tensor) -> bool:
 def _onednn_is_faster() -> bool:
     """Intel's MKL is tuned for Intel's CPUs."""
     return _onednn_linear is not None and not (torch.backends.mkl.is_available() and is_intel())
+
+
+@cache
+def _attends_in_bfloat16() -> bool:
+    """int8 rounds the other products of a layer more than bfloat16 rounds those of attention."""
+    return multiplies_bfloat16_faster()

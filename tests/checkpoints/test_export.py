@@ -127,7 +127,7 @@ def test_half_precision_does_not_round_the_temperature_into_the_head(save, tmp_p
 def test_a_checkpoint_that_was_cast_for_this_cpu_says_so_when_it_is_saved(save, tmp_path, monkeypatch, caplog):
     folder, _ = save()
     export_reranker(folder, tmp_path / "half", format="hub", dtype="bfloat16")
-    monkeypatch.setattr(device, "_multiplies_bfloat16_faster", lambda: False)
+    monkeypatch.setattr(device, "multiplies_bfloat16_faster", lambda: False)
     CrossEncoder(tmp_path / "half", dtype="auto").save_pretrained(tmp_path / "auto")
     assert not [record for record in caplog.records if "saved in" in record.message]
     CrossEncoder(tmp_path / "half").save_pretrained(tmp_path / "cast")

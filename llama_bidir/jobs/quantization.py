@@ -1,0 +1,218 @@
+"""Makes a reranker for int8: a checkpoint with equal scores whose weights and activations int8 rounds less."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..checkpoints.chat_template import save_tokenizer
+from ..checkpoints.files import replaced_by_checkpoint
+from ..checkpoints.loading import cast_parameters, load_merged
+from ..checkpoints.model_card import has_other_card, read_card, write_model_card
+from ..checkpoints.smoothing import find_sites, smooth
+from ..cross_encoder import CrossEncoder
+from ..data import load_rows
+from ..data.files import parse_json, read_lines
+from ..evaluation import evaluate_reranker
+from ..prompts import PromptEncoder
+from ..scoring.int8 import check_int8_device, in_int8
+from ..utils.outputs import whole_folder
+from ..utils.validation import check_positive_int, check_text
+
+MEASURE = "nDCG@10"
+# int8 skips layers until the error that is left of the sites below, measured one by one, is this small. The sites that
+# are not measured add more.
+TARGET_ERROR = 0.022
+MEASURED_SITES = ("self_attn.q_proj", "mlp.down_proj")  # by their first layer: attention amplifies errors of its inputs
+MEASURED_PAIRS = 24
+# The largest difference of the new checkpoint's scores from the old one's, relative to the largest score.
+TOLERANCE = 1e-5
+
+Pair = tuple[str, str]
+
+
+class QuantizationResult(NamedTuple):
+    """
+    What int8 does to the scores of a reranker, before and after it was made for int8.
+
+    Args:
+        skip_modules: the linear layers that int8 skips.
+        num_pairs: how many pairs the errors are of. None of them was used for calibration if there were enough pairs.
+        errors: the root mean square of the difference between int8 and float32 scores, over the standard deviation of
+            the float32 scores, by `"before"` and `"after"`.
+        measures: nDCG@10 of `"float32"`, `"before"` and `"after"`, if a collection was given.
+    """
+
+    skip_modules: list[str]
+    num_pairs: int
+    errors: dict[str, float]
+    measures: dict[str, float]
+
+
+def quantize_reranker(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    num_pairs: int = 64,
+    collection: str | os.PathLike[str] | None = None,
+    depth: int = 20,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> QuantizationResult:
+    """
+    Writes a checkpoint whose scores in float32, bfloat16 and float16 are those of a reranker, bit for bit, and whose
+    scores in int8 are closer to them (see [`~checkpoints.smoothing`]).
+
+    Args:
+        model: the folder or Hub id of a checkpoint, or of an adapter, which is merged into its base model.
+        data: pairs for calibration: training rows (see [`~data.load_rows`]), or JSON Lines with `query` and `passage`.
+        output: the folder to write. It appears only when it is complete.
+        num_pairs: how many pairs to calibrate with. As many others show what int8 does to the scores.
+        collection: a BEIR folder with a first-stage run (see [`~evaluation.load_dataset`]). Its judged queries show
+            what int8 does to the ranking.
+        depth: how many documents of the run to rerank per query.
+        revision: branch, tag or commit of a Hub repository.
+        overwrite: replace the checkpoint in `output` when there is one. Other files in the folder stay.
+
+    Raises:
+        FileExistsError: `output` exists, and `overwrite` is not set or `output` is not a checkpoint.
+        ValueError: a row breaks its rule, the weights are quantized, or this CPU has no instructions for int8.
+        RuntimeError: the scores of the new checkpoint differ.
+    """
+    check_positive_int("num_pairs", num_pairs)
+    check_int8_device(torch.device("cpu"))
+    name = os.fspath(model)
+    calibration, held_out = _split(list(read_calibration_pairs(data, 2 * num_pairs)))
+    with whole_folder(
+        output, overwrite=overwrite, keep=name, marker="config.json", replaces=replaced_by_checkpoint(output)
+    ) as folder:
+        reranker, tokenizer = load_merged(name, revision=revision)
+        stored_dtype = reranker.dtype
+        cast_parameters(reranker, torch.float32)
+        reranker.config.int8_skip_modules = []
+        cross_encoder = CrossEncoder(reranker, tokenizer, device="cpu")
+        expected = cross_encoder.predict(held_out)
+        measures = _measure(cross_encoder, "float32", collection, depth)
+        errors = {"before": _int8_error(cross_encoder, held_out, expected)}
+        measures |= _measure(_in_int8(cross_encoder), "before", collection, depth)
+        _smooth(cross_encoder, calibration)
+        reranker.config.int8_skip_modules = choose_skipped(cross_encoder, _spread(calibration, MEASURED_PAIRS))
+        cast_parameters(reranker, stored_dtype)
+        reranker.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, reranker.config)
+        if not has_other_card(output):
+            write_model_card(folder, reranker.config, os.fspath(output), metadata=read_card(name, revision=revision))
+        cast_parameters(reranker, torch.float32)
+        _check_scores(cross_encoder.predict(held_out), expected)
+        errors["after"] = _int8_error(cross_encoder, held_out, expected)
+        measures |= _measure(_in_int8(cross_encoder), "after", collection, depth)
+    return QuantizationResult(reranker.config.int8_skip_modules, len(held_out), errors, measures)
+
+
+def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator[Pair]:
+    """
+    Yields at most `count` pairs that are spread evenly over a file.
+
+    Raises:
+        FileNotFoundError, ValueError: as in [`~data.load_rows`]; a line with a `passage` breaks its rule.
+    """
+    path = Path(data)
+    if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file():
+        first = next(iter(read_lines(path)), None)
+        if first is not None and "passage" in parse_json(first[1], path, first[0]):
+            pairs = [
+                _read_pair(parse_json(line, path, number), f"{path}:{number}") for number, line in read_lines(path)
+            ]
+            yield from _spread(pairs, count)
+            return
+    rows = load_rows(os.fspath(data))
+    for position, index in enumerate(_spread(range(len(rows)), count)):
+        row = rows[index]
+        passages = [*row["pos_doc"], *row["neg_doc"]]
+        yield row["query"], passages[position % len(passages)]
+
+
+def _read_pair(fields: Any, where: str) -> Pair:
+    query, passage = (check_text(f"{where}: {name}", fields.get(name)) for name in ("query", "passage"))
+    return query, passage
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
+
+
+def _split(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """Every second pair is held out, unless there are so few that calibration needs them all."""
+    return (pairs, pairs) if len(pairs) < 32 else (pairs[::2], pairs[1::2])
+
+
+def _in_int8(cross_encoder: CrossEncoder) -> CrossEncoder:
+    """A copy in int8."""
+    return CrossEncoder(cross_encoder.model, cross_encoder.tokenizer, device="cpu", dtype="int8")
+
+
+def _int8_error(cross_encoder: CrossEncoder, pairs: Sequence[Pair], expected: np.ndarray) -> float:
+    return _error(_in_int8(cross_encoder).predict(pairs), expected)
+
+
+def _error(scores: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(scores - expected))) / np.std(expected))
+
+
+def _smooth(cross_encoder: CrossEncoder, pairs: Sequence[Pair]) -> None:
+    """Smooths the model in place."""
+    body = cross_encoder.model.model
+    sequences = PromptEncoder.from_config(cross_encoder.tokenizer, cross_encoder.config).encode(pairs).input_ids
+
+    @torch.inference_mode()
+    def calibrate() -> None:
+        for ids in sequences:
+            body(input_ids=torch.tensor([ids], device="cpu"))
+
+    smooth(body, calibrate)
+
+
+def choose_skipped(cross_encoder: CrossEncoder, pairs: Sequence[Pair]) -> list[str]:
+    """
+    Returns the linear layers that int8 should skip, within the body. For each decoder layer, it measures how much the
+    scores change when int8 rounds the inputs of attention alone, or the down projection alone.
+
+    Args:
+        cross_encoder: a reranker in float32.
+        pairs: typical pairs.
+    """
+    expected, body = cross_encoder.predict(pairs), cross_encoder.model.model
+    errors = {}
+    for site in find_sites(body):
+        if site.consumers[0].endswith(MEASURED_SITES):
+            with in_int8(body, site.consumers):
+                errors[tuple(site.consumers)] = _error(cross_encoder.predict(pairs), expected)
+    skipped: list[str] = []
+    for names in sorted(errors, key=lambda names: -errors[names]):
+        if sum(error**2 for error in errors.values()) <= TARGET_ERROR**2:
+            break
+        skipped += names
+        errors[names] = 0.0
+    return skipped
+
+
+def _check_scores(scores: np.ndarray, expected: np.ndarray) -> None:
+    difference = float(np.abs(scores - expected).max())
+    if not difference <= TOLERANCE * float(np.abs(expected).max()):
+        raise RuntimeError(
+            f"the scores of the new checkpoint differ by up to {difference}: its weights may be too large for "
+            "their dtype; convert the checkpoint to float32 or bfloat16 first"
+        )
+
+
+def _measure(
+    cross_encoder: CrossEncoder, stage: str, collection: str | os.PathLike[str] | None, depth: int
+) -> dict[str, float]:
+    if collection is None:
+        return {}
+    evaluation = evaluate_reranker(cross_encoder, collection, depth=depth, measures=MEASURE)
+    return {stage: evaluation.after.aggregated[MEASURE]}
