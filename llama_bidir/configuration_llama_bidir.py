@@ -190,12 +190,9 @@ def check_int8_skip_modules(names: Any) -> list[str] | None:
     if names is None:
         return None
     is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    wrong = [name for name in names if not _LINEAR_LAYER.fullmatch(name)] if is_list else [names]
-    if wrong:
-        raise ValueError(
-            "int8_skip_modules must be None or a list of linear layers, such as 'layers.2.mlp.down_proj', got "
-            f"{wrong[0]!r}"
-        )
+    if wrong := [name for name in names if not _LINEAR_LAYER.fullmatch(name)] if is_list else [names]:
+        rule = "int8_skip_modules must be None or a list of linear layers, such as 'layers.2.mlp.down_proj'"
+        raise ValueError(f"{rule}, got {wrong[0]!r}")
     return list(names)
 
 
@@ -313,9 +310,8 @@ class LlamaBidirectionalConfig(LlamaConfig):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
             `max_position_embeddings`, or to `original_max_position_embeddings` with the rope_type `longrope`.
         int8_skip_modules (`list[str]`, *optional*):
-            The linear layers that `dtype="int8"` leaves in a higher precision, by their names in the body of the model,
-            such as `"layers.2.mlp.down_proj"`. `llama-bidir quantize` sets it. `None` means that the weights were not
-            made for int8.
+            The linear layers that `dtype="int8"` skips, by their names in the body, such as `"layers.2.mlp.down_proj"`.
+            `llama-bidir quantize` sets it. `None` means that the weights were not made for int8.
         num_labels (`int`, *optional*, defaults to 1):
             The number of outputs of the score head.
 
