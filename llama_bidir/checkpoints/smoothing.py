@@ -3,7 +3,7 @@ Smoothing: moves large values of activations into weights, so that int8 rounds b
 
 The method is SmoothQuant (Xiao et al., https://arxiv.org/abs/2211.10438), with two additions. It covers the inputs of
 all linear layers of Llama, and each factor is a power of two. A product with a power of two rounds nothing. Therefore
-the smoothed model computes the same scores, bit for bit, in every tool and in every floating-point dtype.
+the smoothed model computes the same scores, bit for bit, in every tool. In float16, very small weights lose digits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.epilog = (
-        "The scores of the written checkpoint in float32, bfloat16 and float16 are those of M, bit for bit, in every "
-        "tool. Load it with dtype='int8'. The table shows what int8 does to the scores of pairs that were not used for "
+        "The scores of the written checkpoint in float32 and bfloat16 are those of M, bit for bit, in every tool. "
+        "Load it with dtype='int8'. The table shows what int8 does to the scores of pairs that were not used for "
         "calibration: the root mean square of the difference, over the standard deviation of the float32 scores."
     )
     add = parser.add_argument

@@ -64,8 +64,8 @@ def quantize_reranker(
     overwrite: bool = False,
 ) -> QuantizationResult:
     """
-    Writes a checkpoint whose scores in float32, bfloat16 and float16 are those of a reranker, bit for bit, and whose
-    scores in int8 are closer to them (see [`~checkpoints.smoothing`]).
+    Writes a checkpoint whose scores in float32 and bfloat16 are those of a reranker, bit for bit, and whose scores in
+    int8 are closer to them (see [`~checkpoints.smoothing`]).
 
     Args:
         model: the folder or Hub id of a checkpoint, or of an adapter, which is merged into its base model.
