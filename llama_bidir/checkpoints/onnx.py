@@ -89,7 +89,7 @@ def quantize(folder: str | os.PathLike[str]) -> Path:
     Adds a variant with int8 weights to an exported folder. Its activations are quantized as it runs.
 
     The down projections of the MLPs stay in float32. Their input has a few values so large that one scale for the whole
-    tensor would round all other values away.
+    tensor would round all other values away. So do the layers that the configuration names in `int8_skip_modules`.
 
     Returns:
         the file of the variant.
@@ -98,17 +98,23 @@ def quantize(folder: str | os.PathLike[str]) -> Path:
     source, target = Path(folder, MODEL_FILE), Path(folder, INT8_FILE)
     config = LlamaBidirectionalConfig.from_pretrained(folder)
     graph = require("onnx", "onnx").load(source, load_external_data=False).graph
-    shape = [config.intermediate_size, config.hidden_size]
-    down = {weight.name for weight in graph.initializer if list(weight.dims) == shape}
+    down = [f"layers.{number}.mlp.down_proj" for number in range(config.num_hidden_layers)]
+    skipped = {f"'reranker.model.{name}'" for name in (*down, *(config.int8_skip_modules or ()))}
     quantization.quantize_dynamic(
         source,
         target,
         weight_type=quantization.QuantType.QInt8,
         per_channel=True,
-        nodes_to_exclude=[node.name for node in graph.node if down & set(node.input)],
+        nodes_to_exclude=[node.name for node in graph.node if any(name in _scopes(node) for name in skipped)],
         use_external_data_format=True,
     )
     return target
+
+
+def _scopes(node: Any) -> str:
+    """The names of the modules that a node comes from, each in quotes, as torch's exporter writes them."""
+    scopes = [entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
+    return "".join(scopes)
 
 
 class OnnxReranker:
