@@ -373,9 +373,6 @@ class LlamaBidirectionalConfig(LlamaConfig):
             raise ValueError(str(error)) from None
         check_rerank_max_length(self.rerank_max_length, self)
         check_num_labels(self.num_labels)  # the length of id2label, which may be empty
-        for name in self.int8_skip_modules or ():
-            if int(name.split(".")[1]) >= self.num_hidden_layers:
-                raise ValueError(f"int8_skip_modules names {name}, but the model has {self.num_hidden_layers} layers")
         if not -self.vocab_size <= (self.pad_token_id or 0) < self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}")
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -74,9 +74,6 @@ def open_reranker(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
     dtype = check_dtype(dtype)
-    if dtype == INT8:
-        for device in devices.workers or [_place(model, devices.model)]:
-            check_int8_device(torch.device(device))
     is_callers = backend == "torch" and not isinstance(model, (str, os.PathLike))
     if any(torch.device(each).type == "cpu" for each in devices.workers or [_place(model, devices.model)]):
         limit_onednn_caches()
@@ -118,7 +115,7 @@ def _place(model: Any, device: torch.device | None) -> Any:
 def _adopt(model: Any, device: torch.device | None, dtype: str | torch.dtype | None) -> Any:
     """The caller's model on a device, or a copy of it in another dtype."""
     if dtype == INT8 and not is_int8(model):
-        model = _as_int8(copy.deepcopy(model), device or model.device)
+        model = _as_int8(copy.deepcopy(model), [device or model.device])
     elif isinstance(dtype, torch.dtype) and is_int8(model):
         raise ValueError(f"the model is in int8 and cannot be changed to {dtype}: load its checkpoint again")
     elif isinstance(dtype, torch.dtype) and any(parameter.dtype != dtype for parameter in model.parameters()):
@@ -140,13 +137,17 @@ def _load_on(
             raise ValueError(f"device {str(device)!r} and a device_map in model_kwargs exclude each other")
     elif device is None:
         device = torch.device(default_device())
-    dtype = dtype or fields.pop("dtype", None) or fields.pop("torch_dtype", None)
+    given = fields.pop("dtype", None) or fields.pop("torch_dtype", None)
+    dtype = dtype or (INT8 if given == torch.int8 else given)
+    if dtype == INT8:
+        for each in [*map(torch.device, devices.workers)] or ([] if device is None else [device]):
+            check_int8_device(each)
     if dtype == INT8 and "device_map" in fields:
         raise ValueError("dtype 'int8' and a device_map in model_kwargs exclude each other: pass device")
     model = load_reranker(name, {**fields, "dtype": "float32" if dtype == INT8 else dtype or "auto"})
     stored = model.dtype
     if dtype == INT8:
-        model = _as_int8(model, device or model.device)
+        model = _as_int8(model, [*map(torch.device, devices.workers)] or [device or model.device])
     places = [torch.device(each) for each in devices.workers] or [device or model.device]
     if dtype is None and getattr(model, "hf_quantizer", None) is None and all(p.type == "cpu" for p in places):
         cast_parameters(model, cpu_dtype(stored))
@@ -154,11 +155,13 @@ def _load_on(
     return model if device is None else model.to(device), stored if stored != model.dtype else None
 
 
-def _as_int8(model: Any, device: torch.device) -> Any:
+def _as_int8(model: Any, places: Sequence[torch.device]) -> Any:
     """
-    A model with its linear layers in int8, in place. The rest is in bfloat16 for a GPU and in float32 for a CPU. An
+    A model with its linear layers in int8, in place. The rest is in bfloat16 for GPUs and in float32 for a CPU. An
     adapter is merged first.
     """
+    for place in places:
+        check_int8_device(place)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"dtype 'int8' cannot be used for {model.config.name_or_path!r}, whose weights are quantized already: pass "
@@ -173,7 +176,7 @@ def _as_int8(model: Any, device: torch.device) -> Any:
             "`llama-bidir quantize` writes a checkpoint with equal scores that int8 rounds less"
         )
     quantize_linears(model, model.config.int8_skip_modules or ())
-    if device.type == "cuda":
+    if all(place.type == "cuda" for place in places):
         cast_parameters(model, torch.bfloat16)
     return model
 

@@ -93,6 +93,9 @@ def quantize(folder: str | os.PathLike[str]) -> Path:
 
     Returns:
         the file of the variant.
+
+    Raises:
+        ValueError: the graph does not say which modules its nodes come from, as the exports of this package do.
     """
     quantization = require("onnxruntime.quantization", "onnx")
     source, target = Path(folder, MODEL_FILE), Path(folder, INT8_FILE)
@@ -100,12 +103,16 @@ def quantize(folder: str | os.PathLike[str]) -> Path:
     graph = require("onnx", "onnx").load(source, load_external_data=False).graph
     down = [f"layers.{number}.mlp.down_proj" for number in range(config.num_hidden_layers)]
     skipped = {f"'reranker.model.{name}'" for name in (*down, *(config.int8_skip_modules or ()))}
+    excluded = [node.name for node in graph.node if any(name in _scopes(node) for name in skipped)]
+    found = "".join(map(_scopes, graph.node))
+    if missing := sorted(name for name in skipped if name not in found):
+        raise ValueError(f"{source} has no nodes of {missing[0]}, which int8 would ruin: export the reranker again")
     quantization.quantize_dynamic(
         source,
         target,
         weight_type=quantization.QuantType.QInt8,
         per_channel=True,
-        nodes_to_exclude=[node.name for node in graph.node if any(name in _scopes(node) for name in skipped)],
+        nodes_to_exclude=excluded,
         use_external_data_format=True,
     )
     return target

@@ -56,7 +56,7 @@ def write(
     make_chat_template(tokenizer, config.prompt_template)  # raises; save_tokenizer only warns
     reranker.model.save_pretrained(folder)
     # sentence-transformers ignores the prompt and the length. They are kept for loading the folder here again.
-    kept = {"prompt_template": config.prompt_template, "rerank_max_length": config.rerank_max_length}
+    kept = {name: getattr(config, name) for name in ("prompt_template", "rerank_max_length", "int8_skip_modules")}
     LlamaConfig(**llama_config(config, architectures=["LlamaModel"], **kept)).save_pretrained(folder)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     save_tokenizer(tokenizer, folder, config)

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.epilog = (
         "The scores of the written checkpoint in float32 and bfloat16 are those of M, bit for bit, in every tool. "
-        "Load it with dtype='int8'. The table shows what int8 does to the scores of pairs that were not used for "
-        "calibration: the root mean square of the difference, over the standard deviation of the float32 scores."
+        "Load it with dtype='int8'. The table shows what int8 does to the scores of other pairs: the root mean square "
+        "of the difference, over the standard deviation of the float32 scores."
     )
     add = parser.add_argument
     add("--model", required=True, metavar="M", help="folder or Hub id of a reranker or of an adapter")
@@ -54,7 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _format(result: "QuantizationResult") -> list[str]:
-    header = ["scores", f"error on {result.num_pairs} pairs", *(["nDCG@10"] if result.measures else [])]
+    header = [
+        "scores",
+        f"error on {result.num_pairs} {'other' if result.are_held_out else 'calibration'} pairs",
+        *(["nDCG@10"] if result.measures else []),
+    ]
     stages = {"float32": "float32", "before": "int8, before", "after": "int8, after"}
     rows = [
         [

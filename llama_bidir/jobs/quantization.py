@@ -28,6 +28,8 @@ MEASURE = "nDCG@10"
 TARGET_ERROR = 0.022
 MEASURED_SITES = ("self_attn.q_proj", "mlp.down_proj")  # by their first layer: attention amplifies errors of its inputs
 MEASURED_PAIRS = 24
+# A file with fewer pairs is used as a whole for calibration.
+FEWEST_PAIRS = 32
 # The largest difference of the new checkpoint's scores from the old one's, relative to the largest score.
 TOLERANCE = 1e-5
 
@@ -40,7 +42,8 @@ class QuantizationResult(NamedTuple):
 
     Args:
         skip_modules: the linear layers that int8 skips.
-        num_pairs: how many pairs the errors are of. None of them was used for calibration if there were enough pairs.
+        num_pairs: how many pairs the errors are of.
+        are_held_out: whether none of these pairs was used for calibration. Small files have too few pairs for that.
         errors: the root mean square of the difference between int8 and float32 scores, over the standard deviation of
             the float32 scores, by `"before"` and `"after"`.
         measures: nDCG@10 of `"float32"`, `"before"` and `"after"`, if a collection was given.
@@ -48,6 +51,7 @@ class QuantizationResult(NamedTuple):
 
     skip_modules: list[str]
     num_pairs: int
+    are_held_out: bool
     errors: dict[str, float]
     measures: dict[str, float]
 
@@ -86,31 +90,39 @@ def quantize_reranker(
     check_positive_int("num_pairs", num_pairs)
     check_int8_device(torch.device("cpu"))
     name = os.fspath(model)
-    calibration, held_out = _split(list(read_calibration_pairs(data, 2 * num_pairs)))
+    calibration, held_out = _split(list(read_calibration_pairs(data, 2 * num_pairs)), num_pairs)
     with whole_folder(
         output, overwrite=overwrite, keep=name, marker="config.json", replaces=replaced_by_checkpoint(output)
     ) as folder:
-        reranker, tokenizer = load_merged(name, revision=revision)
-        stored_dtype = reranker.dtype
-        cast_parameters(reranker, torch.float32)
+        reranker, tokenizer = load_merged(name, "float32", revision=revision)
         reranker.config.int8_skip_modules = []
         cross_encoder = CrossEncoder(reranker, tokenizer, device="cpu")
         expected = cross_encoder.predict(held_out)
+        if not np.std(expected) > 0:
+            raise ValueError(
+                f"{data}: the pairs all have the same score: give at least two pairs with different scores"
+            )
+        errors: dict[str, float] = {}
         measures = _measure(cross_encoder, "float32", collection, depth)
-        errors = {"before": _int8_error(cross_encoder, held_out, expected)}
-        measures |= _measure(_in_int8(cross_encoder), "before", collection, depth)
+
+        def judge(stage: str) -> None:
+            rounded = CrossEncoder(reranker, tokenizer, device="cpu", dtype="int8")
+            errors[stage] = _error(rounded.predict(held_out), expected)
+            measures.update(_measure(rounded, stage, collection, depth))
+
+        judge("before")
         _smooth(cross_encoder, calibration)
         reranker.config.int8_skip_modules = choose_skipped(cross_encoder, _spread(calibration, MEASURED_PAIRS))
-        cast_parameters(reranker, stored_dtype)
+        cast_parameters(reranker, _exact_dtype(reranker))
         reranker.save_pretrained(folder)
         save_tokenizer(tokenizer, folder, reranker.config)
         if not has_other_card(output):
             write_model_card(folder, reranker.config, os.fspath(output), metadata=read_card(name, revision=revision))
         cast_parameters(reranker, torch.float32)
         _check_scores(cross_encoder.predict(held_out), expected)
-        errors["after"] = _int8_error(cross_encoder, held_out, expected)
-        measures |= _measure(_in_int8(cross_encoder), "after", collection, depth)
-    return QuantizationResult(reranker.config.int8_skip_modules, len(held_out), errors, measures)
+        judge("after")
+    skip_modules, are_held_out = reranker.config.int8_skip_modules, held_out is not calibration
+    return QuantizationResult(skip_modules, len(held_out), are_held_out, errors, measures)
 
 
 def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator[Pair]:
@@ -133,7 +145,7 @@ def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator
     for position, index in enumerate(_spread(range(len(rows)), count)):
         row = rows[index]
         passages = [*row["pos_doc"], *row["neg_doc"]]
-        yield row["query"], passages[position % len(passages)]
+        yield row["query"], passages[position // 2 % len(passages)]  # both kinds are in both halves
 
 
 def _read_pair(fields: Any, where: str) -> Pair:
@@ -145,18 +157,9 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
 
 
-def _split(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+def _split(pairs: Sequence[Pair], num_pairs: int) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Every second pair is held out, unless there are so few that calibration needs them all."""
-    return (pairs, pairs) if len(pairs) < 32 else (pairs[::2], pairs[1::2])
-
-
-def _in_int8(cross_encoder: CrossEncoder) -> CrossEncoder:
-    """A copy in int8."""
-    return CrossEncoder(cross_encoder.model, cross_encoder.tokenizer, device="cpu", dtype="int8")
-
-
-def _int8_error(cross_encoder: CrossEncoder, pairs: Sequence[Pair], expected: np.ndarray) -> float:
-    return _error(_in_int8(cross_encoder).predict(pairs), expected)
+    return (pairs[::2], pairs[1::2]) if len(pairs) >= min(2 * num_pairs, FEWEST_PAIRS) else (pairs, pairs)
 
 
 def _error(scores: np.ndarray, expected: np.ndarray) -> float:
@@ -198,6 +201,14 @@ def choose_skipped(cross_encoder: CrossEncoder, pairs: Sequence[Pair]) -> list[s
         skipped += names
         errors[names] = 0.0
     return skipped
+
+
+def _exact_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The smallest dtype that holds the float32 weights of a model without rounding, usually that of its files."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(parameter, parameter.to(dtype).float()) for parameter in model.parameters()):
+            return dtype
+    return torch.float32
 
 
 def _check_scores(scores: np.ndarray, expected: np.ndarray) -> None:

@@ -198,8 +198,7 @@ def project(states: torch.Tensor, layers: Sequence[Layer], buffers: Buffers) -> 
             out = buffers.take(f"product {number}", rows.scales, states.shape[1], layer.out_features)
             products.append(layer.multiply(rows, out)[None])
         else:
-            states = states.to(layer.weight.dtype)  # another one for what int8 skips
-            products.append(_multiply(states, layer))
+            products.append(_multiply(states.to(layer.weight.dtype), layer))  # another dtype for what int8 skips
     return products
 
 

@@ -18,8 +18,8 @@ from .device import cpu_capabilities, multiplies_bfloat16_faster
 LARGEST = 127
 # Instructions that add products of int8 without rounding, by torch's names for them.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
-# On CUDA, `torch._int_mm` needs more rows than this, and multiples of 8 of the other sizes.
-SMALLEST_CUDA_ROWS, CUDA_MULTIPLE = 17, 8
+# On CUDA, `torch._int_mm` needs at least this many rows.
+SMALLEST_CUDA_ROWS = 17
 
 
 class QuantizedRows(NamedTuple):
@@ -145,11 +145,25 @@ def quantize_linears(model: Any, skip_modules: Sequence[str] = ()) -> None:
         model: a [`LlamaBidirectionalForSequenceClassification`].
         skip_modules: names of layers that become a [`SkippedLinear`], within the body, such as
             `"layers.2.mlp.down_proj"`.
+
+    Raises:
+        ValueError: a linear layer is not a plain one, for example because it has an adapter.
     """
-    for name, layer in list(model.model.layers.named_modules(prefix="layers")):
-        if type(layer) is nn.Linear:
-            kind = SkippedLinear if name in skip_modules else Int8Linear
-            model.model.set_submodule(name, kind(layer.weight, layer.bias))
+    kinds = {
+        name: type(module)
+        for name, module in model.model.layers.named_modules(prefix="layers")
+        if name.endswith("_proj") or isinstance(module, nn.Linear)
+    }
+    for name, kind in kinds.items():
+        if kind is not nn.Linear or not name.endswith("_proj"):
+            raise ValueError(
+                f"dtype 'int8' replaces plain linear layers, but {name} is a {kind.__name__} or belongs to one: merge "
+                "the adapter first, or load the checkpoint without it"
+            )
+    for name in kinds:
+        layer = model.model.get_submodule(name)
+        replacement = SkippedLinear if name in skip_modules else Int8Linear
+        model.model.set_submodule(name, replacement(layer.weight, layer.bias))
 
 
 @contextmanager

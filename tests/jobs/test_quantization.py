@@ -115,23 +115,28 @@ def test_rows_are_calibration_pairs_too(tmp_path, load):
         assert query == row["query"]
         assert passage in [*row["pos_doc"], *row["neg_doc"]]
     assert len({passage in row["pos_doc"] for (_, passage), row in zip(pairs, ROWS, strict=True)}) == 2
+    for half in (pairs[::2], pairs[1::2]):
+        positives = {passage for row in ROWS for passage in row["pos_doc"]}
+        assert {passage in positives for _, passage in half} >= {True}
     middle = ROWS[len(ROWS) // 2]
-    assert list(read_calibration_pairs(rows, 2)) == [pairs[0], (middle["query"], middle["neg_doc"][0])]
+    assert list(read_calibration_pairs(rows, 2)) == [pairs[0], (middle["query"], middle["pos_doc"][0])]
 
 
 def test_half_of_many_pairs_is_held_out():
     pairs = [(str(number), "") for number in range(64)]
-    calibration, held_out = quantization._split(pairs)
+    calibration, held_out = quantization._split(pairs, 32)
     assert not set(calibration) & set(held_out)
     assert len(calibration) == len(held_out) == 32
-    assert quantization._split(pairs[:31]) == (pairs[:31], pairs[:31])
+    assert quantization._split(pairs[:31], 32) == (pairs[:31], pairs[:31])
+    assert quantization._split(pairs[:8], 4) == (pairs[:8:2], pairs[1:8:2])
+    assert quantization._split(pairs[:7], 4) == (pairs[:7], pairs[:7])
 
 
 def test_the_command_prints_what_changed(checkpoint, data, tmp_path, capsys):
     arguments = ["quantize", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["scores", "error", "on", "4", "pairs"]
+    assert printed[0].split() == ["scores", "error", "on", "4", "calibration", "pairs"]
     assert [line.split("  ")[0] for line in printed[1:4]] == ["float32", "int8, before", "int8, after"]
     assert printed[4].startswith("int8 skips ")
     assert printed[5] == f"reranker: {tmp_path / 'out'}"
@@ -152,6 +157,24 @@ def test_a_bad_line_is_named_and_nothing_is_written(checkpoint, tmp_path, conten
     with pytest.raises((ValueError, TypeError), match=message):
         quantize_reranker(checkpoint, write(tmp_path / "pairs.jsonl", content), tmp_path / "out")
     assert names(tmp_path) == ["pairs.jsonl", "reranker"]
+
+
+def test_pairs_of_one_score_are_refused(checkpoint, tmp_path):
+    data = write(tmp_path / "pairs.jsonl", lines({"query": "a", "passage": "b"}))
+    with pytest.raises(ValueError, match="the pairs all have the same score: give at least two pairs with different"):
+        quantize_reranker(checkpoint, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_in_another_dtype_is_kept(tokenizer, data, tmp_path):
+    folder = tmp_path / "mixed"
+    model = outlier_model()
+    model.model.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    quantize_reranker(folder, data, tmp_path / "out")
+    before, after = (CrossEncoder(each, device="cpu", dtype="float32") for each in (folder, tmp_path / "out"))
+    assert np.array_equal(after.predict(PAIRS), before.predict(PAIRS))
 
 
 def test_weights_beyond_the_range_of_their_dtype_are_refused(checkpoint, data, tmp_path, monkeypatch):
