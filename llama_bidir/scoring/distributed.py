@@ -1,5 +1,6 @@
 """Scoring under torchrun or `accelerate launch`: each process scores a share, and every process gets all scores."""
 
+import atexit
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..utils.launch import launch_number
+from ..utils.launch import launch_number, leave_process_group
 from ..utils.sharing import deal
 from .packing import empty_logits
 from .pipeline import Pair, Scorer, Tally, distinct, split_into_chunks
@@ -36,6 +37,7 @@ def is_shared(device: torch.device) -> bool:
             torch.cuda.set_device(device)
         with _waiting(launch_number("RANK", 0), TIMEOUT):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        atexit.register(leave_process_group)
     return dist.get_world_size() > 1
 
 

@@ -97,10 +97,14 @@ def check_tokenizer(name: str, data: st.DataObject) -> None:
     is_json = data.draw(st.booleans())
     changed = data.draw(altered(json.loads(content)).map(to_json) if is_json else damaged(content, most=2))
     (folder / name).write_bytes(changed)
-    tokenizer, error = attempt(load_tokenizer, str(folder))
-    if error is not None:
-        return check_message(error, folder)
-    assert tokenizer("bees")["input_ids"] == load_tokenizer(str(folder))("bees")["input_ids"]
+    # Older releases of tokenizers read two tokens of one id in random order, so the second attempt may fail instead.
+    found = []
+    for _ in range(2):
+        tokenizer, error = attempt(load_tokenizer, str(folder))
+        if error is not None:
+            return check_message(error, folder)
+        found.append(tokenizer("bees")["input_ids"])
+    assert found[0] == found[1]
     return None
 
 

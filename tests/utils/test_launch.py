@@ -93,7 +93,9 @@ def stub(tmp_path):
     (tmp_path / "other").mkdir()
     for name in ("script.py", "other/__init__.py", "other/__main__.py"):
         (tmp_path / name).write_text("import llama_bidir")
-    (tmp_path / "transformers.py").write_text("import os\nprint(os.environ.get('OMP_WAIT_POLICY'))\nraise SystemExit")
+    # One write, so the lines of two processes do not mix.
+    report = "os.write(1, (str(os.environ.get('OMP_WAIT_POLICY')) + chr(10)).encode())"
+    (tmp_path / "transformers.py").write_text(f"import os\n{report}\nraise SystemExit")
     return tmp_path
 
 
