@@ -20,7 +20,7 @@ from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
 from .scoring.finite import RankedActivation
 from .scoring.forks import leave_threads_of_parent
-from .scoring.int8 import dtype_name
+from .scoring.int8 import is_int8
 from .scoring.pipeline import (
     Activation,
     Scorer,
@@ -140,9 +140,8 @@ class CrossEncoder(SavedReranker):
         return [*map(torch.device, self._placement.worker_devices)] or [self.device]
 
     def __repr__(self) -> str:
-        fields = (
-            f"device={str(self.device)!r}, dtype={dtype_name(self.model)!r}, max_length={self.config.rerank_max_length}"
-        )
+        dtype = "'int8'" if is_int8(self.model) else self.model.dtype
+        fields = f"device={str(self.device)!r}, dtype={dtype}, max_length={self.config.rerank_max_length}"
         return f"{type(self).__name__}({self.config.name_or_path or type(self.model).__name__!r}, {fields})"
 
     def __getstate__(self) -> dict[str, Any]:
