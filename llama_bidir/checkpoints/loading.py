@@ -19,7 +19,7 @@ from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..pretrained_llama_bidir import missing_weights
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.device import SplitDevices, cpu_dtype, default_device, limit_onednn_caches
-from ..scoring.int8 import check_int8_device, is_int8, quantize_linears
+from ..scoring.int8 import check_int8_devices, is_int8, quantize_linears
 from ..utils.extras import require
 from .adapters import absolute_base, check_adapter, check_weights, named_errors, read_names
 from .chat_template import find_prompt_template
@@ -115,7 +115,9 @@ def _place(model: Any, device: torch.device | None) -> Any:
 def _adopt(model: Any, device: torch.device | None, dtype: str | torch.dtype | None) -> Any:
     """The caller's model on a device, or a copy of it in another dtype."""
     if dtype == INT8 and not is_int8(model):
-        model = _as_int8(copy.deepcopy(model), [device or model.device])
+        places = [device or model.device]
+        check_int8_devices(places)
+        model = _as_int8(copy.deepcopy(model), places)
     elif isinstance(dtype, torch.dtype) and is_int8(model):
         raise ValueError(f"the model is in int8 and cannot be changed to {dtype}: load its checkpoint again")
     elif isinstance(dtype, torch.dtype) and any(parameter.dtype != dtype for parameter in model.parameters()):
@@ -139,17 +141,17 @@ def _load_on(
         device = torch.device(default_device())
     given = fields.pop("dtype", None) or fields.pop("torch_dtype", None)
     dtype = dtype or (INT8 if given == torch.int8 else given)
-    if dtype == INT8:
-        for each in [*map(torch.device, devices.workers)] or ([] if device is None else [device]):
-            check_int8_device(each)
     if dtype == INT8 and "device_map" in fields:
         raise ValueError("dtype 'int8' and a device_map in model_kwargs exclude each other: pass device")
+    places = [*map(torch.device, devices.workers)] or ([] if device is None else [device])
+    if dtype == INT8:
+        check_int8_devices(places)  # before the weights are read
     model = load_reranker(name, {**fields, "dtype": "float32" if dtype == INT8 else dtype or "auto"})
     stored = model.dtype
     if dtype == INT8:
-        model = _as_int8(model, [*map(torch.device, devices.workers)] or [device or model.device])
-    places = [torch.device(each) for each in devices.workers] or [device or model.device]
-    if dtype is None and getattr(model, "hf_quantizer", None) is None and all(p.type == "cpu" for p in places):
+        model = _as_int8(model, places)
+    on_cpu = all(place.type == "cpu" for place in places or [model.device])
+    if dtype is None and getattr(model, "hf_quantizer", None) is None and on_cpu:
         cast_parameters(model, cpu_dtype(stored))
         logger.info(f"scoring in {model.dtype} on this CPU")
     return model if device is None else model.to(device), stored if stored != model.dtype else None
@@ -160,8 +162,6 @@ def _as_int8(model: Any, places: Sequence[torch.device]) -> Any:
     A model with its linear layers in int8, in place. The rest is in bfloat16 for GPUs and in float32 for a CPU. An
     adapter is merged first.
     """
-    for place in places:
-        check_int8_device(place)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"dtype 'int8' cannot be used for {model.config.name_or_path!r}, whose weights are quantized already: pass "

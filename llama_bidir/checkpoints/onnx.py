@@ -103,9 +103,9 @@ def quantize(folder: str | os.PathLike[str]) -> Path:
     graph = require("onnx", "onnx").load(source, load_external_data=False).graph
     down = [f"layers.{number}.mlp.down_proj" for number in range(config.num_hidden_layers)]
     skipped = {f"'reranker.model.{name}'" for name in (*down, *(config.int8_skip_modules or ()))}
-    excluded = [node.name for node in graph.node if any(name in _scopes(node) for name in skipped)]
-    found = "".join(map(_scopes, graph.node))
-    if missing := sorted(name for name in skipped if name not in found):
+    scopes = {node.name: _scopes(node) for node in graph.node}
+    excluded = [node for node, modules in scopes.items() if any(name in modules for name in skipped)]
+    if missing := sorted(name for name in skipped if not any(name in modules for modules in scopes.values())):
         raise ValueError(f"{source} has no nodes of {missing[0]}, which int8 would ruin: export the reranker again")
     quantization.quantize_dynamic(
         source,

@@ -1,1 +1,1 @@
-"""Long work that resumes after a kill: reranking runs and mining negatives."""
+"""Work on files: reranking runs and mining negatives, which resume after a kill, and quantization."""

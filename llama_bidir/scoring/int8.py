@@ -4,7 +4,7 @@ Linear layers in int8: one scale per output channel of the weights, and one per 
 A token's scale depends on that token alone, so a score does not depend on the other pairs of its batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -190,8 +190,14 @@ def dtype_name(model: Any) -> str:
     return "int8" if is_int8(model) else str(model.dtype).removeprefix("torch.")
 
 
+def check_int8_devices(devices: Iterable[torch.device]) -> None:
+    """Raises ValueError unless each device has instructions for products of int8. Without them, float32 is faster."""
+    for device in devices:
+        check_int8_device(device)
+
+
 def check_int8_device(device: torch.device) -> None:
-    """Raises ValueError unless a device has instructions for products of int8. Without them, float32 is faster."""
+    """As [`check_int8_devices`], for one device."""
     if device.type == "cuda":
         # The rules of torch._int_mm: NVIDIA Ampere or newer.
         has_instructions = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -8,7 +8,7 @@ import torch
 from .device import Devices, split_devices
 from .engine import Engine, LocalEngine
 from .forks import Lock, leave_threads_of_parent
-from .int8 import check_int8_device, is_int8
+from .int8 import check_int8_devices, is_int8
 from .workers import WorkerPool
 
 
@@ -45,8 +45,8 @@ class Placement:
         if device is None:
             return
         workers, model_device = split_devices(device)
-        for each in [*map(torch.device, workers), *([model_device] if model_device else [])] if is_int8(model) else []:
-            check_int8_device(each)
+        if is_int8(model):
+            check_int8_devices([*map(torch.device, workers)] or [model_device or model.device])
         _check_workers(model, workers)
         if workers != self.worker_devices:
             self.close()
