@@ -104,8 +104,8 @@ def packed_logits(model: LlamaBidirectionalForSequenceClassification, batch: dic
     _, position_ids = packed_positions(cu_seq_lens, hidden_states.shape[1])
     # (1, total_tokens, head_dim) -> (1, total_tokens, 1, head_dim)
     cos, sin = (angles.unsqueeze(2) for angles in body.rotary_emb(hidden_states, position_ids=position_ids))
-    attention_options = {name: value for name, value in batch.items() if name != "input_ids"}
     buffers = Buffers()
+    attention_options = {name: value for name, value in batch.items() if name != "input_ids"} | {"buffers": buffers}
     for layer in body.layers:
         hidden_states = decode(hidden_states, layer, cos, sin, attention_options, buffers)
     pooled = pool_packed(normalize(hidden_states, body.norm, buffers)[0], cu_seq_lens, model.config.pooling)

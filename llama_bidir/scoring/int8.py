@@ -16,6 +16,8 @@ from .buffers import Buffers
 from .device import cpu_capabilities, multiplies_bfloat16_faster
 
 LARGEST = 127
+# A row is scaled as if it had a value of at least this magnitude: 127 divided by it must still be a float32.
+SMALLEST = 1e-30
 # Instructions that add products of int8 without rounding, by torch's names for them.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
 # On CUDA, `torch._int_mm` needs at least this many rows.
@@ -46,9 +48,9 @@ def quantize_rows(rows: torch.Tensor, buffers: Buffers | None = None) -> Quantiz
     buffers = buffers or Buffers()
     # Two reductions: `aminmax` and a norm of order infinity are each twenty times slower on a CPU (torch 2.13).
     largest = torch.maximum(rows.amax(dim=-1, keepdim=True), rows.amin(dim=-1, keepdim=True).neg_()).float()
-    scales = largest.clamp_(min=torch.finfo(torch.float32).tiny) / LARGEST
-    scaled = torch.div(rows, scales, out=buffers.take("scaled", rows, dtype=torch.float32))
-    return QuantizedRows(buffers.take("values", rows, dtype=torch.int8).copy_(scaled.round_()), scales)
+    largest.clamp_(min=SMALLEST)
+    scaled = torch.mul(rows, LARGEST / largest, out=buffers.take("scaled", rows, dtype=torch.float32))
+    return QuantizedRows(buffers.take("values", rows, dtype=torch.int8).copy_(scaled.round_()), largest / LARGEST)
 
 
 class Int8Linear(nn.Module):

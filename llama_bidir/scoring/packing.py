@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .buffers import Buffers
+
 PACKED_ATTENTION = "packed_attention"
 
 # Implementations that read the cu_seq_lens keywords, so their input needs no padding.
@@ -20,6 +22,8 @@ PACKED_IMPLEMENTATIONS = (PACKED_ATTENTION, "flash_attention_2", "flash_attentio
 
 # In bfloat16 on a CPU, sequences of up to this many tokens get their attention weights in one matrix product.
 MATMUL_LENGTH = 512
+# A CPU's softmax computes rows in vectors of up to this many bfloat16 values, and what is left of a row one by one.
+SOFTMAX_LANES = 32
 # Minimum tokens that repay starting a batch, by type of device.
 SMALLEST_BATCH = {"cpu": 64, "cuda": 4096}
 # The widest activation of a batch on a CPU, in bytes. Larger ones gain nothing and cost memory.
@@ -37,6 +41,7 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sequence_lengths: Sequence[int] | None = None,
+    buffers: Buffers | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -50,6 +55,7 @@ def packed_attention(
         cu_seq_lens_q (`torch.IntTensor` of shape `(num_sequences + 1,)`, *optional*): where each sequence starts.
         max_length_q (`int`, *optional*): tokens of the longest sequence.
         sequence_lengths (`Sequence[int]`, *optional*): the same lengths on the host, which saves a wait for the GPU.
+        buffers (`Buffers`, *optional*): memory to use again.
 
     Returns:
         `torch.Tensor` of shape `(1, total_tokens, num_heads, head_dim)`, and None for the weights.
@@ -63,7 +69,7 @@ def packed_attention(
         return _attend_by_varlen(query, key, value, cu_seq_lens_q, max_length_q), None
     if sequence_lengths is None:
         sequence_lengths = cu_seq_lens_q.diff().tolist()
-    return _attend_one_by_one(module, query, key, value, sequence_lengths, **kwargs), None
+    return _attend_one_by_one(module, query, key, value, sequence_lengths, buffers or Buffers(), **kwargs), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # each list of lengths would be compiled anew
@@ -73,6 +79,7 @@ def _attend_one_by_one(
     key: torch.Tensor,
     value: torch.Tensor,
     sequence_lengths: Sequence[int],
+    buffers: Buffers,
     **kwargs: Any,
 ) -> torch.Tensor:
     outputs = []
@@ -85,7 +92,7 @@ def _attend_one_by_one(
         # (heads, count * length, head_dim) -> (count, heads, length, head_dim)
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in states)
         if length <= MATMUL_LENGTH and _matmul_applies(module, query, **kwargs):
-            outputs.append(_attend_by_matmul(q, k, v).flatten(0, 1))
+            outputs.append(_attend_by_matmul(q, k, v, buffers).flatten(0, 1))
         else:
             outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0].flatten(0, 1))
     return torch.cat(outputs)[None]
@@ -102,22 +109,29 @@ def _matmul_applies(module: torch.nn.Module, query: torch.Tensor, **kwargs: Any)
     )
 
 
-def _attend_by_matmul(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _attend_by_matmul(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, buffers: Buffers) -> torch.Tensor:
     """
     Attention by two matrix products. Query heads that share a key are multiplied together.
 
     Args:
         query (`torch.Tensor` of shape `(count, num_heads, length, head_dim)`).
         key, value (`torch.Tensor` of shape `(count, num_key_value_heads, length, head_dim)`).
+        buffers: memory for the queries and the attention weights.
 
     Returns:
         `torch.Tensor` of shape `(count, length, num_heads, head_dim)`.
     """
     count, num_heads, length, head_dim = query.shape
     num_keys = key.shape[1]
-    grouped = (query * head_dim**-0.5).reshape(count, num_keys, num_heads // num_keys * length, head_dim)
-    weights = (grouped @ key.transpose(-1, -2)).softmax(dim=-1)
-    return (weights @ value).view(count, num_heads, length, head_dim).transpose(1, 2)
+    # (count * num_key_value_heads, queries of all heads that share a key, head_dim)
+    rows = (count * num_keys, num_heads // num_keys * length, head_dim)
+    grouped = torch.mul(query, head_dim**-0.5, out=buffers.take("queries", query)).view(rows)
+    width = -(-length // SOFTMAX_LANES) * SOFTMAX_LANES
+    scores = buffers.take("scores", query, *rows[:2], width)
+    scores[..., length:] = -torch.inf
+    torch.bmm(grouped, key.flatten(0, 1).transpose(1, 2), out=scores[..., :length])
+    weights = torch.softmax(scores, dim=-1, out=buffers.take("weights", scores))[..., :length]
+    return (weights @ value.flatten(0, 1)).view(count, num_heads, length, head_dim).transpose(1, 2)
 
 
 def _attend_by_varlen(

@@ -8,7 +8,16 @@ from packaging.version import Version
 from transformers import LlamaConfig
 
 from llama_bidir.scoring import packing
-from llama_bidir.scoring.packing import PACKED_ATTENTION, balanced_batches, batches_by_tokens, pack, pad, token_budget
+from llama_bidir.scoring.buffers import Buffers
+from llama_bidir.scoring.packing import (
+    PACKED_ATTENTION,
+    _attend_by_matmul,
+    balanced_batches,
+    batches_by_tokens,
+    pack,
+    pad,
+    token_budget,
+)
 
 
 def test_pack_by_hand():
@@ -121,6 +130,18 @@ def test_bfloat16_attention_by_matmul_is_as_close_to_float32_as_the_fused_kernel
         errors[length] = torch.stack(squared).mean().sqrt().item()
     assert errors[0] != errors[512]
     assert errors[512] < 1.3 * errors[0]
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
+def test_attention_by_matmul_reads_no_memory_that_an_earlier_call_left(length):
+    buffers = Buffers()
+    for name in ("queries", "scores", "weights"):
+        buffers.take(name, torch.empty(0), 10**6).fill_(torch.nan)
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(2, heads, length, 8, generator=generator) for heads in (6, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    attended = _attend_by_matmul(query, key, value, buffers)
+    torch.testing.assert_close(attended, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
 def test_pad_by_hand():
