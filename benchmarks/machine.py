@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +93,8 @@ def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
 @torch.inference_mode()
 def matmul_speed(config: LlamaConfig, dtype: str, device: str) -> float:
     """
-    Returns the best speed of `torch.nn.functional.linear` over a few shapes, in FLOP/s.
+    Returns the best speed of a linear layer over a few shapes, in FLOP/s: that of `torch.nn.functional.linear`, or on a
+    CPU that of oneDNN if it is faster.
 
     The shapes are 2048 x 2048 x 2048 and those of the model's MLP with 2,048 rows. On CUDA there is also
     8192 x 8192 x 8192, because smaller products do not keep a GPU busy. Each shape is timed over two calls (20 on
@@ -116,13 +118,19 @@ def _linear_speed(rows: int, inputs: int, outputs: int, *, calls: int, dtype: to
     states = torch.randn(rows, inputs, dtype=dtype, device=device)
     weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
 
-    def multiply() -> None:
-        for _ in range(calls):
-            torch.nn.functional.linear(states, weight)
+    products = [partial(torch.nn.functional.linear, states, weight)]
+    if not is_cuda(device) and torch.backends.mkldnn.is_available():
+        products.append(partial(torch.ops.mkldnn._linear_pointwise, states, weight, None, "none", [], ""))
+    seconds = []
+    for multiply in products:
+        multiply()
+        seconds.append(timed(partial(_repeat, multiply, calls), device)[0])
+    return 2 * calls * rows * inputs * outputs / min(seconds)
 
-    torch.nn.functional.linear(states, weight)
-    seconds, _ = timed(multiply, device)
-    return 2 * calls * rows * inputs * outputs / seconds
+
+def _repeat(function: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        function()
 
 
 def peak_memory(device: str) -> int:

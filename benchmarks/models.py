@@ -1,6 +1,7 @@
 """Writes the checkpoints that are timed, and counts the arithmetic of their forward pass."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from llama_bidir.modeling_llama_bidir import pool
 from .workloads import make_collection
 
 SEED = 0
+# The name of a checkpoint that is measured as it is.
+TRAINED = "trained"
 
 # Fields that differ from the checkpoint of the command line. An empty shape keeps the checkpoint's weights.
 SHAPES: dict[str, dict[str, int]] = {
@@ -84,9 +87,15 @@ def write_checkpoint(
     drop_chat_template(folder)
 
 
+def copy_checkpoint(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Copies the checkpoint of a reranker into an empty folder, to which exports can be added."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    drop_chat_template(folder)
+
+
 def drop_chat_template(folder: str | os.PathLike[str]) -> None:
     """Removes the chat template: sentence-transformers tokenizes pairs of texts faster than chat messages."""
-    Path(folder, "chat_template.jinja").unlink()
+    Path(folder, "chat_template.jinja").unlink(missing_ok=True)
 
 
 def export_once(folder: str, format: str, **options: Any) -> str:

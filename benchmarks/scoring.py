@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from .implementations import DTYPES, IMPLEMENTATIONS, choose
 from .machine import describe_machine, is_cuda
 from .memory import run_alone
-from .models import SHAPES, write_checkpoint
+from .models import SHAPES, TRAINED, copy_checkpoint, write_checkpoint
 from .peers import SENTENCE_TRANSFORMERS
 from .report import SECTIONS, plot_speed, print_rows, write_markdown
 from .speed import Row, expected_scores, load_scorers, print_skipped, time_workload
@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_argument_group("what to measure")
     what.add_argument("--checkpoint", help="folder or Hub id of a plain Llama: tokenizer, vocabulary and 135m weights")
+    what.add_argument("--reranker", type=Path, help="folder of a trained reranker, measured in place of --models")
     what.add_argument("--data", type=Path, help="BEIR folder with run.bm25.trec (default: made-up text)")
     what.add_argument("--models", nargs="+", choices=SHAPES, default=["10m", "135m"])
     what.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
@@ -76,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--plot", type=Path, help="PNG file for the ratios to sentence-transformers")
     output.add_argument("--from-json", type=Path, help="write --markdown and --plot from this file only")
     args = parser.parse_args()
-    if not (args.from_json or args.checkpoint):
-        parser.error("--checkpoint or --from-json is required")
+    if not (args.from_json or args.checkpoint or (args.reranker and not args.stream)):
+        parser.error("--checkpoint, --reranker or --from-json is required (--stream needs --checkpoint)")
     if args.append and not args.json:
         parser.error("--append requires --json, the file to add to")
     if is_cuda(args.device) and "latency" not in args.workloads:
@@ -168,9 +169,12 @@ def measure_stream(args: argparse.Namespace) -> Iterator[list[Row]]:
 def prepare(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Workload]]]:
     """Yields name, checkpoint folder and workloads of each model. The folder is deleted before the next model."""
     collection = read_collection(args.data) if args.data else make_collection()
-    for name in args.models:
+    for name in [TRAINED] if args.reranker else args.models:
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(name, args.checkpoint, folder, device=args.device)
+            if args.reranker:
+                copy_checkpoint(args.reranker, folder)
+            else:
+                write_checkpoint(name, args.checkpoint, folder, device=args.device)
             workloads = make_workloads(
                 args.workloads,
                 collection,
