@@ -11,6 +11,7 @@ Columns = Mapping[str, Callable[[Row], str]]
 
 COLORS = {
     "llama-bidir": "#2f6fb0",
+    "sentence-transformers": "#5b6573",
     "sentence-transformers, unpadded": "#4f9d8b",
     "vllm": "#a4508b",
     "openvino": "#c2703d",
@@ -149,61 +150,49 @@ def _by(rows: list[Row], *names: str) -> list[tuple[str, list[Row]]]:
 
 def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """
-    Writes a PNG of pairs per second relative to sentence-transformers.
+    Writes a PNG of pairs per second.
 
-    There is one panel per machine, model and dtype, one group of bars per workload, and one bar per implementation.
+    There is one panel per machine, model and workload, one group of bars per dtype, and one bar per implementation.
 
     Raises:
-        ValueError: no row has a ratio.
+        ValueError: there is no row of a known implementation.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in latest(rows) if row["ratio"] is not None and row["implementation"] in COLORS]
-    panels = _by(rows, "model", "dtype", "hardware")
+    panels = _by([row for row in latest(rows) if row["implementation"] in COLORS], "hardware", "model", "workload")
     if not panels:
-        raise ValueError("nothing to plot: no row has a ratio to sentence-transformers")
-    num_columns = min(2, len(panels))
+        raise ValueError("nothing to plot: no row of speed")
+    num_columns = min(3, len(panels))
     num_rows = -(-len(panels) // num_columns)
-    figure = Figure(figsize=(max(9.0, 6.5 * num_columns), 0.7 + 2.9 * num_rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(9.0, 4.5 * num_columns), 1.0 + 2.7 * num_rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(num_rows, num_columns, sharey="row", squeeze=False).flatten()
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes, (title, panel) in zip(grid, panels, strict=False):
         _plot_panel(axes, title, panel)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     handles = {label: bar for axes in grid for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(
-        "Pairs scored per second relative to sentence-transformers, same weights and same pairs", fontsize=12
-    )
+    names = [name for name in COLORS if name in handles]
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Pairs scored per second, same weights and same pairs", fontsize=12)
     figure.savefig(path)
 
 
 def _plot_panel(axes: Any, title: str, rows: list[Row]) -> None:
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    implementations = [name for name in COLORS if any(row["implementation"] == name for row in rows)]
-    width = min(0.3, 0.88 / len(implementations))
-    measured = {
-        workload: {row["implementation"]: row["ratio"] for row in rows if row["workload"] == workload}
-        for workload in workloads
-    }
-    for name in implementations:
-        places, ratios = [], []
-        for position, of_workload in enumerate(measured.values()):
-            if name in of_workload:
-                shown = [other for other in implementations if other in of_workload]
-                places.append(position + (shown.index(name) - (len(shown) - 1) / 2) * width)
-                ratios.append(of_workload[name])
-        bars = axes.bar(places, ratios, width * 0.92, color=COLORS[name], label=name)
-        axes.bar_label(bars, fmt="{:.2f}", fontsize=6.5, padding=2)
-    line = axes.axhline(1.0, color="#333333", linewidth=1, linestyle="--")
-    line.set_label("sentence-transformers")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xticks(range(len(workloads)), workloads)
-    axes.set_xlim(-0.6, len(workloads) - 0.4)
-    axes.set_xlabel("workload")
-    axes.set_ylabel("ratio of pairs/s")
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    width = min(0.3, 0.88 / max(sum(row["dtype"] == dtype for row in rows) for dtype in dtypes))
+    for position, dtype in enumerate(dtypes):
+        speeds = {row["implementation"]: row["pairs_per_second"] for row in rows if row["dtype"] == dtype}
+        shown = [name for name in COLORS if name in speeds]
+        for index, name in enumerate(shown):
+            place = position + (index - (len(shown) - 1) / 2) * width
+            bars = axes.bar(place, speeds[name], width * 0.92, color=COLORS[name], label=name)
+            axes.bar_label(bars, fmt="{:,.1f}" if speeds[name] < 100 else "{:,.0f}", fontsize=6.5, padding=2)
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_xticks(range(len(dtypes)), dtypes)
+    axes.set_xlim(-0.6, len(dtypes) - 0.4)
+    axes.set_ylabel("pairs/s")
     axes.margins(y=0.12)
     axes.yaxis.grid(visible=True, color="#e4e7eb")
     axes.set_axisbelow(True)

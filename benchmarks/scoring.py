@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--json", type=Path, help="file for all measurements, written as they come")
     output.add_argument("--append", action="store_true", help="add to the --json file instead of replacing it")
     output.add_argument("--markdown", type=Path, help="file for the tables in Markdown")
-    output.add_argument("--plot", type=Path, help="PNG file for the ratios to sentence-transformers")
+    output.add_argument("--plot", type=Path, help="PNG file for pairs per second")
     output.add_argument("--from-json", type=Path, help="write --markdown and --plot from this file only")
     args = parser.parse_args()
     if not (args.from_json or args.checkpoint or (args.reranker and not args.stream)):

@@ -89,12 +89,13 @@ def environment(**variables):
 
 @pytest.fixture
 def stub(tmp_path):
-    """A `transformers` that, when imported, prints the policy and ends the process before torch is imported."""
+    """A `transformers` that, when imported, prints how threads wait and ends the process before torch is imported."""
     (tmp_path / "other").mkdir()
     for name in ("script.py", "other/__init__.py", "other/__main__.py"):
         (tmp_path / name).write_text("import llama_bidir")
     # One write, so the lines of two processes do not mix.
-    report = "os.write(1, (str(os.environ.get('OMP_WAIT_POLICY')) + chr(10)).encode())"
+    names = "('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')"
+    report = f"os.write(1, ('/'.join(str(os.environ.get(name)) for name in {names}) + chr(10)).encode())"
     (tmp_path / "transformers.py").write_text(f"import os\n{report}\nraise SystemExit")
     return tmp_path
 
@@ -109,19 +110,19 @@ def policies(arguments, path, **variables):
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_a_command_waits_passively_before_torch_is_imported(arguments, stub):
-    assert policies([*arguments, "recipes"], stub) == ["PASSIVE"]
-    assert policies(arguments, stub, OMP_WAIT_POLICY="ACTIVE") == ["ACTIVE"]
-    assert policies(arguments, stub, GOMP_SPINCOUNT="1000") == ["None"]
+    assert policies([*arguments, "recipes"], stub) == ["PASSIVE/10000"]
+    assert policies(arguments, stub, OMP_WAIT_POLICY="ACTIVE") == ["ACTIVE/None"]
+    assert policies(arguments, stub, GOMP_SPINCOUNT="1000") == ["None/1000"]
 
 
 @pytest.mark.parametrize("arguments", OTHERS.values(), ids=OTHERS)
 def test_an_import_leaves_the_environment_alone(arguments, stub):
-    assert policies(arguments, stub) == ["None"]
+    assert policies(arguments, stub) == ["None/None"]
 
 
 def test_processes_of_torchrun_wait_passively(stub):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llama_bidir"]
-    assert policies(torchrun, stub) == ["PASSIVE", "PASSIVE"]
+    assert policies(torchrun, stub) == ["PASSIVE/10000", "PASSIVE/10000"]
 
 
 def test_the_module_runs_and_openmp_reads_the_policy():
@@ -131,4 +132,4 @@ def test_the_module_runs_and_openmp_reads_the_policy():
     )
     assert result.stdout == f"llama-bidir {__version__}\n"
     if sys.platform == "linux":  # torch comes with another OpenMP elsewhere
-        assert "GOMP_SPINCOUNT = '0'" in result.stderr
+        assert "GOMP_SPINCOUNT = '10000'" in result.stderr
