@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
 from llama_bidir.checkpoints.export import export_reranker
+from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE
 from llama_bidir.modeling_llama_bidir import pool
 
 from .workloads import make_collection
@@ -88,9 +89,21 @@ def write_checkpoint(
 
 
 def copy_checkpoint(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Copies the checkpoint of a reranker into an empty folder, to which exports can be added."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    """
+    Copies the files of a reranker into an empty folder, to which exports can be added, without its subfolders.
+
+    Raises:
+        ValueError: the peers would not compute its scores, because it has another prompt or several labels.
+    """
+    for path in Path(source).iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
     drop_chat_template(folder)
+    config = LlamaBidirectionalConfig.from_pretrained(folder)
+    if config.prompt_template != DEFAULT_PROMPT_TEMPLATE or config.num_labels != 1:
+        raise ValueError(f"{source}: only a reranker with the default prompt and one label can be compared with others")
+    if AutoTokenizer.from_pretrained(folder).chat_template is not None:
+        raise ValueError(f"{source}: the tokenizer's chat template would slow sentence-transformers down; remove it")
 
 
 def drop_chat_template(folder: str | os.PathLike[str]) -> None:

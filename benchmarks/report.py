@@ -152,7 +152,8 @@ def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """
     Writes a PNG of pairs per second.
 
-    There is one panel per machine, model and workload, one group of bars per dtype, and one bar per implementation.
+    There is one panel per machine, model, workload and number of pairs, one group of bars per dtype, and one bar per
+    implementation.
 
     Raises:
         ValueError: there is no row of a known implementation.
@@ -160,7 +161,12 @@ def plot_speed(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = _by([row for row in latest(rows) if row["implementation"] in COLORS], "hardware", "model", "workload")
+    rows = [
+        {**row, "panel": f"{row['hardware']}, {row['model']}, {row['workload']}, {row['pairs']:,} pairs"}
+        for row in latest(rows)
+        if row["implementation"] in COLORS
+    ]
+    panels = _by(rows, "panel")
     if not panels:
         raise ValueError("nothing to plot: no row of speed")
     num_columns = min(3, len(panels))

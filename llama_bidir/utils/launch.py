@@ -8,8 +8,8 @@ from pathlib import PurePath
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 # Each decides how long a thread of GNU's or LLVM's OpenMP spins before it sleeps.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# GNU's threads spin for some ten microseconds first: without any spinning, small batches took a third longer on an idle
-# machine. The default of GNU's OpenMP is 300,000 turns.
+# GNU's threads first spin for some hundred microseconds: without any spinning, small batches took a third longer on an
+# idle machine. The default is 300,000 turns. LLVM's threads do not read the second variable and sleep at once.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 

@@ -6,15 +6,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import make_model, make_tokenizer
+from transformers import LlamaConfig
 
 from benchmarks.implementations import choose
-from benchmarks.machine import peak_above
+from benchmarks.machine import matmul_speed, peak_above
+from benchmarks.models import copy_checkpoint
 from benchmarks.peers import Scorer
 from benchmarks.report import add_memory, write_markdown
 from benchmarks.speed import compare, fastest_size, relative_error, time_workload
 from benchmarks.trainers import PACKED, PADDED, PLAIN_LOOP, UNPADDED, Group, Run, Task
 from benchmarks.training import add_ratios, summarize
 from benchmarks.workloads import Workload
+from llama_bidir import CrossEncoder
 
 
 def row(implementation, dtype, *seconds):
@@ -152,3 +156,27 @@ def test_training_is_compared_with_the_fastest_peer():
     one_by_one = [summarize({name: rounds}, task)[0] for name, rounds in runs.items()]
     ratios = {entry["implementation"]: entry["ratio_to_peer"] for entry in add_ratios(one_by_one)}
     assert ratios == pytest.approx({PACKED: 1.6, PADDED: 0.8, PLAIN_LOOP: 0.4, UNPADDED: 1.0})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_speed_of_matrix_products_is_measured_in_each_dtype(dtype):
+    config = LlamaConfig(hidden_size=32, intermediate_size=32)
+    assert matmul_speed(config, dtype, "cpu") > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "subfolder"), [({}, True), ({"prompt_template": "{query} {passage}"}, False), ({"num_labels": 2}, False)]
+)
+def test_a_trained_reranker_is_compared_only_if_the_peers_compute_its_scores(tmp_path, fields, subfolder):
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    CrossEncoder(make_model(**fields), make_tokenizer(pad_token="<|pad|>")).save_pretrained(source)
+    folder.mkdir()
+    if subfolder:
+        (source / "onnx").mkdir()
+        copy_checkpoint(source, folder)
+        assert not (folder / "onnx").exists()
+        assert not (folder / "chat_template.jinja").exists()
+        assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    else:
+        with pytest.raises(ValueError, match="the default prompt and one label"):
+            copy_checkpoint(source, folder)

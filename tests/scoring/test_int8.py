@@ -34,6 +34,15 @@ def test_rows_are_rounded_to_their_own_scale():
     torch.testing.assert_close(scales[[0, 2], 0], torch.tensor([2 / 127, 254e-3 / 127]))
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-30, 1e-20, 3e38])
+def test_rows_of_any_magnitude_have_finite_products(magnitude):
+    rows = torch.tensor([[magnitude, -magnitude]])
+    values, scales = quantize_rows(rows)
+    assert scales.item() > 0
+    assert (values * scales - rows).abs().max() <= max(magnitude / 254, 1e-30)
+    assert values[0].tolist() == ([127, -127] if magnitude >= 1e-30 else [0, 0])
+
+
 @pytest.mark.parametrize("num_rows", [1, 3, 700])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_layer_multiplies_the_rounded_values_exactly(num_rows, has_bias):

@@ -132,16 +132,18 @@ def test_bfloat16_attention_by_matmul_is_as_close_to_float32_as_the_fused_kernel
     assert errors[512] < 1.3 * errors[0]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
-def test_attention_by_matmul_reads_no_memory_that_an_earlier_call_left(length):
+def test_attention_by_matmul_reads_no_memory_that_an_earlier_call_left(length, dtype, tolerance):
     buffers = Buffers()
     for name in ("queries", "scores", "weights"):
         buffers.take(name, torch.empty(0), 10**6).fill_(torch.nan)
     generator = torch.Generator().manual_seed(length)
-    query, key, value = (torch.randn(2, heads, length, 8, generator=generator) for heads in (6, 2, 2))
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    attended = _attend_by_matmul(query, key, value, buffers)
-    torch.testing.assert_close(attended, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    # (2, length, heads, head_dim), as the projections lay them out -> (2, heads, length, head_dim)
+    states = [torch.randn(2, length, heads, 8, generator=generator).transpose(1, 2) for heads in (6, 2, 2)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*states, enable_gqa=True)
+    attended = _attend_by_matmul(*(part.to(dtype) for part in states), buffers)
+    torch.testing.assert_close(attended.float(), expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
 
 
 def test_pad_by_hand():
