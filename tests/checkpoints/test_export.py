@@ -124,6 +124,14 @@ def test_half_precision_does_not_round_the_temperature_into_the_head(save, tmp_p
         np.testing.assert_allclose(peer.predict(PAIRS), scores, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", ["hub", "sentence-transformers"])
+def test_layers_that_int8_skips_are_exported_and_loaded(save, tmp_path, format):
+    skipped = ["layers.1.mlp.down_proj"]
+    folder, _ = save(int8_skip_modules=skipped)
+    export_reranker(folder, tmp_path / "export", format=format)
+    assert CrossEncoder(tmp_path / "export", dtype="float32").model.config.int8_skip_modules == skipped
+
+
 def test_a_checkpoint_that_was_cast_for_this_cpu_says_so_when_it_is_saved(save, tmp_path, monkeypatch, caplog):
     folder, _ = save()
     export_reranker(folder, tmp_path / "half", format="hub", dtype="bfloat16")
