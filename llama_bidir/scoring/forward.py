@@ -191,14 +191,15 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 def project(states: torch.Tensor, layers: Sequence[Layer], buffers: Buffers) -> list[torch.Tensor]:
     """`layer(states)` for each layer, of shape `(1, total_tokens, layer.out_features)`; valid until the next call."""
-    products, rows = [], None
+    products, rows, exact = [], None, None
     for number, layer in enumerate(layers):
         if isinstance(layer, Int8Linear):
             rows = rows or quantize_rows(states[0], buffers)
             out = buffers.take(f"product {number}", rows.scales, states.shape[1], layer.out_features)
             products.append(layer.multiply(rows, out)[None])
         else:
-            products.append(_multiply(states.to(layer.weight.dtype), layer))  # another dtype for what int8 skips
+            exact = states.to(layer.weight.dtype) if exact is None else exact  # another dtype for what int8 skips
+            products.append(_multiply(exact, layer))
     return products
 
 

@@ -39,7 +39,7 @@ class QuantizedRows(NamedTuple):
 
 def quantize_rows(rows: torch.Tensor, buffers: Buffers | None = None) -> QuantizedRows:
     """
-    Rounds each row to int8. Its scale makes the largest magnitude of the row 127, unless that is below 1e-30.
+    Rounds each row to int8. Its scale makes the largest magnitude of the row 127, unless that is below `SMALLEST`.
 
     Args:
         rows (`torch.Tensor` of shape `(num_rows, num_columns)`): any floating dtype.
