@@ -80,7 +80,7 @@ def start_and_signal(arguments, journal, number):
 @pytest.mark.parametrize(("verb", "number"), [("rerank", signal.SIGINT), ("mine", signal.SIGTERM)])
 def test_an_interrupted_job_says_so_exits_with_130_and_resumes(verb, number, tmp_path, reranker_checkpoint, caplog):
     if verb == "rerank":
-        files = write_collection(tmp_path, num_queries=200, num_documents=60, depth=50)
+        files = write_collection(tmp_path, num_queries=40, num_documents=60, depth=50)
         output, whole = tmp_path / "out.trec", tmp_path / "whole.trec"
         arguments, again = (
             command(files, reranker_checkpoint, path, "--device=cpu", "--batch-size=4") for path in (output, whole)
