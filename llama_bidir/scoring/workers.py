@@ -2,6 +2,7 @@
 
 import multiprocessing.connection
 import multiprocessing.process
+import multiprocessing.resource_tracker
 import signal
 import threading
 import traceback
@@ -66,7 +67,7 @@ class WorkerPool:
                 )
                 with _without_interrupts():
                     process.start()
-                self._processes.append(process)
+                    self._processes.append(process)
                 other_end.close()
             # Each worker first sends the token budget of its device.
             self._budget = min(int(self._receive(number)) for number in range(len(self.devices)))
@@ -212,6 +213,8 @@ def _without_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    # The first process to be spawned starts multiprocessing's tracker, which would unblock SIGINT.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -349,3 +349,29 @@ def test_an_interrupt_ends_a_call_and_the_next_one_works(tmp_path, reranker_chec
     scores = np.load(tmp_path / "scores.npy")
     expected = CrossEncoder(reranker_checkpoint, device="cpu").predict(PAIRS)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+UNDISTURBED_SCRIPT = """
+import os, signal, sys
+from llama_bidir import CrossEncoder
+
+if __name__ == "__main__":
+    reranker = CrossEncoder(sys.argv[1], device=["cpu", "cpu"])
+    scores = reranker.predict([("query", "bees")])
+    workers = reranker.engine()._processes
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    for worker in workers:
+        worker.join(timeout=1)
+    print([worker.exitcode for worker in workers])
+    print(scores.tolist() == reranker.predict([("query", "bees")]).tolist())
+    print(workers is reranker.engine()._processes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs masks of signals")
+def test_ctrl_c_does_not_reach_workers(tmp_path, reranker_checkpoint):
+    status, output, errors = run_script(tmp_path, UNDISTURBED_SCRIPT, reranker_checkpoint)
+    assert status == 0, errors
+    assert output.splitlines() == ["[None, None]", "True", "True"]
