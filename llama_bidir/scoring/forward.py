@@ -166,12 +166,16 @@ def normalize(states: torch.Tensor, norm: LlamaRMSNorm, buffers: Buffers) -> tor
     """`norm(states)`, of shape `(1, total_tokens, hidden_size)`; valid until the next call on a CPU."""
     if states.device.type == "cuda":
         return rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    if states.dtype != torch.float32:
-        normed: torch.Tensor = norm(states)
-        return normed
-    variance = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_() / states.shape[-1]
+    is_exact = states.dtype == torch.float32
+    exact = states if is_exact else buffers.take("exact", states, dtype=torch.float32).copy_(states)
+    variance = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_() / states.shape[-1]
     scales = (variance + norm.variance_epsilon).rsqrt_()
-    return torch.mul(states, scales, out=buffers.take("normed", states)).mul_(norm.weight)
+    normed = buffers.take("normed", states)
+    if is_exact:
+        torch.mul(states, scales, out=normed)
+    else:  # `mul` would copy operands of two dtypes
+        normed.copy_(exact.mul_(scales))
+    return normed.mul_(norm.weight)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
