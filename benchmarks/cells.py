@@ -22,7 +22,8 @@ class Cells:
         path: the file. It is created with the first cell.
         section: the name of the list of rows.
         machine: the description of this machine (see [`~machine.describe_machine`]).
-        key: the fields that identify a cell. A row of other hardware is another cell.
+        key: the fields that identify a cell.
+        by_hardware: a row of other hardware is another cell.
         again: measure all cells again.
         retry: measure the cells that were skipped.
     """
@@ -34,10 +35,12 @@ class Cells:
         machine: Mapping[str, Any],
         key: Iterable[str],
         *,
+        by_hardware: bool = True,
         again: bool = False,
         retry: bool = False,
     ):
-        self.path, self.section, self.key = path, section, ("hardware", *key)
+        self.path, self.section = path, section
+        self.key = ("hardware", *key) if by_hardware else tuple(key)
         self.again, self.retry = again, retry
         self.hardware = machine["hardware"]
         self.results: dict[str, list[Row]] = {"machines": [], section: [], "skipped": []}

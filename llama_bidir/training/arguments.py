@@ -23,7 +23,7 @@ class ModelArguments:
     Args:
         model_name_or_path: a folder or a Hub id of a plain Llama or of a reranker.
         revision: branch, tag or commit of the Hub repository.
-        pooling, temperature: see [`LlamaBidirectionalConfig`].
+        is_causal, pooling, temperature: see [`LlamaBidirectionalConfig`].
         dtype: of the saved checkpoint, and of the frozen weights under an adapter. Trained weights are always held in
             float32, because small updates vanish in bfloat16. `training.bf16` computes in bfloat16.
         attn_implementation: such as `sdpa` or `flash_attention_2`.
@@ -32,6 +32,7 @@ class ModelArguments:
 
     model_name_or_path: str
     revision: str | None = None
+    is_causal: bool | None = None
     pooling: str | None = None
     temperature: float | None = None
     dtype: str = "float32"
@@ -164,6 +165,7 @@ def config_fields(model_args: ModelArguments, data_args: DataArguments) -> dict[
     """Returns the arguments that a configuration's `from_pretrained` takes, without those that are None."""
     fields = {
         "revision": model_args.revision,
+        "is_causal": model_args.is_causal,
         "pooling": model_args.pooling,
         "temperature": model_args.temperature,
         "prompt_template": data_args.prompt_template,

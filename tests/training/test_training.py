@@ -6,7 +6,13 @@ import pytest
 import torch
 from helpers import ROWS as ALL_ROWS
 from helpers import arguments, losses, make_model, make_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -172,6 +178,25 @@ def test_wrong_arguments(tmp_path, tokenizer):
         CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, group_size=1)
     with pytest.raises(ValueError, match="group_size must be at least 1"):
         CrossEncoderTrainer(make_model(), args, processing_class=tokenizer, group_size=0)
+
+
+def test_a_causal_run_is_that_of_the_stock_class(base_checkpoint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = train(
+        ModelArguments(model_name_or_path=str(base_checkpoint), is_causal=True, pooling="last"),
+        DataArguments(train=[str(path)], group_size=4),
+        arguments(CrossEncoderTrainingArguments, tmp_path / "out"),
+    )
+    config = LlamaConfig.from_dict(trainer.model.config.to_dict() | {"model_type": "llama"})
+    stock = LlamaForSequenceClassification(config).eval()
+    stock.load_state_dict(trainer.model.state_dict())
+    inputs = torch.tensor([[5, 9, 7, 11, 6, 8]])
+    with torch.no_grad():
+        expected = stock(inputs).logits
+        reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(reloaded(inputs).logits, expected)
+    assert reloaded.config.is_causal
 
 
 def test_run_trains_and_saves(base_checkpoint, tmp_path):
