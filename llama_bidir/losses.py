@@ -21,7 +21,7 @@ A group that has nothing to compare (no relevant passage, no pair) contributes 0
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -44,13 +44,15 @@ def listwise_cross_entropy(
     teacher_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Cross entropy of the softmax over each group against its relevant passages, which share the target evenly.
+    Cross entropy of the softmax over each group against its relevant passages, each in proportion to its relevance.
 
     With one positive this is the objective of NeMo AutoModel's cross-encoder recipe, and the ListNet top-one loss (Cao
     et al., Learning to Rank: From Pairwise Approach to Listwise Approach, ICML 2007) for one-hot relevance.
     """
     mask, scores, labels = _prepare(mask, scores, labels)
-    return _mean(-_log_probabilities(scores, mask), where=labels > 0)
+    relevance = labels.clamp(min=0)
+    target = relevance / relevance.sum(dim=1, keepdim=True).clamp(min=torch.finfo(labels.dtype).tiny)
+    return -(target * _log_probabilities(scores, mask)).sum(dim=1).mean()
 
 
 def binary_cross_entropy(
@@ -172,6 +174,22 @@ def kl_div(
     return (teacher.exp() * (teacher - student)).sum(dim=1).mean()
 
 
+def mse(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    teacher_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    (s - t)^2 for the teacher's scores t, averaged over the passages of each group.
+
+    The scores themselves are distilled, not their differences as in `margin_mse`. The labels are not read.
+    """
+    teacher_scores = _require_teacher(teacher_scores, "mse")
+    mask, scores, _, teacher_scores = _prepare(mask, scores, labels, teacher_scores)
+    return _mean((scores - teacher_scores).square(), where=mask)
+
+
 LOSSES: dict[str, Loss] = {
     "listwise_cross_entropy": listwise_cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,
@@ -180,20 +198,83 @@ LOSSES: dict[str, Loss] = {
     "list_mle": list_mle,
     "margin_mse": margin_mse,
     "kl_div": kl_div,
+    "mse": mse,
 }
-TEACHER_LOSSES = frozenset({"margin_mse", "kl_div"})
+TEACHER_LOSSES = frozenset({"margin_mse", "kl_div", "mse"})
+# They compare no passages with each other, so a group may be a single passage.
+POINTWISE_LOSSES = frozenset({"binary_cross_entropy", "mse"})
 
 
-def get_loss(loss: str | Loss) -> Loss:
-    """Returns the loss of that name, or `loss` itself if it is a function. An unknown name raises ValueError."""
+class Mixture:
+    """
+    A weighted sum of losses, which is a loss itself.
+
+    Args:
+        weights: weight by name in `LOSSES`.
+
+    Raises:
+        ValueError: there is no loss, a name is unknown, or a weight is not a finite number above 0.
+    """
+
+    def __init__(self, weights: Mapping[str, float]):
+        if not weights:
+            raise ValueError(f"a mixture of losses must name at least one of {', '.join(LOSSES)}, got {weights!r}")
+        for name, weight in weights.items():
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (is_number and 0 < weight < math.inf):
+                raise ValueError(f"the weight of the loss {name!r} must be a finite number above 0, got {weight!r}")
+        self.weights = dict(weights)
+        self._losses = {name: get_loss(name) for name in weights}
+
+    def __call__(
+        self,
+        scores: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        teacher_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        parts = [
+            weight * self._losses[name](scores, labels, mask, teacher_scores) for name, weight in self.weights.items()
+        ]
+        return torch.stack(parts).sum()
+
+
+def get_loss(loss: str | Mapping[str, float] | Loss) -> Loss:
+    """
+    Returns the loss of that name, the [`Mixture`] of a mapping from names to weights, or `loss` itself if it is a
+    function.
+
+    Raises:
+        ValueError: a name is unknown, or a weight breaks its rule.
+    """
     if callable(loss):
         return loss
+    if isinstance(loss, Mapping):
+        return Mixture(loss)
     if loss not in LOSSES:
         raise ValueError(
             f"loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}; the nearest is "
             f"{nearest(loss, LOSSES)!r}"
         )
     return LOSSES[loss]
+
+
+def loss_names(loss: str | Mapping[str, float] | Loss) -> list[str]:
+    """Returns the names of the losses of this module that a loss computes; none for any other function."""
+    loss = get_loss(loss)
+    return list(loss.weights) if isinstance(loss, Mixture) else [name for name in LOSSES if LOSSES[name] is loss]
+
+
+def needs_teacher(loss: str | Mapping[str, float] | Loss) -> bool:
+    """Whether a loss reads teacher scores."""
+    return not TEACHER_LOSSES.isdisjoint(loss_names(loss))
+
+
+def check_group_size(loss: str | Mapping[str, float] | Loss, group_size: int | None, name: str = "group_size") -> None:
+    """Raises ValueError if groups are single passages and a loss compares passages."""
+    comparing = [each for each in loss_names(loss) if each not in POINTWISE_LOSSES]
+    if group_size == 1 and comparing:
+        raise ValueError(f"{comparing[0]} compares the passages of a group: {name} must be at least 2")
 
 
 def _require_teacher(teacher_scores: torch.Tensor | None, name: str) -> torch.Tensor:

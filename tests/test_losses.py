@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from llama_bidir.losses import LOSSES, TEACHER_LOSSES, get_loss, lambda_loss, list_mle, ranknet
+from llama_bidir.losses import (
+    LOSSES,
+    TEACHER_LOSSES,
+    check_group_size,
+    get_loss,
+    lambda_loss,
+    list_mle,
+    needs_teacher,
+    ranknet,
+)
 
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30, -100.0]
 # Groups of several grades, of one positive, of no positive, of one passage, and of none.
@@ -57,7 +66,7 @@ TEACHER = [2.0, 1.0, -1.0, 0.0]
 SOFTMAX = [math.exp(s) / sum(math.exp(s) for s in (1, 3, 2, 0)) for s in (1, 3, 2, 0)]
 TEACHER_SOFTMAX = [math.exp(t) / sum(math.exp(t) for t in TEACHER) for t in TEACHER]
 BY_HAND = {
-    "listwise_cross_entropy": -(math.log(SOFTMAX[0]) + math.log(SOFTMAX[2])) / 2,
+    "listwise_cross_entropy": -(2 * math.log(SOFTMAX[0]) + math.log(SOFTMAX[2])) / 3,
     "binary_cross_entropy": -sum(math.log(sigmoid(x)) for x in (1, -3, 2, 0)) / 4,
     # Pairs (0, 1), (0, 2), (0, 3), (2, 1), (2, 3).
     "ranknet": -sum(math.log2(sigmoid(x)) for x in (1 - 3, 1 - 2, 1 - 0, 2 - 3, 2 - 0)) / 5,
@@ -77,6 +86,7 @@ BY_HAND = {
     ),
     # The teacher's margins of (0, 1), (0, 3), (2, 1), (2, 3) are 1, 2, -2, -1.
     "margin_mse": ((-2 - 1) ** 2 + (1 - 2) ** 2 + (-1 + 2) ** 2 + (2 + 1) ** 2) / 4,
+    "mse": ((1 - 2) ** 2 + (3 - 1) ** 2 + (2 + 1) ** 2 + 0) / 4,
     "kl_div": sum(p * math.log(p / q) for p, q in zip(TEACHER_SOFTMAX, SOFTMAX, strict=True)),
 }
 
@@ -226,7 +236,7 @@ def reference():
         return listwise(losses.ListNetLoss, scores, logits) - torch.special.entr(target).sum()
 
     def listwise_cross_entropy(scores, labels, teacher_scores):
-        return listwise(losses.ListNetLoss, scores, torch.where(labels > 0, 0.0, -1e4))
+        return listwise(losses.ListNetLoss, scores, torch.where(labels > 0, labels.log(), -1e4))
 
     def binary_cross_entropy(scores, labels, teacher_scores):
         return losses.BinaryCrossEntropyLoss(GivenScores(scores))(
@@ -237,6 +247,9 @@ def reference():
         passages = [[position] for position in range(len(scores))]
         return losses.MarginMSELoss(GivenScores(scores))([["query"], *passages], [teacher_scores])
 
+    def mse(scores, labels, teacher_scores):
+        return losses.MSELoss(GivenScores(scores))([["query"] * len(scores), list(range(len(scores)))], teacher_scores)
+
     return {
         "listwise_cross_entropy": listwise_cross_entropy,
         "binary_cross_entropy": binary_cross_entropy,
@@ -244,6 +257,7 @@ def reference():
         "lambda": lambda scores, labels, _: listwise(losses.LambdaLoss, scores, labels),
         "list_mle": lambda scores, labels, _: listwise(losses.ListMLELoss, scores, labels),
         "margin_mse": margin_mse,
+        "mse": mse,
         "kl_div": lambda scores, _, teacher_scores: list_net(scores, teacher_scores),
     }
 
@@ -272,11 +286,50 @@ def test_names():
     assert get_loss(nn.functional.mse_loss) is nn.functional.mse_loss
 
 
+def test_a_mixture_is_the_weighted_sum():
+    groups = make_groups(fill=math.nan)
+    mixture = get_loss({"listwise_cross_entropy": 1.0, "mse": 0.5, "kl_div": 2})
+    loss = mixture(**groups)
+    parts = [loss_and_gradient(name, groups) for name in ("listwise_cross_entropy", "mse", "kl_div")]
+    torch.testing.assert_close(loss, parts[0][0] + 0.5 * parts[1][0] + 2 * parts[2][0])
+    gradient = torch.autograd.grad(loss, groups["scores"])[0]
+    torch.testing.assert_close(gradient, parts[0][1] + 0.5 * parts[1][1] + 2 * parts[2][1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "a mixture of losses must name at least one of listwise_cross_entropy, "),
+        ({"mse": 0}, "the weight of the loss 'mse' must be a finite number above 0, got 0"),
+        ({"mse": math.nan}, "the weight of the loss 'mse' must be a finite number above 0, got nan"),
+        ({"mse": True}, "the weight of the loss 'mse' must be a finite number above 0, got True"),
+        ({"mse": "1"}, "the weight of the loss 'mse' must be a finite number above 0, got '1'"),
+        ({"kl": 1.0}, "loss must be a function or one of .*, got 'kl'; the nearest is 'kl_div'"),
+    ],
+)
+def test_a_wrong_mixture_is_refused(weights, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        get_loss(weights)
+
+
+def test_what_a_loss_needs():
+    assert [name for name in LOSSES if needs_teacher(name)] == ["margin_mse", "kl_div", "mse"]
+    assert needs_teacher({"ranknet": 1.0, "mse": 0.5})
+    assert not needs_teacher({"ranknet": 1.0, "lambda": 0.5})
+    assert not needs_teacher(nn.functional.mse_loss)
+    for loss in ("binary_cross_entropy", "mse", {"mse": 1.0, "binary_cross_entropy": 1.0}, nn.functional.mse_loss):
+        check_group_size(loss, 1)
+    for loss in ("kl_div", {"mse": 1.0, "kl_div": 1.0}):
+        with pytest.raises(ValueError, match=r"^kl_div compares the passages of a group: n must be at least 2$"):
+            check_group_size(loss, 1, "n")
+        check_group_size(loss, None)
+
+
 @pytest.mark.parametrize(("name", "nearest"), [("rank_net", "ranknet"), ("mse_margin", "margin_mse")])
 def test_an_unknown_name_is_told_the_known_ones(name, nearest):
     message = (
         "loss must be a function or one of listwise_cross_entropy, binary_cross_entropy, ranknet, lambda, list_mle, "
-        f"margin_mse, kl_div, got {name!r}; the nearest is {nearest!r}"
+        f"margin_mse, kl_div, mse, got {name!r}; the nearest is {nearest!r}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         get_loss(name)

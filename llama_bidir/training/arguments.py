@@ -1,5 +1,6 @@
 """The arguments of a training run: the model, the data, and those of the Trainer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,12 +101,15 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     one query are never split between processes or batches.
 
     Args:
-        loss: a name in [`~losses.LOSSES`].
+        loss: a name in [`~losses.LOSSES`], or a mapping from such names to weights, whose sum is trained.
+        loss_temperature: divides the scores that the loss reads, and the teacher's, in training alone. A value below 1
+            sharpens the softmax of a group. None is 1. `model.temperature` divides the scores of the trained reranker
+            too.
         global_batch_size: groups per optimizer step over all processes. It sets `gradient_accumulation_steps`.
         packing: lay the passages of a batch end to end, without padding. None packs wherever that is possible.
 
     Raises:
-        ValueError: the loss is unknown, or the batch sizes contradict each other.
+        ValueError: the loss or its temperature breaks its rule, or the batch sizes contradict each other.
     """
 
     learning_rate: float = 3e-6
@@ -115,7 +119,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     logging_steps: float = 10
     ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
-    loss: str = "listwise_cross_entropy"
+    loss: str | dict[str, float] = "listwise_cross_entropy"
+    loss_temperature: float | None = None
     global_batch_size: int | None = None
     packing: bool | None = None
 
@@ -123,6 +128,7 @@ class CrossEncoderTrainingArguments(TrainingArguments):
         check_launch()
         super().__post_init__()
         get_loss(self.loss)
+        check_temperatures(self.loss_temperature, None)
         # accelerate would dispatch a batch by cutting its rows, but a packed batch is one row. Each process thus reads
         # its own groups.
         config: Any = self.accelerator_config
@@ -159,6 +165,20 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     def draw_seed(self) -> int:
         """The seed of the order of the groups and of the negatives that are drawn for them."""
         return self.seed if self.data_seed is None else self.data_seed
+
+
+def check_temperatures(loss_temperature: float | None, temperature: float | None) -> None:
+    """Raises ValueError unless a loss temperature is a finite number above 0, and at most one of the two is not 1."""
+    if loss_temperature is None:
+        return
+    is_number = isinstance(loss_temperature, int | float) and not isinstance(loss_temperature, bool)
+    if not (is_number and 0 < loss_temperature < math.inf):
+        raise ValueError(f"training.loss_temperature must be a finite number above 0, got {loss_temperature!r}")
+    if loss_temperature != 1 and temperature not in (None, 1):
+        raise ValueError(
+            f"training.loss_temperature {loss_temperature!r} and model.temperature {temperature!r} would both divide "
+            "the scores that the loss reads: leave one of them at 1"
+        )
 
 
 def config_fields(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:

@@ -36,6 +36,7 @@ DECISIVE = (
     "gradient_accumulation_steps",
     "learning_rate",
     "loss",
+    "loss_temperature",
     "lr_scheduler_kwargs",
     "lr_scheduler_type",
     "max_grad_norm",

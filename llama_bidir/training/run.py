@@ -15,9 +15,16 @@ from transformers import PreTrainedModel, set_seed
 from ..checkpoints.source import check_source
 from ..checkpoints.tokenizer import load_tokenizer
 from ..data import GroupDataset, Grouping, Source, check_teacher_scores, load_rows, parse_source, with_negatives
-from ..losses import TEACHER_LOSSES
+from ..losses import check_group_size, needs_teacher
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
-from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
+from .arguments import (
+    CrossEncoderTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    check_temperatures,
+    config_fields,
+    lora_config,
+)
 from .checkpoints import (
     check_complete,
     check_removable,
@@ -130,8 +137,8 @@ def check_recipe(
         raise ValueError("data.train must name at least one source of training rows")
     if model_args.load_in_4bit and lora is None:
         raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
-    if data_args.group_size == 1 and training_args.loss != "binary_cross_entropy":
-        raise ValueError(f"{training_args.loss} compares the passages of a group: data.group_size must be at least 2")
+    check_group_size(training_args.loss, data_args.group_size, "data.group_size")
+    check_temperatures(training_args.loss_temperature, model_args.temperature)
     if training_args.resume_from_checkpoint:
         raise ValueError(
             "training.resume_from_checkpoint: a stopped run always resumes from its last checkpoint; leave it out"
@@ -153,13 +160,15 @@ def _push(trainer: CrossEncoderTrainer, output: Path, files: list[str]) -> None:
     )
 
 
-def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: str) -> GroupDataset:
+def _load_groups(
+    entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: str | dict[str, float]
+) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
     weighted = [(load_usable_rows(source, data_args, grouping, loss), source.weight) for source in sources]
     return GroupDataset(weighted, grouping, names=[source.path for source in sources])
 
 
-def load_usable_rows(source: Source, data_args: DataArguments, grouping: Grouping, loss: str) -> Any:
+def load_usable_rows(source: Source, data_args: DataArguments, grouping: Grouping, loss: str | dict[str, float]) -> Any:
     """
     Loads the rows of a source that can be made into groups.
 
@@ -170,7 +179,7 @@ def load_usable_rows(source: Source, data_args: DataArguments, grouping: Groupin
     rows = load_rows(source, skip_bad_rows=data_args.skip_bad_rows)
     if grouping.needs_negatives:
         rows = with_negatives(rows, source.path, skip_others=data_args.skip_bad_rows)
-    if loss in TEACHER_LOSSES:
+    if needs_teacher(loss):
         check_teacher_scores(rows, source.path)
     return rows
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,12 +20,12 @@ from ..checkpoints.files import replaced_by_checkpoint
 from ..checkpoints.model_card import write_model_card
 from ..configuration_llama_bidir import check_prompt_template
 from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
-from ..losses import IGNORED, LOSSES, TEACHER_LOSSES, Loss, binary_cross_entropy, get_loss
+from ..losses import IGNORED, Loss, check_group_size, get_loss, needs_teacher
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token
 from ..scoring.packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
 from ..utils.outputs import whole_folder
-from .arguments import CrossEncoderTrainingArguments
+from .arguments import CrossEncoderTrainingArguments, check_temperatures
 from .history import HistoryCallback
 from .liger import register_with_liger
 from .lora import add_adapter, check_head
@@ -56,7 +56,8 @@ class CrossEncoderTrainer(Trainer):
             or a stream, or ready groups (see [`~data.GroupDataset`]). A stream for evaluation is read into memory once.
             `eval_dataset` may also be a mapping of names to datasets.
         processing_class: the model's fast tokenizer, saved with every checkpoint.
-        loss: a name in [`~losses.LOSSES`], or a function with their arguments. The default is `args.loss`.
+        loss: a name in [`~losses.LOSSES`], a mapping from such names to weights, or a function with the arguments of
+            these losses. The default is `args.loss`.
         group_size: passages per query in training.
         eval_group_size: the same in evaluation, at least 2. None takes all passages of a row. Every row for evaluation
             needs a negative.
@@ -89,7 +90,7 @@ class CrossEncoderTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        loss: str | Loss | None = None,
+        loss: str | Mapping[str, float] | Loss | None = None,
         group_size: int = 5,
         eval_group_size: int | None = None,
         positives: str = "cycle",
@@ -117,8 +118,8 @@ class CrossEncoderTrainer(Trainer):
         )
         if isinstance(train_dataset, (GroupDataset, GroupStream)):
             grouping = train_dataset.grouping
-        if grouping.group_size == 1 and self.loss in LOSSES.values() and self.loss is not binary_cross_entropy:
-            raise ValueError(f"{self.loss.__name__} compares the passages of a group: group_size must be at least 2")
+        check_group_size(self.loss, grouping.group_size)
+        check_temperatures(args.loss_temperature, model.config.temperature)
         eval_grouping = Grouping.for_evaluation(eval_group_size)
         ensure_pad_token(processing_class, model.config.vocab_size)
         if prompt_template is None:
@@ -135,8 +136,7 @@ class CrossEncoderTrainer(Trainer):
             check_head(model)
         if data_collator is None:
             prompt_encoder = PromptEncoder.from_config(processing_class, model.config)  # type: ignore[arg-type]
-            needs_teacher = any(self.loss is LOSSES[name] for name in TEACHER_LOSSES)
-            data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher)
+            data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher(self.loss))
         super().__init__(
             model=model,
             args=args,
@@ -169,14 +169,16 @@ class CrossEncoderTrainer(Trainer):
         mask = labels != IGNORED
         scores = torch.full_like(labels, IGNORED)
         scores[mask] = logits
-        loss = self.loss(scores, labels, mask, teacher_scores)
+        temperature = self.args.loss_temperature or 1.0
+        compared = (scores / temperature, labels, mask, teacher_scores / temperature)
+        loss = self.loss(*compared)
         if num_items_in_batch is not None:
             # The Trainer averages over processes and batches, but these differ in size at the end of an epoch.
             batches = self.accelerator.num_processes * self.current_gradient_accumulation_steps
             loss = loss * (len(labels) * batches / num_items_in_batch)
         if not return_outputs:
             return loss
-        groups = zip(*(tensor.split(1) for tensor in (scores, labels, mask, teacher_scores)), strict=True)
+        groups = zip(*(tensor.split(1) for tensor in compared), strict=True)
         return loss, {"loss": loss, "logits": scores, "group_losses": torch.stack([self.loss(*one) for one in groups])}
 
     def get_batch_samples(

@@ -161,6 +161,23 @@ def test_values_fit_their_fields(tmp_path):
     assert (training.bf16_full_eval, training.packing) == (False, True)
 
 
+def test_a_mixture_of_losses(tmp_path):
+    base = "model: {model_name_or_path: m}\n"
+    recipe = load_text(
+        base + "training: {loss: {listwise_cross_entropy: 1, mse: 5e-1}, loss_temperature: 5e-1}", tmp_path
+    )
+    assert recipe.training.loss == {"listwise_cross_entropy": 1, "mse": 0.5}
+    assert recipe.training.loss_temperature == 0.5
+    for loss, message in (
+        ("{mse: 0}", r"the weight of the loss 'mse' must be a finite number above 0, got 0"),
+        ("{mse: much}", r"training: loss\.mse must be a number, got 'much'"),
+        ("{ms: 1}", r"loss must be a function or one of .*, got 'ms'; the nearest is 'mse'"),
+        ("{}", "a mixture of losses must name at least one of listwise_cross_entropy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_text(base + f"training: {{loss: {loss}}}", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -168,22 +168,44 @@ def score_groups(model, rows):
     return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts]).view(len(rows), 4)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_takes_the_step_of_a_plain_loop(name, tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "temperature"),
+    [
+        *((name, None) for name in LOSSES),
+        ({"listwise_cross_entropy": 1.0, "mse": 0.5}, None),
+        ("ranknet", 0.5),
+        ("kl_div", 2.0),
+    ],
+    ids=str,
+)
+def test_every_loss_takes_the_step_of_a_plain_loop(loss, temperature, tmp_path):
     rows = [{**row, "neg_doc": row["neg_doc"][:3], "pos_score": [2], "neg_score": [0, -1, -2]} for row in ROWS[:4]]
     fields = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "per_device_train_batch_size": 4}
-    trainer = make_trainer(tmp_path, rows, loss=name, trainer_fields={"negatives": "first"}, **fields)
+    fields |= {"loss": loss, "loss_temperature": temperature}
+    trainer = make_trainer(tmp_path, rows, trainer_fields={"negatives": "first"}, **fields)
     plain = copy.deepcopy(trainer.model).train()
     trainer.train()
     labels, teacher_scores = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 4), torch.tensor([[2.0, 0.0, -1.0, -2.0]] * 4)
-    loss = LOSSES[name](score_groups(plain, rows), labels, None, teacher_scores)
-    loss.backward()
-    assert losses(trainer) == [pytest.approx(loss.item(), rel=1e-5)]
+    divisor = temperature or 1.0
+    scores = score_groups(plain, rows) / divisor
+    weights = loss if isinstance(loss, dict) else {loss: 1.0}
+    expected_loss = sum(
+        weight * LOSSES[name](scores, labels, None, teacher_scores / divisor) for name, weight in weights.items()
+    )
+    expected_loss.backward()
+    assert losses(trainer) == [pytest.approx(expected_loss.item(), rel=1e-5)]
     expected = {weight_name: weight - 1e-2 * weight.grad for weight_name, weight in plain.named_parameters()}
     assert_equal_states(expected, trainer.model.state_dict())
 
 
-@pytest.mark.parametrize("name", sorted(TEACHER_LOSSES))
+def test_one_temperature_divides_the_scores(tmp_path):
+    arguments = make_trainer(tmp_path, ROWS[:4], loss_temperature=0.5).args
+    message = r"training\.loss_temperature 0\.5 and model\.temperature 2\.0 would both divide the scores"
+    with pytest.raises(ValueError, match=message):
+        CrossEncoderTrainer(make_model(temperature=2.0), arguments, processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize("name", [*sorted(TEACHER_LOSSES), {"ranknet": 1.0, "mse": 0.5}], ids=str)
 def test_teacher_losses_need_teacher_scores(name, tmp_path):
     with pytest.raises(ValueError, match="has no teacher scores, which the loss needs: give every row pos_score"):
         make_trainer(tmp_path, ROWS, loss=name).train()
@@ -342,6 +364,7 @@ def test_wrong_groups_are_refused_before_training(tmp_path):
     ("fields", "trainer_fields", "error", "message"),
     [
         ({"label_smoothing_factor": 0.1}, {}, ValueError, "label_smoothing_factor is for classes"),
+        ({"loss_temperature": 0}, {}, ValueError, "loss_temperature must be a finite number above 0, got 0"),
         (
             {},
             {"compute_loss_func": print},

@@ -53,12 +53,18 @@ def element_kinds(hint: Any) -> set[type]:
     return set().union(*(kinds_of(element) for part in lists for element in typing.get_args(part)))
 
 
+def _mapped_kinds(hint: Any) -> set[type]:
+    """Returns the types of the values in the mappings that an annotation allows; empty if it allows none."""
+    mappings = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is dict]
+    return set().union(*(kinds_of(typing.get_args(part)[1]) for part in mappings))
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """
     Fits a value to the annotation of its field.
 
-    Text becomes a number where the field takes numbers but no text, because YAML reads `1e-5` as text. A single source
-    becomes a list of one where the field takes a list.
+    Text becomes a number where the field takes numbers but no text, because YAML reads `1e-5` as text; so do the values
+    of a mapping to numbers. A single source becomes a list of one where the field takes a list.
 
     Args:
         value: as YAML or the caller gives it.
@@ -75,6 +81,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     for index, item in enumerate(value if isinstance(value, list) and str in elements else ()):
         if isinstance(item, int | float) and type(item) not in elements:
             raise ValueError(f"{where}[{index}] must be text, got {item!r}: put it in quotes")
+    if isinstance(value, Mapping) and float in _mapped_kinds(hint):
+        return {name: convert(item, float, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {given!r}")
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
