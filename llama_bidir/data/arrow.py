@@ -15,13 +15,13 @@ import numpy as np
 from ..utils.errors import naming
 from ..utils.extras import require
 from .files import check_file
-from .rows import COLUMNS, PASSAGE_COLUMNS, TrainingRow
+from .rows import COLUMNS, OPTIONAL_COLUMNS, PASSAGE_COLUMNS, TrainingRow
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 # Part of every cache key: raise it when the same sources give different records.
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 # The digest takes 0.7 s per GiB. Larger files are distinguished by their inode and change time instead.
 MOST_HASHED_BYTES = 4 * 2**30
 # The clock of a file system ticks every few milliseconds, so a second change soon after the first may leave the same
@@ -194,7 +194,8 @@ def split_errors(dataset: "Dataset") -> tuple["Dataset", list[str], int]:
     errors = dataset.data.column("error")
     messages = errors.drop_null().to_pylist()
     num_identical = pc.sum(dataset.data.column("num_identical")).as_py() or 0
-    rows = dataset.remove_columns(["error", "num_identical"])
+    unused = [name for name in OPTIONAL_COLUMNS if dataset.data.column(name).null_count == len(dataset.data)]
+    rows = dataset.remove_columns(["error", "num_identical", *unused])
     if messages:
         # Signed, because `datasets` searches for numpy's unsigned numbers with fractions.
         rows = rows.select(pc.indices_nonzero(errors.is_null()).cast("int64").to_numpy())
@@ -205,22 +206,23 @@ def are_valid(rows: Any) -> bool:
     """
     Whether the Arrow columns of `rows` alone show that every row is valid, as they do for what [`load_rows`] returns.
 
-    This looks at types, lengths, nulls and scores but reads no text, so it is cheap for any number of rows. False means
-    that the rows have to be parsed, not that one of them is invalid.
+    This looks at types, lengths, nulls and numbers but reads no text, so it is cheap for any number of rows. False
+    means that the rows have to be parsed, not that one of them is invalid.
     """
     if not hasattr(rows, "features") or not isinstance(rows, require("datasets", "train").Dataset):
         return False
-    has_numbers = isinstance(rows.format["format_kwargs"].get("transform"), DocumentTexts)
-    schema = row_features("int64" if has_numbers else "string").arrow_schema
-    if not rows.features.arrow_schema.equals(schema.remove(schema.get_field_index("error"))):
+    has_texts = not isinstance(rows.format["format_kwargs"].get("transform"), DocumentTexts)
+    schema = row_features("string" if has_texts else "int64").arrow_schema
+    columns = [name for name in COLUMNS if name in rows.features or name not in OPTIONAL_COLUMNS]
+    if list(rows.features.arrow_schema) != [schema.field(name) for name in columns]:
         return False
-    if set(rows.format["columns"]) != set(COLUMNS) or (rows.format["type"] is not None and not has_numbers):
+    if set(rows.format["columns"]) != set(columns) or (rows.format["type"] is not None and has_texts):
         return False
     pc = require("pyarrow.compute", "train")
-    table = {name: rows.data.column(name) for name in COLUMNS}
-    sizes = {name: pc.list_value_length(table[name]) for name, kind in COLUMNS.items() if kind != "text"}
+    table = {name: rows.data.column(name) for name in columns}
+    sizes = {name: pc.list_value_length(table[name]) for name in columns if COLUMNS[name] != "text"}
     items = {name: pc.list_flatten(table[name]) for name in sizes}
-    numbers = [name for name, kind in COLUMNS.items() if kind == "numbers"]
+    numbers = [name for name in columns if COLUMNS[name] == "numbers"]
     of_rows = [
         pc.greater(sizes["pos_doc"], 0),
         pc.equal(table["pos_score"].is_null(), table["neg_score"].is_null()),
@@ -230,6 +232,7 @@ def are_valid(rows: Any) -> bool:
     if rows._indices is not None:  # the table also holds rows that were left out, such as those with an error
         of_rows = [condition.take(rows._indices.column(0)) for condition in of_rows]
     of_items = [pc.is_finite(items[name]) for name in numbers]
+    of_items += [pc.greater(items[name], 0) for name in numbers if name == "pos_relevance"]
     has_nulls = any(table[name].null_count for name in ("query", *PASSAGE_COLUMNS)) or any(
         column.null_count for column in items.values()
     )

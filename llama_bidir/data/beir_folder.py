@@ -76,9 +76,9 @@ class RelevantDocuments:
         tell_missing(self._files.qrels, "judged queries", queries, self._files.queries)
         tell_missing(self._files.qrels, "relevant documents", list(documents), self._files.corpus)
 
-    def read(self, query_id: str) -> tuple[str, list[int]]:
+    def read(self, query_id: str) -> tuple[str, list[int], list[float]]:
         """
-        Returns the text of a query and the row numbers of its relevant documents.
+        Returns the text of a query, and the row numbers and the relevance of its relevant documents.
 
         Raises:
             ValueError: the query is not among the queries, or a document is not in the corpus, with file and line.
@@ -91,7 +91,8 @@ class RelevantDocuments:
             if judgement.doc_id not in self._index:
                 where = f"{self._files.qrels}:{judgement.line}: corpus-id"
                 raise unknown_id(where, "document", judgement.doc_id, self._files.corpus)
-        return self._queries[query_id], [self._index[judgement.doc_id] for judgement in relevant]
+        rows = [self._index[judgement.doc_id] for judgement in relevant]
+        return self._queries[query_id], rows, [float(judgement.relevance) for judgement in relevant]
 
 
 def load_beir(
@@ -105,7 +106,8 @@ def load_beir(
 ) -> tuple["Dataset", "Dataset"]:
     """
     Reads a BEIR folder: one row for each query with a relevant document, in the order of the qrels. Its negatives are
-    the documents of the run that are not judged relevant, by rank. A query without a run entry has none.
+    the documents of the run that are not judged relevant, by rank. A query without a run entry has none. The scores of
+    the qrels are the relevance of the positives.
 
     Args:
         folder, qrels, run: see [`find_files`] and [`find_run`].
@@ -200,13 +202,14 @@ def _generate_rows(
     ranked = RankedRun(run, relevant.judgements, corpus, index=index, source="the qrels")
     for query_id in relevant.judgements:
         try:
-            query, positives = relevant.read(query_id)
+            query, positives, relevance = relevant.read(query_id)
             rows = np.array(ranked.rows(query_id), dtype=np.int64)
             mask = np.zeros(len(rows), dtype=bool)
             if ignore_identical_ids:
                 mask = find_identical(corpus, query_id, query, rows, index) & ~np.isin(rows, positives)
             known = set(positives)
             negatives = [row for row in rows[~mask][:depth].tolist() if row not in known]
-            yield row_record(TrainingRow(query, positives, negatives), int(mask.sum()))
+            row = TrainingRow(query, positives, negatives, relevance=relevance if set(relevance) != {1.0} else None)
+            yield row_record(row, int(mask.sum()))
         except ValueError as error:
             yield error_record(error)

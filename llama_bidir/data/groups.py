@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from .arrow import are_valid, have_negatives, iterate_column
 from .rows import COLUMNS, TrainingRow, parse_row
 
-POSITIVES = ("cycle", "expand")
+POSITIVES = ("cycle", "expand", "all")
 NEGATIVES = ("sample", "first")
 SHORT_GROUPS = ("mask", "repeat")
 
@@ -24,7 +24,8 @@ class Group(TypedDict):
     A query and its passages, the positives first.
 
     Keys:
-        labels: 1.0 for a positive, 0.0 for a negative, aligned with `passages`.
+        labels: the relevance of a positive (1.0 unless the row says otherwise), 0.0 for a negative, aligned with
+            `passages`.
         teacher_scores: aligned with `passages`; None when the row has none.
     """
 
@@ -42,7 +43,7 @@ class Grouping:
     Args:
         group_size: passages per group; None takes all positives and negatives of a row.
         positives: for a row with several positives: `cycle` takes the next one each epoch, `expand` makes one group per
-            positive.
+            positive, `all` takes all of them, or draws as many as leave room for one negative.
         negatives: for a row with more negatives than fit: `sample` draws them anew each epoch, `first` takes the first
             ones.
         short_groups: for a row with fewer negatives than fit: `mask` makes a smaller group, `repeat` shows them again
@@ -108,19 +109,23 @@ class Grouping:
         negatives = [index for index, passage in enumerate(row.negatives) if passage not in known]
         if self.needs_negatives and not negatives:
             raise self.no_negatives(where)
-        if self.group_size is None:
-            positives = list(range(len(row.positives)))
-        else:
-            positives = [epoch % len(row.positives) if positive is None else positive]
-            negatives = self._choose(negatives, self.group_size - 1, f"{self.seed} {epoch} {key}")
+        positives = list(range(len(row.positives)))
+        if self.group_size is not None:
+            draw = f"{self.seed} {epoch} {key}"
+            if self.positives != "all" or self.group_size == 1:
+                positives = [epoch % len(row.positives) if positive is None else positive]
+            elif len(positives) > self.group_size - 1:
+                positives = sorted(random.Random(f"positives {draw}").sample(positives, self.group_size - 1))
+            negatives = self._choose(negatives, self.group_size - len(positives), draw)
         scores = None
         if row.positive_scores is not None and (row.negative_scores is not None or not negatives):
             scores = [row.positive_scores[index] for index in positives]
             scores += [row.negative_scores[index] for index in negatives] if row.negative_scores is not None else []
+        relevance = [1.0 if row.relevance is None else row.relevance[index] for index in positives]
         return {
             "query": row.query,
             "passages": [row.positives[index] for index in positives] + [row.negatives[index] for index in negatives],
-            "labels": [1.0] * len(positives) + [0.0] * len(negatives),
+            "labels": relevance + [0.0] * len(negatives),
             "teacher_scores": scores,
         }
 
@@ -248,7 +253,7 @@ class GroupDataset(Dataset[Group]):
     def _read(self, source: int, row: int) -> TrainingRow:
         values = self.sources[source][0][row]
         if self._are_valid[source]:
-            return TrainingRow(*(values[column] for column in COLUMNS))
+            return TrainingRow(*[values.get(column) for column in COLUMNS])  # type: ignore[arg-type]
         return parse_row(values, self._name(source, row))
 
     def _name(self, source: int, row: int) -> str:

@@ -16,6 +16,7 @@ class TrainingRow(NamedTuple):
         positives, negatives: the texts of the passages, at least one of them positive. While a source names documents
             of a corpus, these are row numbers of that corpus.
         positive_scores, negative_scores: teacher scores, one per passage; either both are given or neither.
+        relevance: how relevant each positive is, above 0. None makes each 1.
     """
 
     query: str
@@ -23,6 +24,7 @@ class TrainingRow(NamedTuple):
     negatives: list[Any]
     positive_scores: list[float] | None = None
     negative_scores: list[float] | None = None
+    relevance: list[float] | None = None
 
 
 # The columns of rows, one per field of TrainingRow and in that order, and what each cell holds.
@@ -32,7 +34,10 @@ COLUMNS = {
     "neg_doc": "passages",
     "pos_score": "numbers",
     "neg_score": "numbers",
+    "pos_relevance": "numbers",
 }
+# Only datasets with a row that has these fields have these columns.
+OPTIONAL_COLUMNS = ("pos_relevance",)
 PASSAGE_COLUMNS = ("pos_doc", "neg_doc")
 
 
@@ -53,8 +58,9 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
     Args:
         row: `query` (or `question`), `pos_doc` and, optionally, `neg_doc`, each a string, an object with `text`, or a
             list (tuple, numpy array) of those. Teacher scores are optional: `pos_score` and `neg_score`, each a list
-            with one finite number per passage, or a number when the passage is not in a list. Fields that are None
-            count as missing, and unknown fields are ignored.
+            with one finite number per passage, or a number when the passage is not in a list. So is `pos_relevance`,
+            whose numbers are above 0, and 1 where they are None. Fields that are None count as missing, and unknown
+            fields are ignored.
         where: the name of the row in errors, such as `train.jsonl:12`.
         read_passage: makes a passage of an entry of `pos_doc` or `neg_doc`, given the entry and its name in errors.
 
@@ -69,16 +75,16 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
     positives, negatives = (_read_passages(row, name, where, read_passage) for name in PASSAGE_COLUMNS)
     if not positives:
         raise ValueError(f"{where}: pos_doc must hold at least one passage, got {describe(row['pos_doc'])}")
-    positive_scores = _read_scores(row, "pos_score", "pos_doc", len(positives), where)
-    negative_scores = _read_scores(row, "neg_score", "neg_doc", len(negatives), where)
+    positive_scores = _read_numbers(row, "pos_score", "pos_doc", len(positives), where, _read_score)
+    negative_scores = _read_numbers(row, "neg_score", "neg_doc", len(negatives), where, _read_score)
     if negatives and (positive_scores is None) != (negative_scores is None):
         given, missing = ("neg_score", "pos_score") if positive_scores is None else ("pos_score", "neg_score")
         raise ValueError(
             f"{where}: {missing} is missing although {given} is given; teacher scores must cover pos_doc and neg_doc"
         )
-    if positive_scores is None:
-        return TrainingRow(query, positives, negatives)
-    return TrainingRow(query, positives, negatives, positive_scores, negative_scores or [])
+    relevance = _read_numbers(row, "pos_relevance", "pos_doc", len(positives), where, _read_relevance)
+    scores = (None, None) if positive_scores is None else (positive_scores, negative_scores or [])
+    return TrainingRow(query, positives, negatives, scores[0], scores[1], relevance)
 
 
 def read_query(row: Mapping[str, Any], where: str) -> str:
@@ -132,7 +138,14 @@ def _read_passages(
     return [read_passage(item, f"{where}: {field}[{index}]") for index, item in enumerate(value)]
 
 
-def _read_scores(row: Mapping[str, Any], field: str, passages: str, count: int, where: str) -> list[float] | None:
+def _read_numbers(
+    row: Mapping[str, Any],
+    field: str,
+    passages: str,
+    count: int,
+    where: str,
+    read_number: Callable[[Any, str], float],
+) -> list[float] | None:
     value = _plain(row.get(field))
     if value is None:
         return None
@@ -146,7 +159,7 @@ def _read_scores(row: Mapping[str, Any], field: str, passages: str, count: int, 
         raise ValueError(
             f"{where}: {field} must hold one number for each of the {count} passages of {passages}, got {len(value)}"
         )
-    return [_read_score(item, f"{where}: {name}") for name, item in zip(names, value, strict=True)]
+    return [read_number(item, f"{where}: {name}") for name, item in zip(names, value, strict=True)]
 
 
 def _read_score(value: Any, where: str) -> float:
@@ -157,3 +170,12 @@ def _read_score(value: Any, where: str) -> float:
     except OverflowError:  # an int beyond the range of floats
         pass
     raise ValueError(f"{where} must be a finite number, got {describe(value)}")
+
+
+def _read_relevance(value: Any, where: str) -> float:
+    relevance = 1.0 if value is None else _read_score(value, where)
+    if relevance <= 0:
+        raise ValueError(
+            f"{where} must be a number above 0, got {value!r}: a passage that is not relevant is a neg_doc"
+        )
+    return relevance

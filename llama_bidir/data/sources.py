@@ -112,7 +112,7 @@ def load_rows(
 
     Returns:
         a `datasets.Dataset` whose rows have `query` (string), `pos_doc` and `neg_doc` (lists of strings), `pos_score`
-        and `neg_score` (lists of numbers, or None).
+        and `neg_score` (lists of numbers, or None). If a row of the source has `pos_relevance`, it is a column too.
 
     Raises:
         FileNotFoundError: there is no such file or folder.

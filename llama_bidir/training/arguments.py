@@ -56,7 +56,7 @@ class DataArguments:
         group_size: passages per query, the positive first.
         eval_group_size: the same in evaluation. None evaluates on all passages of each row.
         positives: for a row with several positives: `cycle` takes the next one each epoch, `expand` makes a group of
-            each.
+            each, `all` takes all of them, or draws as many as leave room for one negative.
         negatives: for a row with more negatives than a group needs: `sample` draws new ones each epoch, `first` takes
             the first ones.
         short_groups: for a row with too few negatives: `mask` makes a smaller group, `repeat` shows negatives again.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama_bidir.data import parse_row
+from llama_bidir.data import TrainingRow, parse_row
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from llama_bidir.data import parse_row
     ],
 )
 def test_every_form_of_a_row(row):
-    assert parse_row(row, "here") == ("q", ["p"], ["n"], None, None)
+    assert parse_row(row, "here") == TrainingRow("q", ["p"], ["n"])
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,20 @@ def test_teacher_scores_are_aligned_with_the_passages(pos_doc, pos_score, neg_do
     fields = {"pos_doc": pos_doc, "pos_score": pos_score, "neg_doc": neg_doc, "neg_score": neg_score}
     row = parse_row({"query": "q", **fields}, "here")
     assert (row.positive_scores, row.negative_scores) == scores
+
+
+@pytest.mark.parametrize(
+    ("pos_doc", "given", "relevance"),
+    [
+        ("p", 3, [3.0]),
+        (["p", "o"], [0.5, 2], [0.5, 2.0]),
+        (["p", "o"], (2, None), [2.0, 1.0]),
+        (["p", "o"], np.array([2, 1]), [2.0, 1.0]),
+        (["p", "o"], None, None),
+    ],
+)
+def test_relevance_is_aligned_with_the_positives(pos_doc, given, relevance):
+    assert parse_row({"query": "q", "pos_doc": pos_doc, "pos_relevance": given}, "here").relevance == relevance
 
 
 def test_negatives_are_optional():
@@ -95,6 +109,19 @@ def test_negatives_are_optional():
             "neg_score must hold one number for each of the 0 passages of neg_doc, got 1",
         ),
         ({"query": "q", "pos_doc": "p", "pos_score": True}, "pos_score must be a finite number, got bool True"),
+        (
+            {"query": "q", "pos_doc": ["p", "o"], "pos_relevance": [1, 0]},
+            "pos_relevance[1] must be a number above 0, got 0: a passage that is not relevant is a neg_doc",
+        ),
+        (
+            {"query": "q", "pos_doc": "p", "pos_relevance": -1.5},
+            "pos_relevance must be a number above 0, got -1.5: a passage that is not relevant is a neg_doc",
+        ),
+        ({"query": "q", "pos_doc": "p", "pos_relevance": "2"}, "pos_relevance must be a finite number, got str '2'"),
+        (
+            {"query": "q", "pos_doc": ["p", "o"], "pos_relevance": [2]},
+            "pos_relevance must hold one number for each of the 2 passages of pos_doc, got 1",
+        ),
         ({"query": "q", "pos_doc": "p", "pos_score": "1"}, "pos_score must be a finite number, got str '1'"),
         (
             {"query": "q", "pos_doc": "p", "pos_score": [float("nan")]},

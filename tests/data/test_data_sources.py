@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import lines, write
 
-from llama_bidir.data import arrow, parse_row
-from llama_bidir.data.arrow import stamp
+from llama_bidir.data import GroupDataset, Grouping, TrainingRow, arrow, parse_row
+from llama_bidir.data.arrow import are_valid, stamp
 from llama_bidir.data.corpus import open_corpus
 from llama_bidir.data.sources import Source, parse_source, read_rows
 
@@ -41,8 +41,9 @@ def test_rows_are_read_from_json_lines(name, folder, load, capfd):
         "pos_score": [None, [2.0]],
         "neg_score": [None, [0.1]],
     }
-    assert parse_row(dataset[1], "here") == ("\u00fc", ["p"], ["n"], [2.0], [0.1])
-    assert parse_row(dataset.with_format("numpy")[1], "here") == ("\u00fc", ["p"], ["n"], [2.0], [pytest.approx(0.1)])
+    assert parse_row(dataset[1], "here") == TrainingRow("\u00fc", ["p"], ["n"], [2.0], [0.1])
+    from_numpy = parse_row(dataset.with_format("numpy")[1], "here")
+    assert from_numpy == TrainingRow("\u00fc", ["p"], ["n"], [2.0], [pytest.approx(0.1)])
     assert [Path(file["filename"]).is_file() for file in dataset.cache_files] == [True]
     assert capfd.readouterr().err == ""
 
@@ -267,3 +268,16 @@ def test_sources_of_an_unknown_kind_are_refused(folder, load):
         ValueError, match=r"^rows.jsonl: run, depth can be given for a BEIR folder only, and this is not one$"
     ):
         load({"path": "rows.jsonl", "run": "r", "depth": 2})
+
+
+def test_relevance_is_a_column_where_a_row_has_it(folder, load):
+    graded = {"query": "r", "pos_doc": ["p", "o"], "neg_doc": ["n"], "pos_relevance": [3, None]}
+    write(folder / "rows.jsonl", json.dumps(ROW) + "\n" + json.dumps(graded))
+    dataset = load("rows.jsonl")
+    assert dataset["pos_relevance"][:] == [None, [3.0, 1.0]]
+    assert are_valid(dataset)
+    groups = GroupDataset([(dataset, 1.0)], Grouping(group_size=None))
+    assert [groups[index]["labels"] for index in range(2)] == [[1.0, 0.0, 0.0], [3.0, 1.0, 0.0]]
+    write(folder / "rows.jsonl", json.dumps({**graded, "pos_relevance": [1, -1]}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: pos_relevance\[1\] must be a number above 0, got -1"):
+        load("rows.jsonl")

@@ -70,7 +70,7 @@ def test_a_row_without_a_negative_is_named():
     ("kwargs", "message"),
     [
         ({"group_size": 0}, "group_size must be at least 1"),
-        ({"group_size": 2, "positives": "all"}, "positives must be one of cycle, expand, got 'all'"),
+        ({"group_size": 2, "positives": "any"}, "positives must be one of cycle, expand, all, got 'any'"),
         ({"group_size": 2, "negatives": "x"}, "negatives must be one of sample, first"),
         ({"group_size": 2, "short_groups": "x"}, "short_groups must be one of mask, repeat"),
     ],
@@ -115,6 +115,25 @@ def test_expand_makes_a_group_of_each_positive():
     assert shown == [("a0", "p0"), ("a0", "p1"), ("a0", "p2"), ("b0", "p0"), ("c0", "p0"), ("c0", "p1")]
 
 
+def test_a_group_may_have_all_positives_with_their_relevance():
+    row = TrainingRow("q", ["p0", "p1", "p2"], ["n0", "n1", "n2"], relevance=[1.0, 3.0, 2.0])
+    whole = group(row, group_size=5, positives="all", negatives="first")
+    assert whole["passages"] == ["p0", "p1", "p2", "n0", "n1"]
+    assert whole["labels"] == [1.0, 3.0, 2.0, 0.0, 0.0]
+    drawn = set()
+    for epoch in range(20):
+        small = group(row, group_size=3, positives="all", epoch=epoch)
+        assert small["labels"][2] == 0.0
+        assert dict(zip(row.positives, row.relevance, strict=True)).items() >= set(
+            zip(small["passages"][:2], small["labels"][:2], strict=True)
+        )
+        drawn.add(tuple(small["passages"][:2]))
+    assert drawn == {("p0", "p1"), ("p0", "p2"), ("p1", "p2")}
+    assert group(row, group_size=1, positives="all", epoch=1)["labels"] == [3.0]
+    for positives in ("cycle", "expand"):
+        assert group(row, group_size=2, positives=positives, epoch=2)["labels"] == [2.0, 0.0]
+
+
 def test_indices_weights_and_rows_are_checked():
     dataset = GroupDataset([(rows("a", 2), 1.0)], Grouping(group_size=2))
     with pytest.raises(IndexError, match="there is no group 2: the dataset has 2"):
@@ -131,22 +150,24 @@ def test_indices_weights_and_rows_are_checked():
 
 SCORED = {"query": "q", "pos_doc": ["p0", "p1"], "neg_doc": ["n"], "pos_score": [2.0, 1.0], "neg_score": [0.5]}
 PLAIN = {**SCORED, "pos_score": None, "neg_score": None}
+GRADED = {**SCORED, "pos_relevance": [3.0, 2.0]}
 
 
 def as_loaded(*rows):
     """Rows in the columns of `load_rows`, unchecked."""
     datasets = pytest.importorskip("datasets")
     features = row_features("string")
-    features.pop("error")
+    for name in features.keys() - rows[0].keys():
+        features.pop(name)
     return datasets.Dataset.from_list(list(rows), features=features)
 
 
 def test_rows_that_load_rows_has_checked_give_the_groups_of_parsed_rows(load, folder):
     write(folder / "rows.jsonl", lines(SCORED, PLAIN, {}, {**SCORED, "pos_doc": ["p2"], "pos_score": [3]}, PLAIN))
     loaded = load("rows.jsonl", skip_bad_rows=True)
-    for rows in (loaded, loaded.select([2, 0]), as_loaded(SCORED, PLAIN)):
+    for rows in (loaded, loaded.select([2, 0]), as_loaded(SCORED, PLAIN), as_loaded(GRADED)):
         assert are_valid(rows)
-        for positives in ("cycle", "expand"):
+        for positives in ("cycle", "expand", "all"):
             grouping = Grouping(group_size=2, positives=positives)
             trusted, parsed = (GroupDataset([(each, 1.5)], grouping) for each in (rows, list(rows)))
             assert list(map(trusted.__getitem__, range(len(trusted)))) == [
@@ -164,10 +185,12 @@ def test_rows_that_load_rows_has_checked_give_the_groups_of_parsed_rows(load, fo
         ({"pos_score": [1.0]}, "pos_score must hold one number for each of the 2 passages"),
         ({"neg_score": [math.nan]}, r"neg_score\[0\] must be a finite number"),
         ({"pos_score": None}, "pos_score is missing although neg_score is given"),
+        ({"pos_relevance": [1.0, 0.0]}, r"pos_relevance\[1\] must be a number above 0"),
+        ({"pos_relevance": [1.0]}, "pos_relevance must hold one number for each of the 2 passages"),
     ],
 )
 def test_rows_in_the_same_columns_are_parsed_when_one_is_invalid(fields, message):
-    rows = as_loaded(SCORED, {**SCORED, **fields})
+    rows = as_loaded(GRADED, {**GRADED, **fields})
     assert not are_valid(rows)
     dataset = GroupDataset([(rows, 1.0)], Grouping(group_size=2))
     assert dataset[0]["teacher_scores"] == [2.0, 0.5]

@@ -354,6 +354,8 @@ def test_a_beir_folder(has_run, tmp_path, reranker_checkpoint):
     assert [(row["query_id"], row["query"]) for row in rows] == [("q2", "sun"), ("q1", "bees hive")]
     assert rows[1]["pos_doc"] == ["bees The bees is here.", "clover The clover is here."]
     assert len(rows[1]["pos_score"]) == 2
+    assert rows[1]["pos_relevance"] == [1.0, 2.0]
+    assert "pos_relevance" not in rows[0]
     # Six documents of the run or those that BM25 finds, without d3, and without d0 and d2.
     assert result.num_candidates == ((6 - 1) + (6 - 2) if has_run else 0 + 1)
 

@@ -198,6 +198,28 @@ def test_every_loss_takes_the_step_of_a_plain_loop(loss, temperature, tmp_path):
     assert_equal_states(expected, trainer.model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["lambda", "ranknet", "list_mle", "listwise_cross_entropy"])
+def test_losses_read_the_relevance_of_the_rows(name, tmp_path):
+    rows = [
+        {**row, "pos_doc": [row["pos_doc"][0], row["neg_doc"][0]], "neg_doc": row["neg_doc"][1:3]} for row in ROWS[:4]
+    ]
+    rows = [{**row, "pos_relevance": [1, 3]} for row in rows]
+    fields = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "per_device_train_batch_size": 4}
+    trainer_fields = {"negatives": "first", "positives": "all"}
+    trainer = make_trainer(tmp_path, rows, rows, loss=name, trainer_fields=trainer_fields, **fields)
+    labels = torch.tensor([[1.0, 3.0, 0.0, 0.0]] * 4)
+    with torch.no_grad():
+        scores = score_groups(trainer.model, ROWS[:4])
+    ideal = 3 + 1 / np.log2(3)
+    gained = [
+        np.sum(row.numpy()[order] / np.log2([2, 3, 4, 5]))
+        for row, order in zip(labels, (-scores).argsort(dim=1), strict=True)
+    ]
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(np.mean(gained) / ideal)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(LOSSES[name](scores, labels).item(), rel=1e-5)]
+
+
 def test_one_temperature_divides_the_scores(tmp_path):
     arguments = make_trainer(tmp_path, ROWS[:4], loss_temperature=0.5).args
     message = r"training\.loss_temperature 0\.5 and model\.temperature 2\.0 would both divide the scores"

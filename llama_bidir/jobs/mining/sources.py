@@ -82,7 +82,8 @@ def open_source(
 
     Rows of a `*.jsonl` file, or of a `*.json` file in the corpus-id layout, keep all their fields, and the latter get
     texts for their passages. Rows of a BEIR folder, one for each query with a relevant document, have `query_id`,
-    `query` and `pos_doc`. Rows of the Hub have the fields of the training schema.
+    `query`, `pos_doc` and, if the qrels are graded, `pos_relevance`. Rows of the Hub have the fields of the training
+    schema.
 
     Args:
         source: a `*.jsonl`, `*.jsonl.gz`, `*.json` or `*.json.gz` file, `hf://org/repo/subset`, or a BEIR folder.
@@ -156,7 +157,11 @@ def _open_beir(folder: Path, qrels: str | None, run: str | None, *, takes_run: b
     )
 
 
-def _read_beir(qrels: Path, corpus: Corpus, relevant: Mapping[str, tuple[str, list[int]]]) -> Iterator[SourceRow]:
-    for query_id, (query, rows) in relevant.items():
-        fields = {"query_id": query_id, "query": query, "pos_doc": corpus.texts(rows)}
+def _read_beir(
+    qrels: Path, corpus: Corpus, relevant: Mapping[str, tuple[str, list[int], list[float]]]
+) -> Iterator[SourceRow]:
+    for query_id, (query, rows, relevance) in relevant.items():
+        fields: dict[str, Any] = {"query_id": query_id, "query": query, "pos_doc": corpus.texts(rows)}
+        if set(relevance) != {1.0}:
+            fields["pos_relevance"] = relevance
         yield SourceRow(f"{qrels}: query {describe(query_id)}", fields, frozenset(corpus.ids(rows)))
