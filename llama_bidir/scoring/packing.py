@@ -179,20 +179,34 @@ def pack(input_ids: Sequence[Sequence[int]], device: torch.device | str | None =
         of transformers, and the lengths on the host.
     """
     lengths = [len(ids) for ids in input_ids]
-    starts = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
     stream = torch.from_numpy(np.fromiter(chain.from_iterable(input_ids), np.int64, sum(lengths)))
-    if device is not None and torch.device(device).type == "cuda":
-        starts, stream = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (starts, stream))
-    else:
-        starts, stream = starts.to(device), stream.to(device)
+    return packed_batch(_to_device(stream, device)[None], lengths)
+
+
+def packed_batch(input_ids: torch.Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """
+    Returns what [`pack`] does.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(1, total_tokens)`): the stream, on the model's device.
+        lengths: tokens of each sequence.
+    """
+    starts = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
+    starts = _to_device(starts, input_ids.device)
     return {
-        "input_ids": stream[None],
+        "input_ids": input_ids,
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        "sequence_lengths": lengths,
+        "sequence_lengths": list(lengths),
     }
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    if device is not None and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pad(input_ids: Sequence[Sequence[int]], device: torch.device | str | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..data import Grouping
 from ..losses import get_loss
 from ..utils.extras import require
 from ..utils.launch import check_launch
+from ..utils.validation import check_positive_int
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -106,6 +107,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
             sharpens the softmax of a group. None is 1. `model.temperature` divides the scores of the trained reranker
             too.
         global_batch_size: groups per optimizer step over all processes. It sets `gradient_accumulation_steps`.
+        max_pairs_per_forward: the largest number of pairs in one forward pass. A batch with more pairs, such as one
+            group of 256 passages, is computed in pieces with the exact gradient (see [`~training.pieces`]).
         packing: lay the passages of a batch end to end, without padding. None packs wherever that is possible.
 
     Raises:
@@ -122,6 +125,7 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     loss: str | dict[str, float] = "listwise_cross_entropy"
     loss_temperature: float | None = None
     global_batch_size: int | None = None
+    max_pairs_per_forward: int | None = None
     packing: bool | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +133,13 @@ class CrossEncoderTrainingArguments(TrainingArguments):
         super().__post_init__()
         get_loss(self.loss)
         check_temperatures(self.loss_temperature, None)
+        check_positive_int("training.max_pairs_per_forward", self.max_pairs_per_forward)
+        if self.max_pairs_per_forward is not None and (self.deepspeed or self.n_gpu > 1):
+            other = "deepspeed" if self.deepspeed else "several GPUs in one process"
+            raise ValueError(
+                f"training.max_pairs_per_forward computes several backward passes per batch, which {other} does not "
+                "support: use DDP or FSDP (torchrun), or leave it out"
+            )
         # accelerate would dispatch a batch by cutting its rows, but a packed batch is one row. Each process thus reads
         # its own groups.
         config: Any = self.accelerator_config

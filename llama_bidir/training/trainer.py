@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from .history import HistoryCallback
 from .liger import register_with_liger
 from .lora import add_adapter, check_head
 from .metrics import group_metrics
+from .pieces import Pieces, count_pairs
 from .sampling import EpochCallback, EpochSampler
 from .steps import StepCollator, StepGroups, Steps, StepSampler, StepStream, without_groups
 
@@ -148,6 +150,7 @@ class CrossEncoderTrainer(Trainer):
         )
         self._eval_grouping = eval_grouping
         self._evaluated: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._pieces: Pieces | None = None
         self.model_accepts_loss_kwargs = False
         if isinstance(self.train_dataset, GroupDataset):
             self.add_callback(EpochCallback(self.train_dataset))
@@ -163,7 +166,7 @@ class CrossEncoderTrainer(Trainer):
         inputs = dict(inputs)
         # DeepSpeed and FSDP pass them in half precision.
         labels, teacher_scores = inputs.pop("labels").float(), inputs.pop("teacher_scores").float()
-        logits = model(**inputs).logits.squeeze(-1).float()
+        logits = self._logits(model, inputs)
         if len(labels) == 0:  # a process without a group takes part in the step
             return 0.0 * logits.sum()
         mask = labels != IGNORED
@@ -180,6 +183,39 @@ class CrossEncoderTrainer(Trainer):
             return loss
         groups = zip(*(tensor.split(1) for tensor in compared), strict=True)
         return loss, {"loss": loss, "logits": scores, "group_losses": torch.stack([self.loss(*one) for one in groups])}
+
+    def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Returns the logits of all pairs, of shape `(num_pairs,)`, in pieces if one forward pass may not take all."""
+        num_pieces = self._num_pieces(inputs)
+        if num_pieces == 1:
+            return model(**inputs).logits.squeeze(-1).float()
+        pieces = Pieces(model, inputs, num_pieces, self.compute_loss_context_manager)
+        scores = pieces.scores()
+        if torch.is_grad_enabled():
+            self._pieces = pieces
+        return scores
+
+    def _num_pieces(self, inputs: dict[str, Any]) -> int:
+        """The same number on all processes, because sharded weights are gathered in each forward pass."""
+        if self.args.max_pairs_per_forward is None:
+            return 1
+        num_pieces = -(-count_pairs(inputs) // self.args.max_pairs_per_forward)
+        if self.accelerator.num_processes == 1:
+            return num_pieces
+        return int(self.accelerator.gather(torch.tensor(num_pieces, device=self.args.device)).max())
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        self._pieces = None
+        loss = super().training_step(model, inputs, num_items_in_batch)  # in pieces, it stops at the scores
+        if self._pieces is not None:
+            self._pieces.backward(partial(self.accelerator.no_sync, model))
+            self._pieces = None
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -62,8 +62,10 @@ def alone(train_in):
         [],
         ["fsdp=true", 'fsdp_config={"version": 2}'],
         ["fsdp=true", 'fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}'],
+        ["max_pairs_per_forward=3"],
+        ["max_pairs_per_forward=3", "fsdp=true", 'fsdp_config={"version": 2}'],
     ],
-    ids=["ddp", "fsdp2-full", "fsdp2-sharded"],
+    ids=["ddp", "fsdp2-full", "fsdp2-sharded", "ddp-pieces", "fsdp2-pieces"],
 )
 def test_two_processes_equal_one(fields, alone, train_in, request):
     folder, history = alone
