@@ -59,7 +59,12 @@ def main():
     given = {"global_batch_size": 4, "per_device_train_batch_size": 2, "max_steps": 8, **given}
     trainer = train(
         ModelArguments(model_name_or_path=base),
-        DataArguments(train=[train_rows], eval=[eval_rows], group_size=3),
+        DataArguments(
+            train=[train_rows],
+            eval=[eval_rows],
+            group_size=3,
+            eval_rerank=[{"name": "tiny", "path": os.environ["COLLECTION"]}] if "COLLECTION" in os.environ else [],
+        ),
         arguments(CrossEncoderTrainingArguments, output, eval_strategy="steps", eval_steps=4, **given),
     )
     if trainer.is_world_process_zero():

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..training import CrossEncoderTrainer
 
-MEASURES = ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb. Those of the recipe's keys are read by [`parse_unknown`]."""
@@ -57,9 +55,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _print_result(trainer: "CrossEncoderTrainer", *, is_adapter: bool) -> None:
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     if evaluations:
-        measures = (f"{name.removeprefix('eval_')} {evaluations[-1][name]:.4f}" for name in MEASURES)
+        last = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
+        measures = (
+            f"{name.removeprefix('eval_')} {value:.4f}"
+            for name, value in last.items()
+            if name.endswith(("loss", "@1", "@10"))
+        )
         print(f"evaluation at step {evaluations[-1]['step']}: {', '.join(measures)}")
     output = trainer.args.output_dir
     print(f"{'adapter' if is_adapter else 'reranker'}: {output}")

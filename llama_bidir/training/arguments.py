@@ -54,6 +54,7 @@ class DataArguments:
     Args:
         train, eval: sources of rows (see [`~data.load_rows`]), each a name or a mapping with `path` and `weight`. A
             weight of 2 shows each row twice per epoch. A weight of 0.5 shows a different half of the rows each epoch.
+        eval_rerank: collections to rerank at each evaluation (see [`~training.reranking.load_rerank_sets`]).
         group_size: passages per query, the positive first.
         eval_group_size: the same in evaluation. None evaluates on all passages of each row.
         positives: for a row with several positives: `cycle` takes the next one each epoch, `expand` makes a group of
@@ -67,6 +68,7 @@ class DataArguments:
 
     train: list[str | dict[str, Any]] = field(default_factory=list)
     eval: list[str | dict[str, Any]] = field(default_factory=list)
+    eval_rerank: list[dict[str, Any]] = field(default_factory=list)
     group_size: int = 5
     eval_group_size: int | None = None
     positives: str = "cycle"

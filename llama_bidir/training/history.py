@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 HISTORY_NAME = "history.jsonl"
 PLOT_NAME = "training.png"
+FIRST_STAGE = "first-stage run"
 
 
 class HistoryCallback(TrainerCallback):
@@ -77,7 +78,8 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """
-    Draws the losses, the measures of evaluation and the learning rate over the steps.
+    Draws the losses, the measures of evaluation and the learning rate over the steps. Each collection that is reranked
+    has a panel with nDCG@10, and a dashed line for that of its first-stage run.
 
     Args:
         history: as [`read_history`] returns it.
@@ -92,6 +94,7 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str]) ->
     panels = [
         ("loss", [("loss", "training"), ("eval_loss", "evaluation")]),
         ("measure", [(f"eval_{name}", name) for name in ("ndcg@10", "mrr@10", "accuracy@1")]),
+        *_rerank_panels(history),
         ("learning rate", [("learning_rate", "learning rate")]),
     ]
     curves = {
@@ -107,9 +110,20 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str]) ->
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key, label in keys:
             steps, values = zip(*curves[key], strict=True)
-            axes.plot(steps, values, label=label, marker="." if len(steps) < 30 else None)
+            style = {"linestyle": "--", "color": "gray"} if label == FIRST_STAGE else {}
+            axes.plot(steps, values, label=label, marker="." if len(steps) < 30 and not style else None, **style)
         axes.set(xlabel="optimizer step", title=title)
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _rerank_panels(history: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns the panels of the collections that were reranked, each with the names of its logs and their labels."""
+    start, end = "eval_", "_run_ndcg@10"
+    names = dict.fromkeys(key[len(start) : -len(end)] for entry in history for key in entry if key.endswith(end))
+    return [
+        (f"nDCG@10 on {name}", [(f"{start}{name}_ndcg@10", "reranked"), (f"{start}{name}{end}", FIRST_STAGE)])
+        for name in names
+    ]

@@ -24,6 +24,7 @@ from ..weights_llama_bidir import check_weights, find_weights, read_weights
 from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
+from .reranking import load_rerank_sets
 from .run import check_recipe, load_usable_rows
 from .steps import Steps
 
@@ -90,6 +91,11 @@ def plan(
             num_rows, num_bad, num_groups = (f"{number:,}" for number in numbers)
             table.append((use, source.path, num_rows, num_bad, f"{source.weight:g}", num_groups))
             weighted += [(rows, source.weight)] if use == "train" else []
+    for entry in data_args.eval_rerank:
+        load = partial(load_rerank_sets, [entry])
+        if (sets := reach("data.eval_rerank", str(entry.get("path")), load)) is not None:
+            queries = f"{len(sets[0].groups):,}"
+            table.append(("eval_rerank", str(entry["path"]), queries, "", "", queries))
     if checkpoint is None or problems:
         raise FileNotFoundError("; ".join(problems))
 

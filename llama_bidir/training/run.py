@@ -38,6 +38,7 @@ from .checkpoints import (
 )
 from .history import HISTORY_NAME, PLOT_NAME
 from .lora import HEAD
+from .reranking import load_rerank_sets
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,9 @@ def train(
     output = Path(str(training_args.output_dir))
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.revision)
     if overwrite:
-        sources = map(parse_source, data_args.train + data_args.eval)
-        check_removable(output, keep=[model_args.model_name_or_path, *(source.path for source in sources)])
+        sources = [parse_source(entry).path for entry in data_args.train + data_args.eval]
+        sources += [str(entry.get("path")) for entry in data_args.eval_rerank]
+        check_removable(output, keep=[model_args.model_name_or_path, *sources])
     elif is_finished(output):
         raise FileExistsError(
             f"{os.fspath(output)!r} holds a finished reranker: pass overwrite (--overwrite) to replace it, or "
@@ -86,6 +88,7 @@ def train(
     eval_dataset = None
     if data_args.eval:
         eval_dataset = _load_groups(data_args.eval, data_args, data_args.eval_grouping(), training_args.loss)
+    rerank_sets = load_rerank_sets(data_args.eval_rerank)
     set_seed(training_args.seed)  # a new head is drawn at random
     model = load_model(model_args, data_args, has_adapter=lora is not None)
     trainer = CrossEncoderTrainer(
@@ -96,6 +99,7 @@ def train(
         tokenizer,
         group_size=data_args.group_size,
         prompt_template=data_args.prompt_template,
+        rerank_sets=rerank_sets,
         peft_config=None if lora is None else lora_config(lora),
     )
     data_args = replace(data_args, prompt_template=model.config.prompt_template)

@@ -32,6 +32,7 @@ from .liger import register_with_liger
 from .lora import add_adapter, check_head
 from .metrics import group_metrics
 from .pieces import Pieces, count_pairs
+from .reranking import RerankSet
 from .sampling import EpochCallback, EpochSampler
 from .steps import StepCollator, StepGroups, Steps, StepSampler, StepStream, without_groups
 
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # The fields that the collator reads. The Trainer drops all fields that it does not know.
 GROUP_KEYS = ["query", "passages", "labels", "teacher_scores"]
+# What a batch holds beside the model's inputs.
+TARGETS = ("labels", "teacher_scores")
 
 
 class CrossEncoderTrainer(Trainer):
@@ -66,6 +69,9 @@ class CrossEncoderTrainer(Trainer):
         positives, negatives, short_groups: see [`~data.Grouping`].
         prompt_template: replaces the model's, as in [`CrossEncoder`]. By default, a model with the default template
             gets the template that NeMo AutoModel has saved with the tokenizer, if there is one.
+        rerank_sets: collections to rerank at each evaluation of `eval_dataset`, or alone if that is None (see
+            [`~training.reranking`]). Each adds `eval_NAME_ndcg@10` and `eval_NAME_mrr@10`, and the same of the
+            first-stage run as `eval_NAME_run_ndcg@10` and `eval_NAME_run_mrr@10`.
         peft_config: a `peft.LoraConfig`, to train an adapter and the head instead of all weights.
         kwargs: further arguments of the Trainer.
 
@@ -99,6 +105,7 @@ class CrossEncoderTrainer(Trainer):
         negatives: str = "sample",
         short_groups: str = "mask",
         prompt_template: str | None = None,
+        rerank_sets: Sequence[RerankSet] = (),
         peft_config: Any = None,
         data_collator: Any = None,
         **kwargs: Any,
@@ -144,13 +151,16 @@ class CrossEncoderTrainer(Trainer):
             args=args,
             data_collator=data_collator,
             train_dataset=_train_groups(train_dataset, grouping),
-            eval_dataset=_eval_groups(eval_dataset, eval_grouping),
+            eval_dataset=_eval_groups({} if eval_dataset is None and rerank_sets else eval_dataset, eval_grouping),
             processing_class=processing_class,
             **kwargs,
         )
         self._eval_grouping = eval_grouping
         self._evaluated: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pieces: Pieces | None = None
+        self._rerank_sets = list(rerank_sets)
+        self._has_to_rerank = False
+        self._scores_only = False
         self.model_accepts_loss_kwargs = False
         if isinstance(self.train_dataset, GroupDataset):
             self.add_callback(EpochCallback(self.train_dataset))
@@ -163,15 +173,12 @@ class CrossEncoderTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        inputs = dict(inputs)
         # DeepSpeed and FSDP pass them in half precision.
-        labels, teacher_scores = inputs.pop("labels").float(), inputs.pop("teacher_scores").float()
-        logits = self._logits(model, inputs)
+        labels, teacher_scores = inputs["labels"].float(), inputs["teacher_scores"].float()
+        scores = self._scores(model, inputs)
         if len(labels) == 0:  # a process without a group takes part in the step
-            return 0.0 * logits.sum()
+            return 0.0 * scores.sum()
         mask = labels != IGNORED
-        scores = torch.full_like(labels, IGNORED)
-        scores[mask] = logits
         temperature = self.args.loss_temperature or 1.0
         compared = (scores / temperature, labels, mask, teacher_scores / temperature)
         loss = self.loss(*compared)
@@ -183,6 +190,19 @@ class CrossEncoderTrainer(Trainer):
             return loss
         groups = zip(*(tensor.split(1) for tensor in compared), strict=True)
         return loss, {"loss": loss, "logits": scores, "group_losses": torch.stack([self.loss(*one) for one in groups])}
+
+    def _scores(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Returns the scores of a batch, of the shape of its labels, and -100 where there is no passage. A batch without
+        groups gives the scores of its inputs, which do not count.
+        """
+        labels = inputs["labels"].float()
+        logits = self._logits(model, {name: inputs[name] for name in inputs if name not in TARGETS})
+        if len(labels) == 0:
+            return logits
+        scores = torch.full_like(labels, IGNORED)
+        scores[labels != IGNORED] = logits
+        return scores
 
     def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Returns the logits of all pairs, of shape `(num_pairs,)`, in pieces if one forward pass may not take all."""
@@ -235,15 +255,20 @@ class CrossEncoderTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"].float()
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        scores, labels = outputs["logits"], inputs["labels"].float()
+            if self._scores_only:
+                scores = self._scores(model, inputs)
+                loss, group_losses = scores.new_zeros(()), scores.new_zeros(len(labels))
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                scores, group_losses = outputs["logits"], outputs["group_losses"]
         self._evaluated.append(
             tuple(
                 self.accelerator.gather_for_metrics(
                     self.accelerator.pad_across_processes(tensor, dim=1, pad_index=int(IGNORED))
                 ).cpu()
-                for tensor in (outputs["group_losses"][:, None], scores, labels)
+                for tensor in (group_losses[:, None], scores, labels)
             )
         )
         return (loss, None, None) if prediction_loss_only else (loss, scores, labels)
@@ -262,7 +287,32 @@ class CrossEncoderTrainer(Trainer):
         # The Trainer's own loss is a mean over batches, which depends on the size of a batch.
         metrics = {"loss": float(losses.mean()), **group_metrics(scores, labels)}
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return output._replace(metrics={**(output.metrics or {}), **prefixed})
+        # Among the others, so that callbacks see them in the same evaluation.
+        return output._replace(metrics={**(output.metrics or {}), **prefixed, **self._rerank()})
+
+    def _rerank(self) -> dict[str, float]:
+        """Returns the measures of the sets to rerank, once per evaluation."""
+        metrics: dict[str, float] = {}
+        sets, self._has_to_rerank = self._rerank_sets if self._has_to_rerank else [], False
+        for each in sets:
+            with self._whole_evaluation():
+                dataloader = self._get_dataloader(
+                    FixedGroups(each.groups),
+                    "Evaluation",
+                    self.args.eval_batch_size,
+                    self._get_eval_sampler,
+                    dataloader_key=f"rerank {each.name}",
+                )
+            self._evaluated, self._scores_only = [], True
+            try:
+                super().evaluation_loop(dataloader, f"Reranking of {each.name}", prediction_loss_only=True)
+            finally:
+                self._scores_only = False
+            _, scores, labels = (_stack(tensors) for tensors in zip(*self._evaluated, strict=True))
+            after = each.measure([row[mask] for row, mask in zip(scores, labels != IGNORED, strict=True)])
+            for stage, measures in (("", after), ("run_", each.first_stage)):
+                metrics |= {f"eval_{each.name}_{stage}{name}": value for name, value in measures.items()}
+        return metrics
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         with self._whole_evaluation():
@@ -293,7 +343,13 @@ class CrossEncoderTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not isinstance(eval_dataset, str):  # the name of one of the datasets
             eval_dataset = _eval_groups(eval_dataset, self._eval_grouping)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        self._has_to_rerank = self._has_to_rerank or eval_dataset is None
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        if self._has_to_rerank and (reranked := self._rerank()):  # there are no groups to evaluate
+            self.log(reranked)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, reranked)
+            metrics |= reranked
+        return metrics
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super().predict(_eval_groups(test_dataset, self._eval_grouping), *args, **kwargs)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROWS, stop
+from helpers import ROWS, lines, stop, write
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
@@ -17,7 +18,7 @@ from llama_bidir import CrossEncoder
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 FIELDS = ["max_steps=6", 'save_strategy="steps"', "save_steps=3", "per_device_eval_batch_size=3"]
-MEASURES = ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10")
+MEASURES = ("eval_loss", "eval_accuracy@1", "eval_mrr@10", "eval_ndcg@10", "eval_tiny_ndcg@10", "eval_tiny_mrr@10")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,14 @@ def train_in(tmp_path_factory, base_checkpoint):
     # for each number of processes.
     for path, rows in ((train_rows, ROWS[:13]), (eval_rows, ROWS[:19])):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collection = folder / "collection"
+    texts = list(dict.fromkeys(text for row in ROWS[:7] for text in (*row["pos_doc"], *row["neg_doc"])))
+    write(collection / "corpus.jsonl", lines(*({"_id": f"d{n}", "text": text} for n, text in enumerate(texts))))
+    write(collection / "queries.jsonl", lines(*({"_id": f"q{n}", "text": ROWS[n]["query"]} for n in range(7))))
+    relevant = [f"q{n}\td{texts.index(ROWS[n]['pos_doc'][0])}\t1\n" for n in range(7)]
+    write(collection / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + "".join(relevant))
+    run = [f"q{n} Q0 d{d} {d + 1} {-d} x\n" for n in range(7) for d in range(len(texts) - n)]
+    write(collection / "run.trec", "".join(run))
 
     @cache
     def run(name, processes, *fields):
@@ -44,7 +53,8 @@ def train_in(tmp_path_factory, base_checkpoint):
             *FIELDS,
             *fields,
         ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "COLLECTION": str(collection)}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert result.returncode == 0, result.stderr
         return folder / name, json.loads((folder / name / "log_history.json").read_text())
 

@@ -59,7 +59,8 @@ def load_recipe(
     Reads a recipe and fits it to this machine.
 
     A run of one process leaves `fsdp` out, because FSDP shards between processes. Without an accelerator, `bf16`
-    computes on the CPU. Where `eval_strategy` is not given, it follows from `data.eval` and `eval_steps`.
+    computes on the CPU. Where `eval_strategy` is not given, it follows from `data.eval`, `data.eval_rerank` and
+    `eval_steps`.
 
     Args:
         name_or_path: the name of a bundled recipe, or a YAML file.
@@ -86,7 +87,7 @@ def load_recipe(
     if "model_name_or_path" not in values["model"]:
         raise ValueError(f"{name}: model: model_name_or_path is required")
     _fit_to_machine(values["training"], name)
-    if values["data"].get("eval"):
+    if values["data"].get("eval") or values["data"].get("eval_rerank"):
         strategy = "steps" if values["training"].get("eval_steps") else "epoch"
         values["training"].setdefault("eval_strategy", strategy)
     return Recipe(
