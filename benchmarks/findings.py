@@ -113,10 +113,11 @@ def compare_settings(groups: Mapping[Cell, Sequence[Row]], base: Cell) -> list[s
     ]
     for setting, rows in groups.items():
         run, baseline = same_seeds(rows, groups[base])
-        minutes = np.mean([row["training_seconds"] for row in rows]) / 60
+        seconds = [row["training_seconds"] for row in rows if row["training_seconds"] is not None]
+        minutes = f"{np.mean(seconds) / 60:.0f}" if seconds else ""
         shown = "| | |" if setting == base else f"| {effect(pooled(run), pooled(baseline))} |"
         change = describe_change(setting, base)
-        lines.append(f"| {change} | {len(rows)} | {mean_of_sets(rows):.3f} {shown} {minutes:.0f} |")
+        lines.append(f"| {change} | {len(rows)} | {mean_of_sets(rows):.3f} {shown} {minutes} |")
     return lines
 
 
@@ -133,7 +134,7 @@ def write_report(folder: Path, source: Path | None = None) -> None:
         print(*compare_sets(groups[best], groups[best], ("reranked", "BM25"), "bm25_per_query"), sep="\n")
         if causal in groups:
             run, baseline = same_seeds(groups[base], groups[causal])
-            print(f"\n{len(run)} seeds\n")
+            print(f"\nThe mean of {len(run)} runs each:\n")
             print(*compare_sets(run, baseline, ("bidirectional, avg", "causal, last"), "per_query"), sep="\n")
             plot_masks(folder / f"{path.stem}-masks.png", run, baseline)
         print("", *compare_settings(groups, base), sep="\n")

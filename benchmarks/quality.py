@@ -99,8 +99,9 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     recipe["training"] |= {"bf16": half, "use_cpu": args.device == "cpu", "disable_tqdm": True}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    has_begun = (folder / "model").exists()
     start = time.monotonic()
-    if not (folder / "model" / "model.safetensors").exists():
+    if not any((folder / "model" / name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
         train(*load_recipe(folder / "recipe.yaml"))
         gc.collect()
     trained = time.monotonic()
@@ -122,7 +123,7 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
         "bf16": half,
         "depth": args.depth,
         "eval_max_length": max(cell.max_length, args.eval_max_length),
-        "training_seconds": trained - start,
+        "training_seconds": None if has_begun else trained - start,  # of a stopped run, a part is unknown
         "evaluation_seconds": time.monotonic() - trained,
         "history": [
             {key: entry[key] for key in ("step", "eval_loss", "eval_ndcg@10")}

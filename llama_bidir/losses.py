@@ -104,7 +104,9 @@ def lambda_loss(
     is_behind = ((order < 0) | ((order == 0) & (relevance > 0))) & mask[:, None, :]
     ranks = 1 + is_behind.sum(dim=2, dtype=scores.dtype)
 
-    gains = torch.exp2(labels) - 1
+    # 2^label - 1 over 2^top, which the ideal DCG divides out again: the gain itself is infinite from a label of 128.
+    top = labels.amax(dim=1, keepdim=True)
+    gains = torch.exp2(labels - top) - torch.exp2(-top)
     ideal_ranks = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
     ideal = (gains.sort(dim=1, descending=True).values * _discounted(ideal_ranks)).sum(dim=1, keepdim=True)
     gains = gains / ideal.clamp(min=torch.finfo(ideal.dtype).tiny)
@@ -239,7 +241,7 @@ class Mixture:
         return torch.stack(parts).sum()
 
 
-def get_loss(loss: str | Mapping[str, float] | Loss) -> Loss:
+def get_loss(loss: str | Mapping[str, float] | Loss | None) -> Loss:
     """
     Returns the loss of that name, the [`Mixture`] of a mapping from names to weights, or `loss` itself if it is a
     function.
@@ -259,18 +261,20 @@ def get_loss(loss: str | Mapping[str, float] | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def loss_names(loss: str | Mapping[str, float] | Loss) -> list[str]:
+def loss_names(loss: str | Mapping[str, float] | Loss | None) -> list[str]:
     """Returns the names of the losses of this module that a loss computes; none for any other function."""
     loss = get_loss(loss)
     return list(loss.weights) if isinstance(loss, Mixture) else [name for name in LOSSES if LOSSES[name] is loss]
 
 
-def needs_teacher(loss: str | Mapping[str, float] | Loss) -> bool:
+def needs_teacher(loss: str | Mapping[str, float] | Loss | None) -> bool:
     """Whether a loss reads teacher scores."""
     return not TEACHER_LOSSES.isdisjoint(loss_names(loss))
 
 
-def check_group_size(loss: str | Mapping[str, float] | Loss, group_size: int | None, name: str = "group_size") -> None:
+def check_group_size(
+    loss: str | Mapping[str, float] | Loss | None, group_size: int | None, name: str = "group_size"
+) -> None:
     """Raises ValueError if groups are single passages and a loss compares passages."""
     comparing = [each for each in loss_names(loss) if each not in POINTWISE_LOSSES]
     if group_size == 1 and comparing:

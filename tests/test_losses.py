@@ -312,6 +312,14 @@ def test_a_wrong_mixture_is_refused(weights, message):
         get_loss(weights)
 
 
+def test_lambda_of_large_grades_is_finite():
+    """2^200 is no float32. Only the ratios of the gains count, and those of 200 and 199 are those of large grades."""
+    scores = torch.tensor([[0.3, 1.0, -0.5]], requires_grad=True)
+    losses = [lambda_loss(scores, torch.tensor([[top, top - 1.0, 0.0]])) for top in (200.0, 60.0)]
+    torch.testing.assert_close(*losses)
+    assert torch.autograd.grad(losses[0], scores)[0].isfinite().all()
+
+
 def test_what_a_loss_needs():
     assert [name for name in LOSSES if needs_teacher(name)] == ["margin_mse", "kl_div", "mse"]
     assert needs_teacher({"ranknet": 1.0, "mse": 0.5})

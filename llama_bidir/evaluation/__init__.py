@@ -9,7 +9,7 @@ from .comparison import Comparison, compare
 from .measures import Evaluation, Qrels, Run, evaluate_queries, evaluate_run, rank_documents
 from .mteb import MTEBCrossEncoder
 from .report import Report, System, make_report, render_report
-from .reranker import Dataset, RerankerEvaluation, evaluate_reranker, load_dataset
+from .reranker import Dataset, RerankerEvaluation, evaluate_reranker, judged_run, load_dataset, rerank_run
 
 __all__ = [
     "Comparison",
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_queries",
     "evaluate_reranker",
     "evaluate_run",
+    "judged_run",
     "load_dataset",
     "make_report",
     "rank_documents",
@@ -33,6 +34,7 @@ __all__ = [
     "read_queries",
     "read_run",
     "render_report",
+    "rerank_run",
     "score_bm25",
     "write_corpus",
     "write_qrels",

@@ -104,13 +104,9 @@ def evaluate_reranker(
             f"{describe(dataset)}"
         )
     dataset = _with_texts(dataset)
-    run_before = {query_id: dict(dataset.run.get(query_id, {})) for query_id in dataset.qrels}
-    if not any(run_before.values()):
-        raise no_common_query("the run", "the qrels")
-    if ignore_identical_ids:
-        run_before = _drop_identical(dataset, run_before)
+    run_before = judged_run(dataset, ignore_identical_ids=ignore_identical_ids)
     started = time.perf_counter()
-    reranked, num_pairs = _rerank(cross_encoder, dataset, run_before, depth, scoring)
+    reranked, num_pairs = rerank_run(cross_encoder, dataset, run_before, depth, **scoring)
     seconds = time.perf_counter() - started
     before, after = (
         evaluate_queries(dataset.qrels, each, parsed, ignore_identical_ids=False) for each in (run_before, reranked)
@@ -221,10 +217,32 @@ def _doc_ids(run: Run) -> set[str]:
     return {doc_id for docs in run.values() for doc_id in docs}
 
 
-def _rerank(
-    cross_encoder: "CrossEncoder", dataset: Dataset, run: Run, depth: int | None, scoring: dict[str, Any]
+def judged_run(dataset: Dataset, *, ignore_identical_ids: bool = True) -> dict[str, dict[str, float]]:
+    """Returns the run of the judged queries of a dataset; raises ValueError if it has none of them."""
+    run = {query_id: dict(dataset.run.get(query_id, {})) for query_id in dataset.qrels}
+    if not any(run.values()):
+        raise no_common_query("the run", "the qrels")
+    return _drop_identical(dataset, run) if ignore_identical_ids else run
+
+
+def rerank_run(
+    cross_encoder: Any, dataset: Dataset, run: Run, depth: int | None, **scoring: Any
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """Returns the reranked run and the number of pairs scored."""
+    """
+    Reranks the first documents of each query.
+
+    Args:
+        cross_encoder: the reranker, or any other object with its `rank_batch`.
+        dataset: has the texts.
+        run: score by doc_id by query_id.
+        depth, scoring: see [`evaluate_reranker`].
+
+    Returns:
+        the reranked run, and how many pairs were scored.
+
+    Raises:
+        ValueError: a document has no text.
+    """
     ranked = {query_id: rank_documents(docs) for query_id, docs in run.items()}
     top = {query_id: doc_ids[:depth] for query_id, doc_ids in ranked.items()}
     for query_id, doc_ids in top.items():

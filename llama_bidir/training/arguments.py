@@ -55,7 +55,7 @@ class DataArguments:
         train, eval: sources of rows (see [`~data.load_rows`]), each a name or a mapping with `path` and `weight`. A
             weight of 2 shows each row twice per epoch. A weight of 0.5 shows a different half of the rows each epoch.
         eval_rerank: collections to rerank at each evaluation (see [`~training.reranking.load_rerank_sets`]).
-        group_size: passages per query, the positive first.
+        group_size: passages per query, the positives first.
         eval_group_size: the same in evaluation. None evaluates on all passages of each row.
         positives: for a row with several positives: `cycle` takes the next one each epoch, `expand` makes a group of
             each, `all` takes all of them, or draws as many as leave room for one negative.
@@ -105,9 +105,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
 
     Args:
         loss: a name in [`~losses.LOSSES`], or a mapping from such names to weights, whose sum is trained.
-        loss_temperature: divides the scores that the loss reads, and the teacher's, in training alone. A value below 1
-            sharpens the softmax of a group. None is 1. `model.temperature` divides the scores of the trained reranker
-            too.
+        loss_temperature: divides the scores that the loss reads, and the teacher's. A value below 1 sharpens the
+            softmax of a group. None is 1. `model.temperature` divides the scores of the trained reranker too.
         global_batch_size: groups per optimizer step over all processes. It sets `gradient_accumulation_steps`.
         max_pairs_per_forward: the largest number of pairs in one forward pass. A batch with more pairs, such as one
             group of 256 passages, is computed in pieces with the exact gradient (see [`~training.pieces`]).
@@ -124,7 +123,8 @@ class CrossEncoderTrainingArguments(TrainingArguments):
     logging_steps: float = 10
     ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
-    loss: str | dict[str, float] = "listwise_cross_entropy"
+    # In this order HfArgumentParser takes text.
+    loss: dict[str, float] | str | None = "listwise_cross_entropy"
     loss_temperature: float | None = None
     global_batch_size: int | None = None
     max_pairs_per_forward: int | None = None

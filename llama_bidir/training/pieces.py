@@ -81,21 +81,27 @@ class Pieces:
 
 
 class RandomState:
-    """The state of the random numbers of the CPU and of a device."""
+    """The state of the random numbers of the CPU and of the current accelerator."""
 
     def __init__(self, device: torch.device):
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._modules: list[Any] = [torch]
+        if device.type not in ("cpu", "meta"):
+            self._modules.append(torch.get_device_module(device))
+        self._states = [module.get_rng_state() for module in self._modules]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Restores the state until the context closes."""
-        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._device]):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda, self._device)
+        now = [module.get_rng_state() for module in self._modules]
+        try:
+            self._set(self._states)
             yield
+        finally:
+            self._set(now)
+
+    def _set(self, states: Sequence[torch.Tensor]) -> None:
+        for module, state in zip(self._modules, states, strict=True):
+            module.set_rng_state(state)
 
 
 def count_pairs(batch: Mapping[str, Any]) -> int:

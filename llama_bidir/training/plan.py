@@ -93,7 +93,7 @@ def plan(
             weighted += [(rows, source.weight)] if use == "train" else []
     for entry in data_args.eval_rerank:
         load = partial(load_rerank_sets, [entry])
-        if (sets := reach("data.eval_rerank", str(entry.get("path")), load)) is not None:
+        if (sets := reach("data.eval_rerank", str(entry["path"]), load)) is not None:
             queries = f"{len(sets[0].groups):,}"
             table.append(("eval_rerank", str(entry["path"]), queries, "", "", queries))
     if checkpoint is None or problems:

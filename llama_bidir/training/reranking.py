@@ -2,13 +2,13 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..data import Group
-from ..evaluation import Dataset, evaluate_reranker, load_dataset
+from ..evaluation import Dataset, Run, evaluate_queries, judged_run, load_dataset, rerank_run
 from ..utils.names import nearest
 from ..utils.validation import check_int, check_positive_int, describe
 
@@ -38,7 +38,8 @@ class RerankSet:
     def __init__(self, name: str, dataset: Dataset, *, depth: int = DEPTH):
         self.name, self.dataset, self.depth = name, dataset, depth
         recorder = _Recorder()
-        result = self._evaluate(recorder)
+        self._run = judged_run(dataset)
+        rerank_run(recorder, dataset, self._run, depth)
         self.groups: list[Group] = [
             {
                 "query": query,
@@ -50,17 +51,17 @@ class RerankSet:
             if passages
         ]
         self._sizes = [len(passages) for _, passages in recorder.candidates]
-        self.first_stage = {name: result.before.aggregated[measure] for name, measure in MEASURES.items()}
+        self.first_stage = self._measure(self._run)
 
     def measure(self, scores: Sequence[np.ndarray]) -> dict[str, float]:
         """Returns the measures of the run after reranking, by name. There is one array of scores per group."""
         arrays = iter(scores)
         given = [next(arrays) if size else np.zeros(0) for size in self._sizes]
-        after = self._evaluate(_GivenScores(given)).after.aggregated
-        return {name: after[measure] for name, measure in MEASURES.items()}
+        return self._measure(rerank_run(_GivenScores(given), self.dataset, self._run, self.depth)[0])
 
-    def _evaluate(self, ranker: Any) -> Any:
-        return evaluate_reranker(ranker, self.dataset, depth=self.depth, measures=MEASURES.values())
+    def _measure(self, run: Run) -> dict[str, float]:
+        values = evaluate_queries(self.dataset.qrels, run, MEASURES.values(), ignore_identical_ids=False).aggregated
+        return {name: values[measure] for name, measure in MEASURES.items()}
 
 
 class _GivenScores:
@@ -87,7 +88,7 @@ class _Recorder:
         return [[{"corpus_id": place, "score": -place} for place in range(len(texts))] for texts in documents]
 
 
-def load_rerank_sets(entries: Sequence[Mapping[str, Any]], where: str = "data.eval_rerank") -> list[RerankSet]:
+def load_rerank_sets(entries: Sequence[Any], where: str = "data.eval_rerank") -> list[RerankSet]:
     """
     Reads the collections of `data.eval_rerank`.
 
@@ -100,7 +101,18 @@ def load_rerank_sets(entries: Sequence[Mapping[str, Any]], where: str = "data.ev
         FileNotFoundError: a file is missing.
         ValueError: an entry or a file breaks its rule.
     """
-    sets: list[RerankSet] = []
+    check_entries(entries, where)
+    sets = []
+    for entry in entries:
+        depth = entry.get("depth", DEPTH)
+        dataset = load_dataset(entry["path"], qrels=entry.get("qrels"), run=entry.get("run"), depth=depth)
+        sets.append(RerankSet(entry["name"], _first(dataset, entry.get("queries")), depth=depth))
+    return sets
+
+
+def check_entries(entries: Sequence[Any], where: str = "data.eval_rerank") -> None:
+    """Raises ValueError, naming the entry, unless [`load_rerank_sets`] can read the entries. Reads no file."""
+    names: set[str] = set()
     for index, entry in enumerate(entries):
         place = f"{where}[{index}]"
         if not isinstance(entry, Mapping):
@@ -108,16 +120,31 @@ def load_rerank_sets(entries: Sequence[Mapping[str, Any]], where: str = "data.ev
         for key in entry:
             if key not in KEYS:
                 raise ValueError(f"{place}: unknown key {key!r}; the nearest known one is {nearest(key, KEYS)!r}")
-        name, path = (entry.get(key) for key in ("name", "path"))
-        if not isinstance(name, str) or not name or not isinstance(path, str | os.PathLike):
+        name = entry.get("name")
+        if not isinstance(name, str) or not name or not isinstance(entry.get("path"), str | os.PathLike):
             raise ValueError(f"{place} needs a name, such as nq, and the path of a BEIR folder, got {describe(entry)}")
-        if name in {each.name for each in sets}:
-            raise ValueError(f"{place}: there is a set named {name!r} already: give each a name of its own")
-        depth = check_int(f"{place}: depth", entry.get("depth", DEPTH))
-        count = check_positive_int(f"{place}: queries", entry.get("queries"))
-        dataset = load_dataset(path, qrels=entry.get("qrels"), run=entry.get("run"), depth=depth)
-        sets.append(RerankSet(name, _first(dataset, count), depth=depth))
-    return sets
+        for key in ("run", "qrels"):
+            if not isinstance(entry.get(key), str | os.PathLike | None):
+                raise ValueError(f"{place}: {key} must be the path of a file, got {describe(entry[key])}")
+        _check_name(name, names, place)
+        names.add(name)
+        check_int(f"{place}: depth", entry.get("depth", DEPTH))
+        check_positive_int(f"{place}: queries", entry.get("queries"))
+
+
+def check_names(sets: Sequence[RerankSet], eval_dataset: Any) -> None:
+    """Raises ValueError if two measures of an evaluation would have the same name in the log."""
+    names = set(eval_dataset) if isinstance(eval_dataset, Mapping) else set()
+    for each in sets:
+        _check_name(each.name, names, "rerank_sets")
+        names.add(each.name)
+
+
+def _check_name(name: str, others: Collection[str], place: str) -> None:
+    if name in others:
+        raise ValueError(f"{place}: there is a set named {name!r} already: give each a name of its own")
+    if name == "run" or name.endswith("_run"):
+        raise ValueError(f"{place}: the name {name!r} ends in 'run', which names the first-stage run in the log")
 
 
 def _first(dataset: Dataset, count: int | None) -> Dataset:

@@ -38,7 +38,7 @@ from .checkpoints import (
 )
 from .history import HISTORY_NAME, PLOT_NAME
 from .lora import HEAD
-from .reranking import load_rerank_sets
+from .reranking import check_entries, load_rerank_sets
 from .trainer import CrossEncoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def train(
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.revision)
     if overwrite:
         sources = [parse_source(entry).path for entry in data_args.train + data_args.eval]
-        sources += [str(entry.get("path")) for entry in data_args.eval_rerank]
+        sources += [str(entry["path"]) for entry in data_args.eval_rerank]
         check_removable(output, keep=[model_args.model_name_or_path, *sources])
     elif is_finished(output):
         raise FileExistsError(
@@ -143,6 +143,7 @@ def check_recipe(
         raise ValueError("model.load_in_4bit freezes the weights: add a lora block to train an adapter on them")
     check_group_size(training_args.loss, data_args.group_size, "data.group_size")
     check_temperatures(training_args.loss_temperature, model_args.temperature)
+    check_entries(data_args.eval_rerank)
     if training_args.resume_from_checkpoint:
         raise ValueError(
             "training.resume_from_checkpoint: a stopped run always resumes from its last checkpoint; leave it out"
@@ -164,15 +165,13 @@ def _push(trainer: CrossEncoderTrainer, output: Path, files: list[str]) -> None:
     )
 
 
-def _load_groups(
-    entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: str | dict[str, float]
-) -> GroupDataset:
+def _load_groups(entries: list[Any], data_args: DataArguments, grouping: Grouping, loss: Any) -> GroupDataset:
     sources = [parse_source(entry) for entry in entries]
     weighted = [(load_usable_rows(source, data_args, grouping, loss), source.weight) for source in sources]
     return GroupDataset(weighted, grouping, names=[source.path for source in sources])
 
 
-def load_usable_rows(source: Source, data_args: DataArguments, grouping: Grouping, loss: str | dict[str, float]) -> Any:
+def load_usable_rows(source: Source, data_args: DataArguments, grouping: Grouping, loss: Any) -> Any:
     """
     Loads the rows of a source that can be made into groups.
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from .liger import register_with_liger
 from .lora import add_adapter, check_head
 from .metrics import group_metrics
 from .pieces import Pieces, count_pairs
-from .reranking import RerankSet
+from .reranking import RerankSet, check_names
 from .sampling import EpochCallback, EpochSampler
 from .steps import StepCollator, StepGroups, Steps, StepSampler, StepStream, without_groups
 
@@ -46,7 +46,7 @@ TARGETS = ("labels", "teacher_scores")
 
 class CrossEncoderTrainer(Trainer):
     """
-    Trains a bidirectional Llama reranker on groups: a query, one of its positives and some of its negatives.
+    Trains a bidirectional Llama reranker on groups: a query, and some of its positives and negatives.
 
     Batches are packed (laid end to end, without padding) unless that is impossible or `args.packing` is False.
     Evaluation reports `loss`, `accuracy@1`, `mrr@10` and `ndcg@10` over whole groups. Their values do not depend on the
@@ -130,6 +130,7 @@ class CrossEncoderTrainer(Trainer):
         check_group_size(self.loss, grouping.group_size)
         check_temperatures(args.loss_temperature, model.config.temperature)
         eval_grouping = Grouping.for_evaluation(eval_group_size)
+        check_names(rerank_sets, eval_dataset)
         ensure_pad_token(processing_class, model.config.vocab_size)
         if prompt_template is None:
             prompt_template = find_prompt_template(processing_class, model.config)  # type: ignore[arg-type]
@@ -159,6 +160,7 @@ class CrossEncoderTrainer(Trainer):
         self._evaluated: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pieces: Pieces | None = None
         self._rerank_sets = list(rerank_sets)
+        self._rerank_loaders: dict[str, Any] = {}
         self._has_to_rerank = False
         self._scores_only = False
         self.model_accepts_loss_kwargs = False
@@ -233,7 +235,9 @@ class CrossEncoderTrainer(Trainer):
         self._pieces = None
         loss = super().training_step(model, inputs, num_items_in_batch)  # in pieces, it stops at the scores
         if self._pieces is not None:
-            self._pieces.backward(partial(self.accelerator.no_sync, model))
+            # FSDP would hold unsharded gradients until it may reduce them.
+            no_sync = nullcontext if self.is_fsdp_enabled else partial(self.accelerator.no_sync, model)
+            self._pieces.backward(no_sync)
             self._pieces = None
         return loss
 
@@ -295,14 +299,12 @@ class CrossEncoderTrainer(Trainer):
         metrics: dict[str, float] = {}
         sets, self._has_to_rerank = self._rerank_sets if self._has_to_rerank else [], False
         for each in sets:
-            with self._whole_evaluation():
-                dataloader = self._get_dataloader(
-                    FixedGroups(each.groups),
-                    "Evaluation",
-                    self.args.eval_batch_size,
-                    self._get_eval_sampler,
-                    dataloader_key=f"rerank {each.name}",
-                )
+            if each.name not in self._rerank_loaders:
+                with self._whole_evaluation():  # one query at a time, because it has many candidates
+                    self._rerank_loaders[each.name] = self._get_dataloader(
+                        FixedGroups(each.groups), "Evaluation", 1, self._get_eval_sampler
+                    )
+            dataloader = self._rerank_loaders[each.name]
             self._evaluated, self._scores_only = [], True
             try:
                 super().evaluation_loop(dataloader, f"Reranking of {each.name}", prediction_loss_only=True)

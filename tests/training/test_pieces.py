@@ -42,7 +42,7 @@ def make_trainer(path, *, peft_config=None, **fields):
         ({"packing": False}, None, 1e-5),
         ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}, None, 1e-5),
         ({"gradient_checkpointing": True}, None, 1e-5),
-        ({"bf16": True}, None, 2e-2),
+        ({"bf16": True}, None, 5e-2),
         ({}, peft.LoraConfig(r=4, task_type="SEQ_CLS"), 1e-5),
         ({"loss": "kl_div"}, None, 1e-5),
     ],
@@ -55,6 +55,7 @@ def test_pieces_train_as_the_whole_batch(fields, peft_config, tolerance, max_pai
         for each in (None, max_pairs)
     )
     pieces.model.load_state_dict(whole.model.state_dict())
+    before = copy.deepcopy(whole.model.state_dict())
     sizes = []
     pieces.model.register_forward_pre_hook(
         lambda module, args, inputs: sizes.append(count_pairs(inputs)), with_kwargs=True
@@ -63,10 +64,13 @@ def test_pieces_train_as_the_whole_batch(fields, peft_config, tolerance, max_pai
         trainer.train()
     assert max(sizes) == max_pairs
     np.testing.assert_allclose(losses(pieces), losses(whole), rtol=max(tolerance, 1e-5))
-    for name, weight in whole.model.state_dict().items():
-        torch.testing.assert_close(
-            pieces.model.state_dict()[name], weight, rtol=tolerance, atol=tolerance / 10, msg=name
+    for name in before:
+        change, expected_change = (
+            state[name] - before[name] for state in (pieces.model.state_dict(), whole.model.state_dict())
         )
+        error = (change - expected_change).norm()
+        assert error <= tolerance * expected_change.norm() + 1e-7, name
+    assert sum((whole.model.state_dict()[name] - before[name]).norm() for name in before) > 1e-3
     measured, expected = (trainer.evaluate() for trainer in (pieces, whole))
     assert measured["eval_loss"] == pytest.approx(expected["eval_loss"], rel=max(tolerance, 1e-5))
 

@@ -6,8 +6,9 @@ import pytest
 pytest.importorskip("accelerate")
 
 import torch
-from transformers import get_scheduler
+from transformers import HfArgumentParser, get_scheduler
 
+from llama_bidir.training import CrossEncoderTrainingArguments
 from llama_bidir.training.recipes import describe_recipe, list_recipes, load_recipe, parse_overrides
 from llama_bidir.training.recipes.recipe import _fit_to_machine
 
@@ -159,6 +160,12 @@ def test_values_fit_their_fields(tmp_path):
     training = recipe.training
     assert (training.learning_rate, training.max_steps, training.logging_steps) == (1e-5, 1000, 5)
     assert (training.bf16_full_eval, training.packing) == (False, True)
+
+
+def test_the_arguments_are_parsed_as_flags(tmp_path):
+    parser = HfArgumentParser(CrossEncoderTrainingArguments)
+    (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--loss", "ranknet", "--use_cpu"])
+    assert parsed.loss == "ranknet"
 
 
 def test_a_mixture_of_losses(tmp_path):

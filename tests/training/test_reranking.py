@@ -1,6 +1,8 @@
 """Collections that are reranked at each evaluation: the measures are those of `evaluate_reranker`."""
 
 import json
+import multiprocessing
+from functools import partial
 
 import pytest
 from helpers import ROWS, arguments, lines, make_model, make_tokenizer, write
@@ -133,6 +135,8 @@ def test_early_stopping_sees_the_measure(collection, tmp_path):
         ({"name": "a", "path": ".", "deep": 3}, r"data\.eval_rerank\[1\]: unknown key 'deep'; the nearest .* 'depth'"),
         ({"path": "."}, r"data\.eval_rerank\[1\] needs a name, such as nq, and the path of a BEIR folder"),
         ({"name": "tiny", "path": "."}, r"data\.eval_rerank\[1\]: there is a set named 'tiny' already"),
+        ({"name": "tiny_run", "path": "."}, r"data\.eval_rerank\[1\]: the name 'tiny_run' ends in 'run', which names"),
+        ({"name": "a", "path": ".", "run": 5}, r"data\.eval_rerank\[1\]: run must be the path of a file, got int 5"),
         ({"name": "a", "path": ".", "depth": 0}, r"data\.eval_rerank\[1\]: depth must be an int above 0, got 0"),
         ({"name": "a", "path": ".", "queries": -1}, r"data\.eval_rerank\[1\]: queries must be None or an int above 0"),
     ],
@@ -140,6 +144,32 @@ def test_early_stopping_sees_the_measure(collection, tmp_path):
 def test_wrong_entries_are_named(entry, message, collection):
     with pytest.raises(ValueError, match=f"^{message}"):
         load_rerank_sets([{"name": "tiny", "path": str(collection)}, entry])
+
+
+def test_the_names_of_all_sets_differ(collection, tmp_path):
+    sets = load_rerank_sets([{"name": "a", "path": str(collection)}])
+    for twice, rows in ((sets * 2, None), (sets, {"a": ROWS[:3]})):
+        with pytest.raises(ValueError, match="there is a set named 'a' already"):
+            make_trainer(tmp_path, twice, eval_rows=rows)
+
+
+def test_worker_processes_are_kept(collection, tmp_path):
+    sets = load_rerank_sets([{"name": "tiny", "path": str(collection)}])
+    trainer = make_trainer(tmp_path, sets, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    counts = []
+    for _ in range(3):
+        trainer.evaluate()
+        counts.append(len(multiprocessing.active_children()))
+    assert counts == [counts[0]] * 3
+
+
+@pytest.mark.parametrize("entry", ["beir/nq", {"path": "beir/nq"}])
+def test_wrong_entries_of_a_recipe_are_named(entry, base_checkpoint, tmp_path):
+    data = DataArguments(train=["rows.jsonl"], eval_rerank=[entry])
+    training = arguments(CrossEncoderTrainingArguments, tmp_path / "out")
+    for function in (partial(train, overwrite=True), plan):
+        with pytest.raises(ValueError, match=r"^data\.eval_rerank\[0\] "):
+            function(ModelArguments(model_name_or_path=str(base_checkpoint)), data, training)
 
 
 def test_a_missing_run_is_named_before_the_weights_load(collection, tmp_path):
