@@ -136,9 +136,9 @@ def write_report(folder: Path, source: Path | None = None) -> None:
             run, baseline = same_seeds(groups[base], groups[causal])
             print(f"\nThe mean of {len(run)} runs each:\n")
             print(*compare_sets(run, baseline, ("bidirectional, avg", "causal, last"), "per_query"), sep="\n")
-            plot_masks(folder / f"{path.stem}-masks.png", run, baseline)
+            plot_masks(folder / f"{path.stem.replace('quality', 'results')}-masks.png", run, baseline)
         print("", *compare_settings(groups, base), sep="\n")
-        plot_steps(folder / f"{path.stem}-steps.png", groups, base)
+        plot_steps(folder / f"{path.stem.replace('quality', 'results')}-steps.png", groups, base)
 
 
 def plot_masks(path: Path, run: Sequence[Row], baseline: Sequence[Row]) -> None:
@@ -154,7 +154,7 @@ def plot_masks(path: Path, run: Sequence[Row], baseline: Sequence[Row]) -> None:
         places = np.arange(len(names)) + 0.27 * (offset - 1)
         heights = [per_query(rows, name, key).mean() for name in names]
         bars = axes.bar(places, heights, 0.25, color=color, label=label)
-        axes.bar_label(bars, fmt="{:.3f}", fontsize=7, padding=3)
+        axes.bar_label(bars, fmt="{:.3f}", fontsize=7, label_type="center", color="white")
         if key == "per_query":
             for row in rows:
                 axes.plot(places, [row["sets"][name][NDCG] for name in names], "k.", markersize=3)
@@ -177,6 +177,7 @@ def plot_steps(path: Path, groups: Mapping[Cell, Sequence[Row]], base: Cell) -> 
                 label=None if number else labels.get(setting),
             )
     axes.set_xlabel("step")
+    axes.set_ylabel(f"{NDCG} of held-out groups")
     _finish(figure, axes, path)
 
 
@@ -190,7 +191,7 @@ def _figure(width: float) -> tuple[Any, Any]:
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
-    axes.set_ylabel(NDCG)
+    axes.set_ylabel(axes.get_ylabel() or NDCG)
     axes.yaxis.grid(visible=True, color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
