@@ -105,7 +105,7 @@ def lambda_loss(
     ranks = 1 + is_behind.sum(dim=2, dtype=scores.dtype)
 
     # 2^label - 1 over 2^top, which the ideal DCG divides out again: the gain itself is infinite from a label of 128.
-    top = labels.amax(dim=1, keepdim=True)
+    top = nn.functional.pad(labels, (0, 1)).amax(dim=1, keepdim=True)  # padded, because groups may have no passage
     gains = torch.exp2(labels - top) - torch.exp2(-top)
     ideal_ranks = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
     ideal = (gains.sort(dim=1, descending=True).values * _discounted(ideal_ranks)).sum(dim=1, keepdim=True)

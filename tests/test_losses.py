@@ -312,6 +312,12 @@ def test_a_wrong_mixture_is_refused(weights, message):
         get_loss(weights)
 
 
+@every_loss
+def test_a_batch_without_passages_contributes_0(name):
+    empty = torch.zeros(2, 0, requires_grad=True)
+    assert LOSSES[name](empty, empty.detach(), teacher_scores=empty.detach()).item() == 0
+
+
 def test_lambda_of_large_grades_is_finite():
     """2^200 is no float32. Only the ratios of the gains count, and those of 200 and 199 are those of large grades."""
     scores = torch.tensor([[0.3, 1.0, -0.5]], requires_grad=True)

@@ -34,7 +34,8 @@ def pairs_of(labels: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def listwise_cross_entropy(scores: Sequence[float], labels: Sequence[float], teacher: Sequence[float]) -> float:
-    return mean([log_sum_exp(scores) - score for score, label in zip(scores, labels, strict=True) if label > 0])
+    shares = [label / sum(labels) for label in labels] if any(labels) else labels
+    return math.fsum(share * (log_sum_exp(scores) - score) for score, share in zip(scores, shares, strict=True))
 
 
 def binary_cross_entropy(scores: Sequence[float], labels: Sequence[float], teacher: Sequence[float]) -> float:
@@ -86,6 +87,10 @@ def kl_div(scores: Sequence[float], labels: Sequence[float], teacher: Sequence[f
     return math.fsum(math.exp(t - other) * ((t - other) - (s - student)) for s, t in zip(scores, teacher, strict=True))
 
 
+def mse(scores: Sequence[float], labels: Sequence[float], teacher: Sequence[float]) -> float:
+    return mean([(score - other) ** 2 for score, other in zip(scores, teacher, strict=True)])
+
+
 SLOW = {
     "listwise_cross_entropy": listwise_cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,
@@ -94,6 +99,7 @@ SLOW = {
     "list_mle": list_mle,
     "margin_mse": margin_mse,
     "kl_div": kl_div,
+    "mse": mse,
 }
 
 

@@ -22,7 +22,14 @@ from .readers import BEIR_QRELS, DOCUMENTS, RUN
 from .target import Target, attempt, check_message, new_folder
 from .texts import any_texts, texts
 
-ROW = {"query": "q", "pos_doc": ["a", {"text": "b"}], "neg_doc": ["c"], "pos_score": [1.5, 2], "neg_score": [0.25]}
+ROW = {
+    "query": "q",
+    "pos_doc": ["a", {"text": "b"}],
+    "neg_doc": ["c"],
+    "pos_score": [1.5, 2],
+    "neg_score": [0.25],
+    "pos_relevance": [3, 0.5],
+}
 ID_ROW = {"question": "q", "corpus_id": "c1", "pos_doc": [{"id": "d1"}, "d2"], "neg_doc": [{"id": "d3", "score": 1}]}
 CORPUS_IDS = {"corpus": [{"path": "documents"}], "data": [ID_ROW, {**ID_ROW, "neg_doc": []}]}
 QUERIES = [{"_id": "q1", "text": "a query"}, {"_id": "q 2", "text": "b"}, {"_id": "q2", "text": ""}]
@@ -33,7 +40,7 @@ def is_text(value: Any) -> bool:
 
 
 def row_of(row: Any) -> tuple[Any, ...] | None:
-    """A row by the rules of the schema: query, positives, negatives and their scores; None if it breaks one."""
+    """A row by the rules of the schema: query, passages, their scores, the relevance; None if it breaks one."""
     if not isinstance(row, dict):
         return None
     query = row.get("question") if row.get("query") is None else row.get("query")
@@ -44,20 +51,31 @@ def row_of(row: Any) -> tuple[Any, ...] | None:
         found = [item.get("text") if isinstance(item, dict) else item for item in items]
         if not all(map(is_text, found)):
             return None
-        numbers = row.get(f"{side}_score")
-        if numbers is not None and not isinstance(numbers, list):
-            numbers = None if isinstance(value, list) else [numbers]
-            if numbers is None:
-                return None
-        if numbers is not None and (len(numbers) != len(found) or not all(map(is_number, numbers))):
+        numbers = numbers_of(row, f"{side}_score", f"{side}_doc", len(found))
+        if numbers == "wrong" or (numbers is not None and not all(map(is_number, numbers))):
             return None
         passages.append(found)
         scores.append(numbers)
     if not is_text(query) or not passages[0] or (passages[1] and (scores[0] is None) != (scores[1] is None)):
         return None
+    relevance = numbers_of(row, "pos_relevance", "pos_doc", len(passages[0]))
+    if relevance is not None:
+        if relevance == "wrong" or not all(x is None or (is_number(x) and x > 0) for x in relevance):
+            return None
+        relevance = [1.0 if x is None else float(x) for x in relevance]
     if scores[0] is None:
-        return (query, *passages, None, None)
-    return (query, *passages, [float(x) for x in scores[0]], [float(x) for x in scores[1] or []])
+        return (query, *passages, None, None, relevance)
+    return (query, *passages, [float(x) for x in scores[0]], [float(x) for x in scores[1] or []], relevance)
+
+
+def numbers_of(row: dict[str, Any], field: str, passages: str, count: int) -> Any:
+    """The numbers of a field, one per passage; None if there are none, "wrong" if their shape is."""
+    numbers = row.get(field)
+    if numbers is None:
+        return None
+    if not isinstance(numbers, list):
+        numbers = [] if isinstance(row.get(passages), list) else [numbers]
+    return numbers if len(numbers) == count else "wrong"
 
 
 def is_number(value: Any) -> bool:
@@ -138,14 +156,16 @@ def _check_groups(rows: list[dict[str, Any]], groups: list[Any], how: Grouping) 
         positives = [text for text, label in zip(group["passages"], group["labels"], strict=True) if label > 0]
         negatives = group["passages"][len(positives) :]
         usable = [text for text in row["neg_doc"] if text not in row["pos_doc"]]
-        assert group["labels"] == [1.0] * len(positives) + [0.0] * len(negatives)
-        assert set(positives) <= set(row["pos_doc"])
+        assert group["labels"][len(positives) :] == [0.0] * len(negatives)
+        graded = Counter(zip(row["pos_doc"], row.get("pos_relevance") or [1.0] * len(row["pos_doc"]), strict=True))
+        assert not Counter(zip(positives, group["labels"][: len(positives)], strict=True)) - graded
         assert set(negatives) <= set(usable)
         if how.group_size is None:
             assert (positives, negatives) == (row["pos_doc"], usable)
             continue
-        assert len(positives) == 1
-        room = how.group_size - 1
+        most = max(1, how.group_size - 1) if how.positives == "all" else 1
+        assert len(positives) == min(most, len(row["pos_doc"]))
+        room = how.group_size - len(positives)
         if len(usable) >= room or how.short_groups == "mask":
             assert len(negatives) == min(room, len(usable))
             assert not Counter(negatives) - Counter(usable)
@@ -218,7 +238,8 @@ def check_load_rows(source: tuple[str, bytes]) -> None:
     if error is not None:
         return check_message(error, folder)
     for row in dataset:
-        assert tuple(parse_row(row, "row")) == tuple(row.values())
+        parsed = dict(zip(COLUMNS, parse_row(row, "row"), strict=True))
+        assert parsed == {"pos_relevance": None, **row}
     return None
 
 
@@ -233,6 +254,8 @@ def valid_rows(draw: st.DrawFn, least: int = 1) -> list[dict[str, Any]]:
             number = st.floats(allow_nan=False, allow_infinity=False)
             for side in ("pos", "neg"):
                 row[f"{side}_score"] = [draw(number) for _ in row[f"{side}_doc"]]
+        if draw(st.booleans()):
+            row["pos_relevance"] = [draw(st.floats(1e-3, 100)) for _ in row["pos_doc"]]
         rows.append(row)
     return rows
 
@@ -240,7 +263,7 @@ def valid_rows(draw: st.DrawFn, least: int = 1) -> list[dict[str, Any]]:
 groupings = st.fixed_dictionaries(
     {
         "group_size": st.none() | st.integers(1, 5),
-        "positives": st.sampled_from(["cycle", "expand"]),
+        "positives": st.sampled_from(["cycle", "expand", "all"]),
         "negatives": st.sampled_from(["sample", "first"]),
         "short_groups": st.sampled_from(["mask", "repeat"]),
         "seed": st.integers(0, 2**32),
