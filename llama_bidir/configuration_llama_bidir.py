@@ -79,8 +79,14 @@ def check_is_causal(is_causal: Any) -> bool:
 
 
 def check_prompt_template(prompt_template: Any) -> str:
-    """Returns `prompt_template`. Raises ValueError unless it is a string with one `{query}` and one `{passage}`."""
-    rule = "prompt_template must be a string with exactly one {query} and one {passage} and no other field"
+    """
+    Returns `prompt_template`. Raises ValueError unless it is a string with one `{query}`, one `{passage}` and at most
+    one `{instruction}`.
+    """
+    rule = (
+        "prompt_template must be a string with exactly one {query} and one {passage}, at most one {instruction}, and "
+        "no other field"
+    )
     if not isinstance(prompt_template, str):
         raise ValueError(f"{rule}, got {prompt_template!r}")
     try:
@@ -88,9 +94,27 @@ def check_prompt_template(prompt_template: Any) -> str:
     except ValueError as error:
         raise ValueError(f"{rule} (write {{{{ and }}}} for literal braces): {error} in {prompt_template!r}") from None
     decorated = any(format_spec or conversion for _, _, format_spec, conversion in parts)
-    if decorated or sorted(name for _, name, _, _ in parts if name is not None) != ["passage", "query"]:
+    fields = sorted(name for _, name, _, _ in parts if name is not None)
+    if decorated or fields not in (["passage", "query"], ["instruction", "passage", "query"]):
         raise ValueError(f"{rule} (write {{{{ and }}}} for literal braces), got {prompt_template!r}")
     return prompt_template
+
+
+def takes_instruction(prompt_template: str) -> bool:
+    """Returns whether a prompt template has the field `{instruction}`."""
+    return "instruction" in (field for _, field, _, _ in string.Formatter().parse(prompt_template))
+
+
+def check_instruction(instruction: Any, prompt_template: str) -> str | None:
+    """Returns `instruction`. Raises ValueError unless it is None, or a string for which the template has a field."""
+    if instruction is not None and not isinstance(instruction, str):
+        raise ValueError(f"instruction must be a string or None, got {instruction!r}")
+    if instruction and not takes_instruction(prompt_template):
+        raise ValueError(
+            f"instruction {instruction!r} has no place in the prompt_template {prompt_template!r}: add the field "
+            "{instruction} to the template, or leave the instruction out"
+        )
+    return instruction
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:
@@ -304,8 +328,11 @@ class LlamaBidirectionalConfig(LlamaConfig):
         is_causal (`bool`, *optional*, defaults to `False`):
             Whether to keep Llama's causal mask, for ablations.
         prompt_template (`str`, *optional*):
-            The text that the model reads, with one `{query}` and one `{passage}`. `{{` and `}}` are literal braces. The
-            default is that of NVIDIA's rerankers, `"question:{query} \n \n passage:{passage}"`.
+            The text that the model reads, with one `{query}`, one `{passage}` and at most one `{instruction}`. `{{` and
+            `}}` are literal braces. The default is that of NVIDIA's rerankers,
+            `"question:{query} \n \n passage:{passage}"`.
+        instruction (`str`, *optional*):
+            The text for `{instruction}` where a call or a row gives none. The template must have this field.
         rerank_max_length (`int`, *optional*, defaults to 512, or `max_position_embeddings` where that is smaller):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
             `max_position_embeddings`, or to `original_max_position_embeddings` with the rope_type `longrope`.
@@ -332,6 +359,7 @@ class LlamaBidirectionalConfig(LlamaConfig):
     temperature: float = 1.0
     is_causal: bool = False
     prompt_template: str = DEFAULT_PROMPT_TEMPLATE
+    instruction: str | None = None
     rerank_max_length: int = None  # type: ignore[assignment]  # set to the default
     int8_skip_modules: list[str] | None = None
     # sentence-transformers and vLLM read this field. Without it they apply a sigmoid to the logits.
@@ -380,6 +408,10 @@ class LlamaBidirectionalConfig(LlamaConfig):
         # The validators of `@strict` would raise a StrictDataclassError, not a ValueError.
         if check := _FIELD_CHECKS.get(name):
             value = check(value)
+            if name == "prompt_template":
+                check_instruction(vars(self).get("instruction"), value)
+        elif name == "instruction":
+            value = check_instruction(value, self.prompt_template)
         elif name == "rerank_max_length":
             # The fields that limit it are already set: those of LlamaConfig come first.
             default = min(DEFAULT_RERANK_MAX_LENGTH, longest_sequence(self))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoints.loading import open_reranker
 from .checkpoints.saving import SavedReranker
 from .configuration_llama_bidir import check_num_labels
-from .prompts import PromptEncoder, check_long_document
+from .prompts import Pair, PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared
 from .scoring.engine import Engine
@@ -57,7 +57,7 @@ class CrossEncoder(SavedReranker):
             is the dtype of the checkpoint. On a CPU, it is bfloat16 if the checkpoint is stored in bfloat16 and the CPU
             multiplies bfloat16 faster, else float32.
         max_length: maximum tokens of a rendered pair, special tokens included; saved as `rerank_max_length`.
-        prompt_template: text with one `{query}` and one `{passage}`.
+        prompt_template: text with one `{query}`, one `{passage}` and at most one `{instruction}`.
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
         num_labels: outputs of the head.
         revision, token, cache_folder, local_files_only: where and how files are fetched from the Hub.
@@ -156,6 +156,7 @@ class CrossEncoder(SavedReranker):
         pairs: Any,
         batch_size: int | None = None,
         *,
+        instruction: str | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
         apply_softmax: bool = False,
@@ -173,6 +174,7 @@ class CrossEncoder(SavedReranker):
                 their names say otherwise. A generator is read and checked chunk by chunk, so memory stays bounded.
                 Anything else is checked before any compute.
             batch_size: maximum pairs of a forward pass.
+            instruction: the text for the `{instruction}` of the template, instead of that of the checkpoint.
             show_progress_bar: whether to show a progress bar. The default shows it if this module logs at INFO.
             activation_fn: for this call instead of the one given at construction.
             apply_softmax: softmax over the labels, where there are several.
@@ -186,7 +188,8 @@ class CrossEncoder(SavedReranker):
             position and the likely cause.
 
         Raises:
-            TypeError, ValueError: the pairs are not pairs of strings, with the position.
+            TypeError, ValueError: the pairs are not pairs of strings, with the position, or the template has no
+                `{instruction}`.
             torch.OutOfMemoryError: a single pair does not fit in memory.
             RuntimeError: a worker process failed, with its traceback.
         """
@@ -195,7 +198,7 @@ class CrossEncoder(SavedReranker):
         self._placement.move(self.model, device)
         is_shown = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with tqdm(total=num_pairs, desc="Scoring", unit="pair", disable=not is_shown) as progress:
-            scorer = self._scorer(progress, batch_size, max_tokens_per_batch, long_document, activation_fn)
+            scorer = self._scorer(progress, batch_size, max_tokens_per_batch, long_document, activation_fn, instruction)
             is_distributed = self.distributed and is_shared(self.device)
             scores = score_shared(checked_pairs, scorer) if is_distributed else scorer.score(checked_pairs)
         scorer.log()
@@ -204,9 +207,10 @@ class CrossEncoder(SavedReranker):
 
     def predict_chunks(
         self,
-        chunks: Iterable[Sequence[tuple[str, str]]],
+        chunks: Iterable[Sequence[Pair]],
         batch_size: int | None = None,
         *,
+        instruction: str | None = None,
         activation_fn: Activation | None = None,
         long_document: str | None = None,
         max_tokens_per_batch: int | None = None,
@@ -218,8 +222,8 @@ class CrossEncoder(SavedReranker):
         counted over all chunks and reported once, after the last.
 
         Args:
-            chunks: lists of (query, passage) pairs, read one at a time.
-            batch_size, activation_fn, long_document, max_tokens_per_batch: as in [`predict`].
+            chunks: lists of (query, passage) pairs, or of (query, passage, instruction), read one at a time.
+            batch_size, instruction, activation_fn, long_document, max_tokens_per_batch: as in [`predict`].
             progress: a bar to advance by the pairs that are scored.
 
         Yields:
@@ -227,7 +231,7 @@ class CrossEncoder(SavedReranker):
         """
         batch_size, max_tokens_per_batch = check_limits(batch_size, max_tokens_per_batch, long_document)
         bar = tqdm(disable=True) if progress is None else progress
-        scorer = self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn)
+        scorer = self._scorer(bar, batch_size, max_tokens_per_batch, long_document, activation_fn, instruction)
         return score_chunks(scorer, check_chunks(chunks))
 
     def rank(
@@ -307,9 +311,16 @@ class CrossEncoder(SavedReranker):
         max_tokens_per_batch: int | None,
         long_document: str | None,
         activation_fn: Activation | None,
+        instruction: str | None,
     ) -> Scorer:
+        encoder = PromptEncoder.from_config(
+            self.tokenizer,
+            self.config,
+            instruction=None if instruction is None else check_text("instruction", instruction),
+            parse_special_tokens=self.parse_special_tokens,
+        )
         return Scorer(
-            PromptEncoder.from_config(self.tokenizer, self.config, parse_special_tokens=self.parse_special_tokens),
+            encoder,
             self.engine(),
             progress,
             num_labels=self.model.config.num_labels,

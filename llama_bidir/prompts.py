@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_prompt_template
+from .configuration_llama_bidir import LlamaBidirectionalConfig, check_instruction, check_prompt_template
 from .utils.errors import InputTypeError
 from .utils.tokenization import PrivateTokenizer, control_tokens, find_any, is_sampling, largest_id, private_tokenizer
 
@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 PAD_TOKEN_OF_LLAMA_3 = "<|finetune_right_pad_id|>"
 LONG_DOCUMENT = ("truncate", "max", "first_max")
+
+# A query, a passage and, optionally, the instruction of this pair.
+Pair = tuple[str, str] | tuple[str, str, str | None]
 
 
 def check_long_document(long_document: Any) -> str:
@@ -49,25 +52,29 @@ class PromptEncoder:
     """
     Renders pairs with a template and tokenizes them to at most `max_length` tokens.
 
-    A pair that is too long loses the end of its passage, or its passage is split into windows. The template and the
-    query stay whole, with one exception: in such a pair, a query that takes more than three quarters of the tokens that
-    the template leaves free is cut to three quarters, from its end.
+    A pair that is too long loses the end of its passage, or its passage is split into windows. The template, the
+    instruction and the query stay whole, with one exception: in such a pair, a query that takes more than three
+    quarters of the tokens that template and instruction leave free is cut to three quarters, from its end.
 
-    Queries and passages are text: if one spells a control token, such as `<|eot_id|>` or `</s>`, the characters are
-    tokenized as ordinary text. The template keeps its control tokens. The same pair always gets the same ids, even if
-    the tokenizer draws ids at random (BPE dropout).
+    Queries, passages and instructions are text: if one spells a control token, such as `<|eot_id|>` or `</s>`, the
+    characters are tokenized as ordinary text. The template keeps its control tokens. The same pair always gets the same
+    ids, even if the tokenizer draws ids at random (BPE dropout).
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, which is not changed. Its offsets show which tokens
             belong to the passage.
-        prompt_template (`str`): text with one `{query}` and one `{passage}`.
+        prompt_template (`str`): text with one `{query}`, one `{passage}` and at most one `{instruction}`.
         max_length (`int`): the maximum number of tokens of a rendered pair, including special tokens.
-        parse_special_tokens (`bool`): also read control tokens in queries and passages, as the tokenizer itself does.
+        instruction (`str`, *optional*): the text for `{instruction}` in pairs without an instruction of their own; by
+            default, it is empty.
+        parse_special_tokens (`bool`): also read control tokens in queries, passages and instructions, as the tokenizer
+            itself does.
         vocab_size (`int`, *optional*): the number of embeddings of the model, to check every id.
 
     Raises:
         TypeError: the tokenizer is not a fast tokenizer.
-        ValueError: the template is malformed, or takes at least `max_length` tokens itself.
+        ValueError: the template is malformed, takes at least `max_length` tokens with the instruction, or has no field
+            for the instruction.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class PromptEncoder:
         *,
         prompt_template: str,
         max_length: int,
+        instruction: str | None = None,
         parse_special_tokens: bool = False,
         vocab_size: int | None = None,
     ):
@@ -86,6 +94,7 @@ class PromptEncoder:
             )
         self.tokenizer = tokenizer
         self.prompt_template = check_prompt_template(prompt_template)
+        self.instruction = check_instruction(instruction, prompt_template)
         self.max_length = max_length
         self.parse_special_tokens = parse_special_tokens
         # If the tokenizer has no id beyond the embeddings, as usual, no batch needs a check.
@@ -100,33 +109,40 @@ class PromptEncoder:
         template_length = len(self.tokenize([("", "")])[0])
         if template_length >= max_length:
             raise ValueError(
-                f"max_length {max_length} leaves no room for a query and a passage: the template {prompt_template!r} "
-                f"alone takes {template_length} tokens. Raise max_length (rerank_max_length) or shorten the template"
+                f"max_length {max_length} leaves no room for a query and a passage: {self._name_template()} alone "
+                f"takes {template_length} tokens. Raise max_length (rerank_max_length) or shorten it"
             )
 
     @classmethod
     def from_config(
-        cls, tokenizer: PreTrainedTokenizerBase, config: LlamaBidirectionalConfig, *, parse_special_tokens: bool = False
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: LlamaBidirectionalConfig,
+        *,
+        instruction: str | None = None,
+        parse_special_tokens: bool = False,
     ) -> Self:
-        """Returns an encoder with the prompt template and the maximum length of `config`."""
+        """Returns an encoder with the prompt template, the maximum length and, unless given, the instruction of
+        `config`."""
         return cls(
             tokenizer,
             prompt_template=config.prompt_template,
             max_length=config.rerank_max_length,
+            instruction=config.instruction if instruction is None else instruction,
             parse_special_tokens=parse_special_tokens,
             vocab_size=config.vocab_size,
         )
 
-    def render(self, query: str, passage: str) -> str:
-        """Returns the text that is tokenized. Braces in the query and the passage have no meaning."""
-        return self.prompt_template.format(query=query, passage=passage)
+    def render(self, query: str, passage: str, instruction: str | None = None) -> str:
+        """Returns the text that is tokenized. Braces in the texts have no meaning."""
+        return self.prompt_template.format(**self._values(query, passage, instruction))
 
-    def encode(self, pairs: Sequence[tuple[str, str]], *, long_document: str = "truncate") -> EncodedPairs:
+    def encode(self, pairs: Sequence[Pair], *, long_document: str = "truncate") -> EncodedPairs:
         """
         Renders pairs and returns their token ids.
 
         Args:
-            pairs: (query, passage) strings, which may be empty.
+            pairs: (query, passage) strings, which may be empty, or (query, passage, instruction).
             long_document: the treatment of a passage that does not fit. `"truncate"` cuts its end. `"max"` splits it
                 into windows that overlap by a quarter. `"first_max"` also splits it, and starts every later window with
                 the first eighth of the first one, where titles and summaries usually are.
@@ -135,15 +151,16 @@ class PromptEncoder:
             [`EncodedPairs`]. None of its sequences is longer than `max_length`.
 
         Raises:
-            ValueError: in some pair, the template and the tokens that it shares with a text exceed `max_length`, or a
-                token has an id for which the model has no embedding.
+            ValueError: in some pair, the template with the instruction and the tokens that it shares with a text exceed
+                `max_length`, a pair has an instruction without a field, or a token has an id for which the model has
+                no embedding.
         """
         if not pairs:
             return EncodedPairs([], [], [])
         encoded = EncodedPairs([], [], [])
         for pair, ids in zip(pairs, self.tokenize(pairs), strict=True):
             is_short = len(ids) <= self.max_length
-            sequences, is_truncated = ([ids], False) if is_short else self._windows(*pair, long_document)
+            sequences, is_truncated = ([ids], False) if is_short else self._windows(pair, long_document)
             encoded.input_ids.extend(sequences)
             encoded.num_windows.append(len(sequences))
             encoded.is_truncated.append(is_truncated)
@@ -160,7 +177,7 @@ class PromptEncoder:
                 "model.resize_token_embeddings(len(tokenizer)) and train them"
             )
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    def tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Returns the token ids of whole rendered pairs, however long they are."""
         rendered = [self.render(*pair) for pair in pairs]
         is_private = [self._needs_private(text) for text in rendered]
@@ -170,12 +187,21 @@ class PromptEncoder:
             return list(plain_ids)
         template = self._private_template
         texts = [
-            template.format(query=query, passage=passage)
-            for (query, passage), private in zip(pairs, is_private, strict=True)
-            if private
+            template.format(**self._values(*pair)) for pair, private in zip(pairs, is_private, strict=True) if private
         ]
         private_ids = (encoding.ids for encoding in self._private.encode(texts))
         return [next(private_ids if private else plain_ids) for private in is_private]
+
+    def _values(self, query: str, passage: str, instruction: str | None = None) -> dict[str, str]:
+        """Returns what the fields of the template stand for in a pair."""
+        if instruction is not None and instruction != self.instruction:
+            check_instruction(instruction, self.prompt_template)
+        chosen = self.instruction if instruction is None else instruction
+        return {"query": query, "passage": passage, "instruction": chosen or ""}
+
+    def _name_template(self) -> str:
+        given = f" with the instruction {self.instruction!r}" if self.instruction else ""
+        return f"the template {self.prompt_template!r}{given}"
 
     def _tokenize(self, texts: list[str]) -> Any:
         return self.tokenizer(texts, return_attention_mask=False, verbose=False)
@@ -191,12 +217,12 @@ class PromptEncoder:
     def _private_template(self) -> str:
         return self._private.rename(self.prompt_template)
 
-    def _windows(self, query: str, passage: str, long_document: str) -> tuple[list[list[int]], bool]:
+    def _windows(self, pair: Pair, long_document: str) -> tuple[list[list[int]], bool]:
         """Returns the sequences of a pair that is too long, and whether any of its tokens is in none of them."""
-        template, rendered = self.prompt_template, self.render(query, passage)
+        template, rendered, values = self.prompt_template, self.render(*pair), self._values(*pair)
         if self._needs_private(rendered):
             template = self._private_template
-            encoding = self._private.encode([template.format(query=query, passage=passage)])[0]
+            encoding = self._private.encode([template.format(**values)])[0]
         else:
             encoding = self._tokenize([rendered]).encodings[0]
         ids: list[int] = encoding.ids
@@ -204,15 +230,16 @@ class PromptEncoder:
             None if special else offset
             for offset, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         ]
-        spans = _character_spans(template, query=query, passage=passage)
+        spans = _character_spans(template, **values)
         query_tokens, passage_tokens = (_tokens_within(offsets, *spans[field]) for field in ("query", "passage"))
         room = self.max_length - (len(ids) - len(query_tokens) - len(passage_tokens))
         query_room = len(query_tokens) if 4 * len(query_tokens) <= 3 * room else 3 * max(room, 0) // 4
         passage_room = room - query_room
         if passage_room < 0:
             raise ValueError(
-                f"max_length {self.max_length} leaves no room beside the template in {self.render(query, '')[:80]!r}: "
-                "raise max_length (rerank_max_length) or shorten the template"
+                f"max_length {self.max_length} leaves no room beside the template in "
+                f"{self.render(**{**values, 'passage': ''})[:80]!r}: raise max_length (rerank_max_length) or shorten "
+                "the template"
             )
         lead = passage_room // 8 if long_document == "first_max" else 0
         starts = [] if long_document == "truncate" else _window_starts(len(passage_tokens), passage_room, lead)

@@ -1,4 +1,7 @@
-"""The prompt as a chat template with the roles `query` and `document`, which sentence-transformers and vLLM read."""
+"""
+The prompt as a chat template with the roles `query` and `document`, and `system` for an instruction, which
+sentence-transformers and vLLM read.
+"""
 
 import copy
 import json
@@ -22,7 +25,11 @@ logger = logging.getLogger(__name__)
 VLLM_TEMPLATE_FILE = "vllm_template.jinja"
 # The name of the chat template in which NeMo AutoModel keeps a reranker's prompt.
 NEMO_TEMPLATE = "reranking"
-SAMPLES = (("how do bees find their way?", "Honey bees, by the sun."), ("", ""), (" a  {b}", "\u00e9 \n c"))
+SAMPLES = (
+    ("how do bees find their way?", "Honey bees, by the sun.", None),
+    ("", "", ""),
+    (" a  {b}", "\u00e9 \n c", "Find the passage that answers."),
+)
 
 # A single message is rendered as it is: sentence-transformers counts the tokens of one text for its model card.
 TEMPLATE = """\
@@ -31,25 +38,31 @@ TEMPLATE = """\
 {{%- endmacro -%}}
 {{%- set query = messages | selectattr("role", "equalto", "query") | first -%}}
 {{%- set document = messages | selectattr("role", "equalto", "document") | first -%}}
-{{%- if query is defined and document is defined -%}}
+{instruction}{{%- if query is defined and document is defined -%}}
 {{{{- {expression} -}}}}
 {{%- elif messages | length == 1 -%}}
 {{{{- text(messages[0]) -}}}}
 {{%- else -%}}
 {{{{- raise_exception("a pair is a message of role query and one of role document") -}}}}
 {{%- endif -%}}"""
+# sentence-transformers sends a prompt as a system message. vLLM passes arguments of a request on as variables.
+INSTRUCTION = """\
+{{%- set system = messages | selectattr("role", "equalto", "system") | first -%}}
+{{%- set given = text(system) if system is defined else instruction | default({default}) -%}}
+"""
 
 
-def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> str:
+def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str, instruction: str | None = None) -> str:
     """
-    Writes a prompt template as a chat template (Jinja) that renders to the same token ids.
+    Writes a prompt template as a chat template (Jinja) that renders to the same token ids. A message of role `system`,
+    or the variable `instruction`, replaces the instruction.
 
     The template includes the special tokens that the tokenizer adds to a text, because tools tokenize a rendered chat
     template without adding any. Only vLLM adds them, so its template leaves them out (see [`save_tokenizer`]).
 
     Args:
         tokenizer: the reranker's.
-        prompt_template: see [`LlamaBidirectionalConfig`].
+        prompt_template, instruction: see [`LlamaBidirectionalConfig`].
 
     Raises:
         ValueError: the tokenizer returns different ids when the text includes its special tokens.
@@ -57,8 +70,8 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str)
     before, after = _special_tokens(tokenizer)
     # Some tokenizers of Llama 2 put a space before a text, but not after a special token.
     for space in ("", " "):
-        template = _write_template(before + space, prompt_template, after)
-        if _renders_the_same(tokenizer, template, prompt_template):
+        template = _write_template(before + space, prompt_template, after, instruction)
+        if _renders_the_same(tokenizer, template, prompt_template, instruction):
             return template
     raise ValueError(
         f"the prompt template {prompt_template!r} cannot be written as a chat template for "
@@ -85,7 +98,7 @@ def save_tokenizer(
     stop_sampling(saved)
     saved.model_max_length = config.rerank_max_length
     try:
-        saved.chat_template = make_chat_template(saved, config.prompt_template)
+        saved.chat_template = make_chat_template(saved, config.prompt_template, config.instruction)
     except ValueError as error:
         logger.warning(f"saved without a chat template, so sentence-transformers will not know the prompt: {error}")
         saved.chat_template = None
@@ -93,7 +106,7 @@ def save_tokenizer(
     Path(directory, "chat_template.jinja").unlink(missing_ok=True)
     shutil.rmtree(Path(directory, "additional_chat_templates"), ignore_errors=True)
     saved.save_pretrained(directory)
-    for_vllm = _write_template("", config.prompt_template, "")
+    for_vllm = _write_template("", config.prompt_template, "", config.instruction)
     Path(directory, VLLM_TEMPLATE_FILE).write_text(for_vllm, encoding="utf-8")
 
 
@@ -118,15 +131,18 @@ def _read_nemo_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return check_prompt_template(json.loads(found[1]))
 
 
-def _write_template(before: str, prompt_template: str, after: str) -> str:
+def _write_template(before: str, prompt_template: str, after: str, instruction: str | None) -> str:
     """Returns a chat template that renders a pair to the prompt between `before` and `after`."""
     parts = [_quote(before)]
     for literal, field, _, _ in string.Formatter().parse(check_prompt_template(prompt_template)):
         parts.append(_quote(literal))
         if field is not None:
-            parts.append({"query": "text(query)", "passage": "text(document)"}[field])
+            parts.append({"query": "text(query)", "passage": "text(document)", "instruction": "given"}[field])
     parts.append(_quote(after))
-    return TEMPLATE.format(expression=" + ".join(part for part in parts if part != _quote("")))
+    return TEMPLATE.format(
+        instruction=INSTRUCTION.format(default=_quote(instruction or "")) if "given" in parts else "",
+        expression=" + ".join(part for part in parts if part != _quote("")),
+    )
 
 
 def _quote(text: str) -> str:
@@ -143,10 +159,15 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return "".join(tokens[: inside[0]]), "".join(tokens[inside[-1] + 1 :])
 
 
-def _renders_the_same(tokenizer: PreTrainedTokenizerBase, template: str, prompt_template: str) -> bool:
-    for query, passage in SAMPLES:
+def _renders_the_same(
+    tokenizer: PreTrainedTokenizerBase, template: str, prompt_template: str, instruction: str | None
+) -> bool:
+    for query, passage, given in SAMPLES:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": passage}]
+        messages += [] if given is None else [{"role": "system", "content": given}]
         rendered: Any = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True)
-        if rendered["input_ids"] != tokenizer(prompt_template.format(query=query, passage=passage))["input_ids"]:
+        chosen = (instruction if given is None else given) or ""
+        prompt = prompt_template.format(query=query, passage=passage, instruction=chosen)
+        if rendered["input_ids"] != tokenizer(prompt)["input_ids"]:
             return False
     return True

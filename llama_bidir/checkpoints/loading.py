@@ -191,7 +191,7 @@ def _configure(
     template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
     length = config.rerank_max_length if max_length is None else max_length
     length = check_rerank_max_length(length, config)
-    PromptEncoder(tokenizer, prompt_template=template, max_length=length)
+    PromptEncoder(tokenizer, prompt_template=template, max_length=length, instruction=config.instruction)
     ensure_pad_token(tokenizer, config.vocab_size)
     config.prompt_template, config.rerank_max_length = template, length
 

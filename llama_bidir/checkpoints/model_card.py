@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..configuration_llama_bidir import LlamaBidirectionalConfig, takes_instruction
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,21 @@ The prompt template, as a JSON string:
 ```json
 {prompt}
 ```
+{instruction}"""
+
+INSTRUCTION = """
+The instruction of a pair that is given none, as a JSON string:
+
+```json
+{instruction}
+```
 """
 
 SCORE_WITH_TRANSFORMERS = """\
 text = model.config.prompt_template.format(
-    query="how do bees find their way?", passage="Honey bees navigate by the position of the sun."
+    query="how do bees find their way?",
+    passage="Honey bees navigate by the position of the sun.",
+    instruction=model.config.instruction or "",
 )
 inputs = tokenizer(text, truncation=True, max_length=model.config.rerank_max_length, return_tensors="pt")
 with torch.no_grad():
@@ -159,6 +169,9 @@ def write_model_card(
         base=_link(str(fields["base_model"])) if fields.get("base_model") else "not recorded",
         config=config,
         prompt=json.dumps(config.prompt_template, ensure_ascii=False),
+        instruction=INSTRUCTION.format(instruction=json.dumps(config.instruction or "", ensure_ascii=False))
+        if takes_instruction(config.prompt_template)
+        else "",
     )
     if measures:
         rows = "".join(f"| {_escape(name)} | {value:.4f} |\n" for name, value in measures.items())

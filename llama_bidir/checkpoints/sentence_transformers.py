@@ -24,6 +24,8 @@ MODULES = {
     HEAD_FOLDER: "sentence_transformers.base.modules.dense.Dense",
 }
 HIDDEN_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
+# Fields of the configuration that sentence-transformers ignores.
+KEPT = ("prompt_template", "instruction", "rerank_max_length", "int8_skip_modules")
 IDENTITY = "torch.nn.modules.linear.Identity"
 
 USE = """
@@ -53,10 +55,10 @@ def write(
         ValueError: the prompt cannot be written as a chat template, the only form that sentence-transformers reads.
     """
     config = reranker.config
-    make_chat_template(tokenizer, config.prompt_template)  # raises; save_tokenizer only warns
+    make_chat_template(tokenizer, config.prompt_template, config.instruction)  # raises; save_tokenizer only warns
     reranker.model.save_pretrained(folder)
     # sentence-transformers ignores the prompt and the length. They are kept for loading the folder here again.
-    kept = {name: getattr(config, name) for name in ("prompt_template", "rerank_max_length", "int8_skip_modules")}
+    kept = {name: getattr(config, name) for name in KEPT if getattr(config, name) is not None}
     LlamaConfig(**llama_config(config, architectures=["LlamaModel"], **kept)).save_pretrained(folder)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     save_tokenizer(tokenizer, folder, config)

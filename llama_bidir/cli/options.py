@@ -67,6 +67,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         help="most pairs per forward pass; limited by tokens alone when not given",
     )
     add("--max-length", type=positive_int, metavar="N", help="most tokens per pair; the checkpoint's when not given")
+    add("--instruction", metavar="TEXT", help="for the {instruction} of the template; the checkpoint's when not given")
     add("--device", nargs="+", metavar="D", help="such as cuda:1; several get one worker process each: cuda:0 cuda:1")
     add("--dtype", choices=DTYPES, help="the checkpoint's when not given")
     add("--engine", choices=["local", "ray"], default="local", help="ray: actors of a Ray cluster")
@@ -86,6 +87,7 @@ def check_job_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": read_devices(arguments.device),
         "dtype": arguments.dtype,
         "max_length": arguments.max_length,
+        "model_kwargs": {} if arguments.instruction is None else {"instruction": arguments.instruction},
     }
 
 

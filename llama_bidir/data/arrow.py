@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 # Part of every cache key: raise it when the same sources give different records.
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 # The digest takes 0.7 s per GiB. Larger files are distinguished by their inode and change time instead.
 MOST_HASHED_BYTES = 4 * 2**30
 # The clock of a file system ticks every few milliseconds, so a second change soon after the first may leave the same

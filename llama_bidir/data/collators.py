@@ -10,7 +10,7 @@ import torch
 from ..losses import IGNORED
 from ..prompts import PromptEncoder
 from ..scoring.packing import pack, pad
-from .groups import Group
+from .groups import Group, pairs_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,7 @@ class GroupCollator:
         self._has_warned = False
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
-        encoded = self.prompt_encoder.encode(
-            [(group["query"], passage) for group in groups for passage in group["passages"]]
-        )
+        encoded = self.prompt_encoder.encode([pair for group in groups for pair in pairs_of(group)])
         if encoded.num_truncated and not self._has_warned:
             self._has_warned = True
             logger.warning(

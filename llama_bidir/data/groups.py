@@ -3,12 +3,14 @@
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..configuration_llama_bidir import check_instruction
+from ..prompts import Pair
 from .arrow import are_valid, have_negatives, iterate_column
 from .rows import COLUMNS, TrainingRow, parse_row
 
@@ -27,12 +29,19 @@ class Group(TypedDict):
         labels: the relevance of a positive (1.0 unless the row says otherwise), 0.0 for a negative, aligned with
             `passages`.
         teacher_scores: aligned with `passages`; None when the row has none.
+        instruction: the text for the `{instruction}` of the template, if the row has one.
     """
 
     query: str
     passages: list[str]
     labels: list[float]
     teacher_scores: list[float] | None
+    instruction: NotRequired[str]
+
+
+def pairs_of(group: Group) -> list[Pair]:
+    """Returns the pairs of a group, in the order of its passages."""
+    return [(group["query"], passage, group.get("instruction")) for passage in group["passages"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +131,15 @@ class Grouping:
             scores = [row.positive_scores[index] for index in positives]
             scores += [row.negative_scores[index] for index in negatives] if row.negative_scores is not None else []
         relevance = [1.0 if row.relevance is None else row.relevance[index] for index in positives]
-        return {
+        group: Group = {
             "query": row.query,
             "passages": [row.positives[index] for index in positives] + [row.negatives[index] for index in negatives],
             "labels": relevance + [0.0] * len(negatives),
             "teacher_scores": scores,
         }
+        if row.instruction is not None:
+            group["instruction"] = row.instruction
+        return group
 
     def no_negatives(self, where: str) -> ValueError:
         """Returns the error for a row that has no negatives, although its group needs one."""
@@ -245,6 +257,15 @@ class GroupDataset(Dataset[Group]):
             if len(bare):
                 raise self.grouping.no_negatives(self._name(source, int(bare[0])))
 
+    def check_instructions(self, prompt_template: str) -> None:
+        """Raises ValueError for a row with an instruction if the template has no field for it. Makes no group."""
+        for source in range(len(self.sources)):
+            for row, instruction in enumerate(self._instructions(source)):
+                try:
+                    check_instruction(instruction, prompt_template)
+                except ValueError as error:
+                    raise ValueError(f"{self._name(source, row)}: {error}") from None
+
     def num_characters(self) -> list[int]:
         """Returns the characters of each group's longest pair in this epoch, for batches of similar lengths."""
         groups = (self[index] for index in range(len(self)))
@@ -267,6 +288,15 @@ class GroupDataset(Dataset[Group]):
             generator = np.random.default_rng((self.grouping.seed, round_, source))
             self._shuffles[source, round_] = generator.permutation(self._num_entries[source])
         return self._shuffles[source, round_]
+
+    def _instructions(self, source: int) -> Iterator[Any]:
+        rows: Any = self.sources[source][0]
+        columns = getattr(rows, "column_names", None)
+        if columns is None:
+            yield from (row.get("instruction") for row in rows if isinstance(row, Mapping))
+        elif "instruction" in columns:
+            for part in iterate_column(rows, "instruction"):
+                yield from part.to_pylist()
 
     def _count_positives(self, source: int) -> list[int]:
         rows: Any = self.sources[source][0]

@@ -17,6 +17,7 @@ class TrainingRow(NamedTuple):
             of a corpus, these are row numbers of that corpus.
         positive_scores, negative_scores: teacher scores, one per passage; either both are given or neither.
         relevance: how relevant each positive is, above 0. None makes each 1.
+        instruction: the text for the `{instruction}` of the template. None takes that of the checkpoint.
     """
 
     query: str
@@ -25,6 +26,7 @@ class TrainingRow(NamedTuple):
     positive_scores: list[float] | None = None
     negative_scores: list[float] | None = None
     relevance: list[float] | None = None
+    instruction: str | None = None
 
 
 # The columns of rows, one per field of TrainingRow and in that order, and what each cell holds.
@@ -35,9 +37,10 @@ COLUMNS = {
     "pos_score": "numbers",
     "neg_score": "numbers",
     "pos_relevance": "numbers",
+    "instruction": "text",
 }
 # Only datasets with a row that has these fields have these columns.
-OPTIONAL_COLUMNS = ("pos_relevance",)
+OPTIONAL_COLUMNS = ("pos_relevance", "instruction")
 PASSAGE_COLUMNS = ("pos_doc", "neg_doc")
 
 
@@ -59,8 +62,8 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
         row: `query` (or `question`), `pos_doc` and, optionally, `neg_doc`, each a string, an object with `text`, or a
             list (tuple, numpy array) of those. Teacher scores are optional: `pos_score` and `neg_score`, each a list
             with one finite number per passage, or a number when the passage is not in a list. So is `pos_relevance`,
-            whose numbers are above 0, and 1 where they are None. Fields that are None count as missing, and unknown
-            fields are ignored.
+            whose numbers are above 0, and 1 where they are None, and `instruction`, a string. Fields that are None
+            count as missing, and unknown fields are ignored.
         where: the name of the row in errors, such as `train.jsonl:12`.
         read_passage: makes a passage of an entry of `pos_doc` or `neg_doc`, given the entry and its name in errors.
 
@@ -84,7 +87,12 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
         )
     relevance = _read_numbers(row, "pos_relevance", "pos_doc", len(positives), where, _read_relevance)
     scores = (None, None) if positive_scores is None else (positive_scores, negative_scores or [])
-    return TrainingRow(query, positives, negatives, scores[0], scores[1], relevance)
+    instruction = row.get("instruction")
+    if instruction is not None and not isinstance(instruction, str):
+        raise ValueError(f"{where}: instruction must be a string, got {describe(instruction)}")
+    if instruction is not None:
+        check_text(f"{where}: instruction", instruction)
+    return TrainingRow(query, positives, negatives, scores[0], scores[1], relevance, instruction)
 
 
 def read_query(row: Mapping[str, Any], where: str) -> str:

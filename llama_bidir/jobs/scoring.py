@@ -61,6 +61,7 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         "pooling": config.pooling,
         "temperature": config.temperature,
         "prompt_template": config.prompt_template,
+        **({} if config.instruction is None else {"instruction": config.instruction}),
         "max_length": config.rerank_max_length,
         "long_document": cross_encoder.long_document,
         "parse_special_tokens": cross_encoder.parse_special_tokens,

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, Self
 
-from ..scoring.pipeline import Activation, Pair
+from ..prompts import Pair
+from ..scoring.pipeline import Activation
 
 TextPath = str | os.PathLike[str]
 

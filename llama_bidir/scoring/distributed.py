@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..prompts import Pair
 from ..utils.launch import launch_number, leave_process_group
 from ..utils.sharing import deal
 from .packing import empty_logits
-from .pipeline import Pair, Scorer, Tally, distinct, split_into_chunks
+from .pipeline import Scorer, Tally, distinct, split_into_chunks
 
 Result = TypeVar("Result")
 
@@ -62,17 +63,17 @@ def score_shared(pairs: Iterable[Pair], scorer: Scorer) -> torch.Tensor:
     num_done = 0
     while True:
         chunk = _together(lambda: next(chunks, None))
-        if len(set(_gather(_digest(chunk)))) > 1:
+        if len(set(_gather(_digest(chunk, scorer.encoder.instruction)))) > 1:
             raise ValueError(
-                "with distributed=True every process must score the same pairs and computes a share of them, but "
-                f"process {rank} holds different pairs: pass the same pairs everywhere, or CrossEncoder(..., "
-                "distributed=False) to let each process score for itself"
+                "with distributed=True every process must score the same pairs with the same instruction and computes "
+                f"a share of them, but process {rank} holds different ones: pass the same everywhere, or "
+                "CrossEncoder(..., distributed=False) to let each process score for itself"
             )
         if chunk is None:
             break
         unique, positions = distinct(chunk)
         # By characters, which need no tokenizer.
-        shares = deal([sum(map(len, pair)) for pair in unique], world_size)
+        shares = deal([len(pair[0]) + len(pair[1]) for pair in unique], world_size)
         mine = _together(partial(scorer.logits, [unique[index] for index in shares[rank]]))
         scores = empty_logits(len(unique), scorer.num_labels)
         for share, part in zip(shares, _gather(mine), strict=True):
@@ -100,11 +101,11 @@ def _together(function: Callable[[], Result]) -> Result:
     return result
 
 
-def _digest(chunk: Iterable[Pair] | None) -> str | None:
+def _digest(chunk: Iterable[Pair] | None, instruction: str | None) -> str | None:
     if chunk is None:
         return None
-    digest = hashlib.sha256()
-    for query, passage in chunk:
+    digest = hashlib.sha256(repr(instruction).encode())
+    for query, passage, *_ in chunk:
         digest.update(f"{len(query)} {len(passage)} {query}{passage}".encode())
     return digest.hexdigest()
 

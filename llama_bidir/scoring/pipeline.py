@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
-from ..prompts import EncodedPairs, PromptEncoder, check_long_document
+from ..prompts import EncodedPairs, Pair, PromptEncoder, check_long_document
 from ..utils.errors import ScoreError
 from ..utils.validation import check_chunk, check_positive_int
 from .device import Devices
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 FIRST_CHUNK_PAIRS = 1024
 CHUNK_CHARACTERS = 4_000_000
 
-Pair = tuple[str, str]
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,6 +33,7 @@ Result = TypeVar("Result")
 class ScoringOptions(TypedDict, total=False):
     """Keywords of [`~cross_encoder.CrossEncoder.predict`] that ranking passes on."""
 
+    instruction: str | None
     show_progress_bar: bool | None
     activation_fn: Activation | None
     device: Devices | None

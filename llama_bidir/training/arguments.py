@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from ..checkpoints.chat_template import find_prompt_template
+from ..checkpoints.source import check_source
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import Grouping
 from ..losses import get_loss
 from ..utils.extras import require
@@ -63,7 +66,8 @@ class DataArguments:
             the first ones.
         short_groups: for a row with too few negatives: `mask` makes a smaller group, `repeat` shows negatives again.
         skip_bad_rows: leave out malformed rows and list them, instead of stopping.
-        prompt_template, rerank_max_length: see [`LlamaBidirectionalConfig`]. None keeps the checkpoint's value.
+        prompt_template, instruction, rerank_max_length: see [`LlamaBidirectionalConfig`]. None keeps the checkpoint's
+            value. A row with an `instruction` keeps its own.
     """
 
     train: list[str | dict[str, Any]] = field(default_factory=list)
@@ -76,6 +80,7 @@ class DataArguments:
     short_groups: str = "mask"
     skip_bad_rows: bool = False
     prompt_template: str | None = None
+    instruction: str | None = None
     rerank_max_length: int | None = None
 
     def grouping(self, seed: int) -> Grouping:
@@ -202,9 +207,22 @@ def config_fields(model_args: ModelArguments, data_args: DataArguments) -> dict[
         "pooling": model_args.pooling,
         "temperature": model_args.temperature,
         "prompt_template": data_args.prompt_template,
+        "instruction": data_args.instruction,
         "rerank_max_length": data_args.rerank_max_length,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def read_config(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> LlamaBidirectionalConfig:
+    """Returns the configuration of the checkpoint to train, with the prompt template that training renders."""
+    name = model_args.model_name_or_path
+    source = check_source(name, {"revision": model_args.revision})
+    config = LlamaBidirectionalConfig.from_pretrained(name, **{**config_fields(model_args, data_args), **source})
+    if data_args.prompt_template is None:
+        config.prompt_template = find_prompt_template(tokenizer, config)
+    return config
 
 
 def lora_config(fields: Mapping[str, Any]) -> Any:

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..checkpoints.chat_template import find_prompt_template
-from ..checkpoints.source import check_source
 from ..checkpoints.tokenizer import load_tokenizer
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import GroupDataset, parse_source, read_rows
+from ..data.groups import pairs_of
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder
 from ..utils.tables import format_table
 from ..weights_llama_bidir import check_weights, find_weights, read_weights
-from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, config_fields, lora_config
+from .arguments import CrossEncoderTrainingArguments, DataArguments, ModelArguments, lora_config, read_config
 from .checkpoints import is_finished, last_whole_checkpoint
 from .lora import HEAD, add_adapter
 from .reranking import load_rerank_sets
@@ -87,7 +86,10 @@ def plan(
             load = partial(load_usable_rows, source, data_args, how, training_args.loss)
             if (rows := reach(f"data.{use}", source.path, load)) is None:
                 continue
-            numbers = (len(rows), len(read_rows(entry)[1]), len(GroupDataset([(rows, source.weight)], how)))
+            groups = GroupDataset([(rows, source.weight)], how, names=[source.path])
+            if checkpoint is not None:
+                groups.check_instructions(checkpoint[0].prompt_template)
+            numbers = (len(rows), len(read_rows(entry)[1]), len(groups))
             num_rows, num_bad, num_groups = (f"{number:,}" for number in numbers)
             table.append((use, source.path, num_rows, num_bad, f"{source.weight:g}", num_groups))
             weighted += [(rows, source.weight)] if use == "train" else []
@@ -104,10 +106,10 @@ def plan(
     counts = [len(groups[index]["passages"]) for index in range(len(groups))]
     fate = "are smaller" if data_args.short_groups == "mask" else "repeat negatives"
     indices = random.Random(training_args.seed).sample(range(len(groups)), min(SAMPLE_GROUPS, len(groups)))
-    pairs = [(group["query"], text) for group in map(groups.__getitem__, indices) for text in group["passages"]]
+    pairs = [pair for group in map(groups.__getitem__, indices) for pair in pairs_of(group)]
     num_cut = encoder.encode(pairs).num_truncated
     lengths = [len(ids) for ids in encoder.tokenize(pairs)]
-    first = encoder.encode([(groups[0]["query"], groups[0]["passages"][0])])
+    first = encoder.encode(pairs_of(groups[0])[:1])
     at_once, accumulated = training_args.train_batch_size, training_args.gradient_accumulation_steps
     step = training_args.world_size * at_once * accumulated
     steps_per_epoch, steps = count_steps(len(groups), training_args)
@@ -222,14 +224,11 @@ def _read_checkpoint(
     model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[LlamaBidirectionalConfig, PromptEncoder]:
     name = model_args.model_name_or_path
-    source = check_source(name, {"revision": model_args.revision})
-    config = LlamaBidirectionalConfig.from_pretrained(name, **{**config_fields(model_args, data_args), **source})
+    tokenizer = load_tokenizer(name, revision=model_args.revision)
+    config = read_config(model_args, data_args, tokenizer)
     if os.path.isdir(name) and (files := find_weights(name)):
         is_quantized = getattr(config, "quantization_config", None) is not None
         check_weights(config, read_weights(files), has_head=True, is_quantized=is_quantized)
-    tokenizer = load_tokenizer(name, revision=model_args.revision)
-    if data_args.prompt_template is None:
-        config.prompt_template = find_prompt_template(tokenizer, config)
     return config, PromptEncoder.from_config(tokenizer, config)
 
 

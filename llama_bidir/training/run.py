@@ -24,6 +24,7 @@ from .arguments import (
     check_temperatures,
     config_fields,
     lora_config,
+    read_config,
 )
 from .checkpoints import (
     check_complete,
@@ -88,6 +89,9 @@ def train(
     eval_dataset = None
     if data_args.eval:
         eval_dataset = _load_groups(data_args.eval, data_args, data_args.eval_grouping(), training_args.loss)
+    prompt_template = read_config(model_args, data_args, tokenizer).prompt_template
+    for dataset in filter(None, (train_dataset, eval_dataset)):
+        dataset.check_instructions(prompt_template)
     rerank_sets = load_rerank_sets(data_args.eval_rerank)
     set_seed(training_args.seed)  # a new head is drawn at random
     model = load_model(model_args, data_args, has_adapter=lora is not None)

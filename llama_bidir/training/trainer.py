@@ -147,11 +147,14 @@ class CrossEncoderTrainer(Trainer):
         if data_collator is None:
             prompt_encoder = PromptEncoder.from_config(processing_class, model.config)  # type: ignore[arg-type]
             data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher(self.loss))
+        groups = _train_groups(train_dataset, grouping)
+        if isinstance(groups, GroupDataset):
+            groups.check_instructions(model.config.prompt_template)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=_train_groups(train_dataset, grouping),
+            train_dataset=groups,
             eval_dataset=_eval_groups({} if eval_dataset is None and rerank_sets else eval_dataset, eval_grouping),
             processing_class=processing_class,
             **kwargs,

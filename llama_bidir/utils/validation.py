@@ -25,13 +25,14 @@ def is_collection(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, NOT_COLLECTIONS) and getattr(value, "ndim", 1) != 0
 
 
-def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]:
+def read_pairs(pairs: Any, *, with_instructions: bool = False) -> tuple[Iterable[Any], int | None, bool]:
     """
     Reads pairs in any form that users may pass. A generator is checked while it is read, anything else immediately.
 
     Args:
         pairs: one (query, passage) pair of strings, an iterable of them (list, tuple, generator, numpy array, column),
             or a table of two columns (see [`columns.read_table`]).
+        with_instructions: whether a pair of several may have an instruction, or None, as its third member.
 
     Returns:
         the pairs, their number (None for a generator), and whether `pairs` was a single pair.
@@ -58,7 +59,9 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
                 raise TypeError(f"a pair must be two strings (query, passage), got {describe(pairs)}")
             return [_check_members("pair 0", first, names)], 1, True
         noun, items = "pair", chain(first, iterator)
-    checked = (_check_pair(f"{noun} {index}", item) for index, item in enumerate(items))
+    checked = (
+        _check_pair(f"{noun} {index}", item, with_instruction=with_instructions) for index, item in enumerate(items)
+    )
     if isinstance(pairs, Sized):
         # Read once: a bar around a generator has a length too, and would be empty the second time.
         checked_list = list(checked)
@@ -66,7 +69,11 @@ def read_pairs(pairs: Any) -> tuple[Iterable[tuple[str, str]], int | None, bool]
     return checked, None, False
 
 
-def _check_pair(name: str, pair: Any) -> tuple[str, str]:
+def _check_pair(name: str, pair: Any, *, with_instruction: bool) -> tuple[Any, ...]:
+    if with_instruction and type(pair) is tuple and len(pair) == 3:
+        if pair[2] is not None:
+            check_text(f"the instruction of {name}", pair[2])
+        return (*_check_members(name, pair[:2]), pair[2])
     if type(pair) is tuple or type(pair) is list:
         return _check_members(name, pair)
     names = member_names(pair)
@@ -92,10 +99,13 @@ def check_chunks(chunks: Any) -> Iterable[Any]:
     return column_values(chunks)
 
 
-def check_chunk(number: int, chunk: Any) -> list[tuple[str, str]]:
-    """Returns a chunk as a list of pairs; raises TypeError or ValueError, which name it, as [`read_pairs`] does."""
+def check_chunk(number: int, chunk: Any) -> list[Any]:
+    """
+    Returns a chunk as a list of pairs, with or without instructions. Raises TypeError or ValueError, which name the
+    chunk, as [`read_pairs`] does.
+    """
     try:
-        pairs, _, is_single = read_pairs(chunk)
+        pairs, _, is_single = read_pairs(chunk, with_instructions=True)
         pairs = list(pairs)
     except (TypeError, ValueError) as error:
         raise type(error)(f"chunk {number}: {error}") from None

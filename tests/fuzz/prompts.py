@@ -18,16 +18,30 @@ from .texts import any_texts, texts
 
 MAX_LENGTH = 48
 LITERALS = ["", " ", "\n", "{{", "}}", "query: ", "<|end|>", "é", " \n passage:", "\u202e", "%", "東"]
-BROKEN = ["{", "}", "{query}", "{passage}", "{x}", "{0}", "{}", "{query!r}", "{query:>9}", "{query.x}", "{passage[0]}"]
-# A template in the words of its rule: literal text, doubled braces, and each field once.
-PART = re.compile(r"[^{}]|\{\{|\}\}|\{(query|passage):?\}", re.DOTALL)
+BROKEN = [
+    "{",
+    "}",
+    "{query}",
+    "{passage}",
+    "{instruction}",
+    "{instruction!s}",
+    "{x}",
+    "{0}",
+    "{}",
+    "{query!r}",
+    "{query:>9}",
+    "{query.x}",
+    "{passage[0]}",
+]
+# A template in the words of its rule: literal text, doubled braces, and each field once, {instruction} at most once.
+PART = re.compile(r"[^{}]|\{\{|\}\}|\{(query|passage|instruction):?\}", re.DOTALL)
 
 templates = st.builds(
-    lambda parts, swap: (
-        f"{parts[0]}{{{'passage' if swap else 'query'}}}{parts[1]}{{{'query' if swap else 'passage'}}}{parts[2]}"
+    lambda literals, fields: "".join(
+        literal + field for literal, field in zip(literals, [*fields, *[""] * (4 - len(fields))], strict=True)
     ),
-    st.lists(st.lists(st.sampled_from(LITERALS), max_size=3).map("".join), min_size=3, max_size=3),
-    st.booleans(),
+    st.lists(st.lists(st.sampled_from(LITERALS), max_size=3).map("".join), min_size=4, max_size=4),
+    st.permutations(["{query}", "{passage}"]) | st.permutations(["{query}", "{passage}", "{instruction}"]),
 )
 any_templates = templates | st.lists(st.sampled_from(LITERALS + BROKEN), max_size=6).map("".join) | any_texts
 
@@ -42,41 +56,49 @@ def cross_encoder() -> CrossEncoder:
     return CrossEncoder(make_model(), tokenizer(), max_length=MAX_LENGTH, device="cpu")
 
 
-def check_template(template: str, query: str, passage: str) -> None:
+def check_template(template: str, query: str, passage: str, instruction: str) -> None:
     """A template is accepted if it has each field once and nothing else in braces, and renders like `str.format`."""
     fields, position = [], 0
     while (part := PART.match(template, position)) is not None:
         fields += [part[1]] if part[1] else []
         position = part.end()
-    is_valid = position == len(template) and sorted(fields) == ["passage", "query"]
+    is_valid = position == len(template) and sorted(fields) in (
+        ["passage", "query"],
+        ["instruction", "passage", "query"],
+    )
     accepted, error = attempt(check_prompt_template, template)
     if not is_valid:
         assert accepted is None, "a malformed template is accepted"
         return check_message(error, "prompt_template")
     assert accepted == template
-    values = {"query": query, "passage": passage}
+    values = {"query": query, "passage": passage, "instruction": instruction}
     expected = PART.sub(lambda part: values[part[1]] if part[1] else part[0][0], template)
     assert template.format(**values) == expected
     return None
 
 
-def check_encoder(template: str, pairs: list[tuple[str, str]], long_document: str) -> None:
+def check_encoder(template: str, pairs: list[tuple[str, str]], instruction: str, long_document: str) -> None:
     """No sequence is too long; a pair that fits is the tokenized prompt; else only the passage and the query give."""
-    encoder, error = attempt(PromptEncoder, tokenizer(), prompt_template=template, max_length=MAX_LENGTH)
+    options = {"instruction": instruction} if "{instruction}" in template else {}
+    encoder, error = attempt(PromptEncoder, tokenizer(), prompt_template=template, max_length=MAX_LENGTH, **options)
     if error is not None:
         return check_message(error, "max_length", "leaves no room")
     encoded, error = attempt(encoder.encode, pairs, long_document=long_document)
     if error is not None:
         return check_message(error, "max_length", "leaves no room")
     assert len(encoded.num_windows) == len(encoded.is_truncated) == len(pairs)
-    special = [id_ for id_ in tokenizer()(template.format(query="", passage=""))["input_ids"] if _is_special(id_)]
+    special = [
+        id_
+        for id_ in tokenizer()(template.format(query="", passage="", instruction=""))["input_ids"]
+        if _is_special(id_)
+    ]
     sequences = iter(encoded.input_ids)
     for pair, count, is_truncated in zip(pairs, encoded.num_windows, encoded.is_truncated, strict=True):
         windows = [next(sequences) for _ in range(count)]
         for window in windows:
             assert len(window) <= MAX_LENGTH
             assert [id_ for id_ in window if _is_special(id_)] == special, "a text holds a control token"
-        if any(token in "".join(pair) for token in ("<|end|>", "<|pad|>")):
+        if any(token in "".join(pair) for token in ("<|end|>", "<|pad|>")) or "<|" in instruction:
             continue  # ordinary text, which the tokenizer alone would not leave as text
         rendered = encoder.render(*pair)
         ids = tokenizer()(rendered)["input_ids"]
@@ -155,26 +177,34 @@ def check_scores(query: str, documents: list[str]) -> None:
     return None
 
 
-def check_chat_template(template: str, query: str, passage: str) -> None:
+def check_chat_template(template: str, query: str, passage: str, instruction: str) -> None:
     """The prompt as a chat template renders to the same text and ids as the prompt itself."""
-    written, error = attempt(make_chat_template, tokenizer(), template)
+    written, error = attempt(make_chat_template, tokenizer(), template, instruction)
     if error is not None:
         return check_message(error, "cannot be written as a chat template")
     messages = [{"role": "query", "content": query}, {"role": "document", "content": passage}]
     rendered = tokenizer().apply_chat_template(messages, chat_template=written, tokenize=False)
-    assert rendered == template.format(query=query, passage=passage)
+    assert rendered == template.format(query=query, passage=passage, instruction=instruction)
+    system = [{"role": "system", "content": query}]
+    rendered = tokenizer().apply_chat_template(system + messages, chat_template=written, tokenize=False)
+    assert rendered == template.format(query=query, passage=passage, instruction=query)
     return None
 
 
 pairs = st.lists(st.tuples(texts, texts), max_size=4)
 TARGETS = [
-    Target("prompt template", check_template, {"template": any_templates, "query": any_texts, "passage": any_texts}),
+    Target(
+        "prompt template",
+        check_template,
+        {"template": any_templates, **dict.fromkeys(("query", "passage", "instruction"), any_texts)},
+    ),
     Target(
         "prompt encoder",
         check_encoder,
         {
             "template": st.just(DEFAULT_PROMPT_TEMPLATE) | templates,
             "pairs": pairs,
+            "instruction": st.just("") | texts,
             "long_document": st.sampled_from(LONG_DOCUMENT),
         },
     ),
@@ -185,5 +215,10 @@ TARGETS = [
         weight=0.3,
         test_cases=40,
     ),
-    Target("chat template", check_chat_template, {"template": templates, "query": texts, "passage": texts}, weight=0.5),
+    Target(
+        "chat template",
+        check_chat_template,
+        {"template": templates, **dict.fromkeys(("query", "passage", "instruction"), texts)},
+        weight=0.5,
+    ),
 ]

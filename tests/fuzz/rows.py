@@ -13,7 +13,7 @@ from llama_bidir.data import GroupDataset, Grouping, GroupStream, load_rows, par
 from llama_bidir.data.arrow import are_valid, row_features, row_record
 from llama_bidir.data.corpus import Corpus
 from llama_bidir.data.corpus_id import corpus_rows
-from llama_bidir.data.rows import COLUMNS
+from llama_bidir.data.rows import COLUMNS, OPTIONAL_COLUMNS
 from llama_bidir.data.sources import BEIR_OPTIONS
 from tests.helpers import lines, write
 
@@ -29,6 +29,7 @@ ROW = {
     "pos_score": [1.5, 2],
     "neg_score": [0.25],
     "pos_relevance": [3, 0.5],
+    "instruction": "an instruction",
 }
 ID_ROW = {"question": "q", "corpus_id": "c1", "pos_doc": [{"id": "d1"}, "d2"], "neg_doc": [{"id": "d3", "score": 1}]}
 CORPUS_IDS = {"corpus": [{"path": "documents"}], "data": [ID_ROW, {**ID_ROW, "neg_doc": []}]}
@@ -40,7 +41,7 @@ def is_text(value: Any) -> bool:
 
 
 def row_of(row: Any) -> tuple[Any, ...] | None:
-    """A row by the rules of the schema: query, passages, their scores, the relevance; None if it breaks one."""
+    """A row by the rules of the schema: query, passages, scores, relevance, instruction; None if it breaks one."""
     if not isinstance(row, dict):
         return None
     query = row.get("question") if row.get("query") is None else row.get("query")
@@ -63,9 +64,13 @@ def row_of(row: Any) -> tuple[Any, ...] | None:
         if relevance == "wrong" or not all(x is None or (is_number(x) and x > 0) for x in relevance):
             return None
         relevance = [1.0 if x is None else float(x) for x in relevance]
+    instruction = row.get("instruction")
+    if instruction is not None and not is_text(instruction):
+        return None
     if scores[0] is None:
-        return (query, *passages, None, None, relevance)
-    return (query, *passages, [float(x) for x in scores[0]], [float(x) for x in scores[1] or []], relevance)
+        return (query, *passages, None, None, relevance, instruction)
+    numbers = [[float(x) for x in each or []] for each in scores]
+    return (query, *passages, *numbers, relevance, instruction)
 
 
 def numbers_of(row: dict[str, Any], field: str, passages: str, count: int) -> Any:
@@ -239,7 +244,7 @@ def check_load_rows(source: tuple[str, bytes]) -> None:
         return check_message(error, folder)
     for row in dataset:
         parsed = dict(zip(COLUMNS, parse_row(row, "row"), strict=True))
-        assert parsed == {"pos_relevance": None, **row}
+        assert parsed == {**dict.fromkeys(OPTIONAL_COLUMNS), **row}
     return None
 
 

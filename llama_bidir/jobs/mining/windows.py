@@ -10,7 +10,8 @@ from ...cross_encoder import CrossEncoder
 from ...data import TrainingRow, parse_row
 from ...data.identical import find_query_id, is_query, tell_identical
 from ...data.rows import as_list
-from ...scoring.pipeline import Pair, check_one_label
+from ...prompts import Pair
+from ...scoring.pipeline import check_one_label
 from ...utils.errors import ScoreError
 from ...utils.validation import describe
 from ..scoring import naming_the_cause
@@ -71,7 +72,8 @@ class ParsedRow(NamedTuple):
 
     def pairs(self) -> list[Pair]:
         """Returns the pairs to score: the positives, then the candidates."""
-        return [(self.row.query, text) for text in (*self.row.positives, *self.row.negatives)]
+        instruction = self.row.instruction
+        return [(self.row.query, text, instruction) for text in (*self.row.positives, *self.row.negatives)]
 
 
 def mine_negatives(

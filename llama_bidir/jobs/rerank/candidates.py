@@ -13,7 +13,7 @@ from ...data.arrow import FileStamp, stamp, write_dataset
 from ...data.corpus import Corpus, Numbers, read_queries
 from ...data.identical import find_identical
 from ...data.trec import iterate_run, sort_entries, unknown_id
-from ...scoring.pipeline import Pair
+from ...prompts import Pair
 from ...utils.extras import require
 
 if TYPE_CHECKING:
