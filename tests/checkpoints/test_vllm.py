@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(PYTHON is None, reason="LLAMA_BIDIR_VLLM_PYTHON does not name an interpreter that has vLLM"),
 ]
 QUERY = "how do bees find their way?"
+TEMPLATE = "{instruction} Q: {query}\nD: {passage}"
 PASSAGES = ["Honey bees navigate by the sun.", "", "Paris lies on the Seine.", "the garden was full of clover " * 8]
 
 
@@ -40,7 +41,8 @@ def reranker(tmp_path):
         single="<s> $A", pair=None, special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     fields = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = make_model(temperature=0.3, rerank_max_length=64, prompt_template="Q: {query}\nD: {passage}", **fields)
+    model = make_model(temperature=0.3, rerank_max_length=64, prompt_template=TEMPLATE, **fields)
+    model.config.instruction = "Find it."
     reranker = CrossEncoder(model, tokenizer)
     reranker.save_pretrained(tmp_path / "reranker")
     return reranker
@@ -75,12 +77,17 @@ def test_http(reranker, tmp_path):
             wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
             common = {"model": "vllm", "truncate_prompt_tokens": 64}
             scored = ask(port, "score", {**common, "text_1": QUERY, "text_2": PASSAGES})["data"]
+            other = ask(port, "rerank", {**common, "query": QUERY, "documents": PASSAGES, "instruction": "Why?"})
             ranked = ask(port, "rerank", {**common, "query": QUERY, "documents": PASSAGES})["results"]
         finally:
             server.terminate()
             server.wait()
     expected = reranker.predict([(QUERY, passage) for passage in PASSAGES])
     np.testing.assert_allclose([item["score"] for item in scored], expected, rtol=1e-4, atol=1e-5)
+    for_other = reranker.predict([(QUERY, passage) for passage in PASSAGES], instruction="Why?")
+    assert not np.allclose(for_other, expected, rtol=1e-2)
+    found = {item["index"]: item["relevance_score"] for item in other["results"]}
+    np.testing.assert_allclose([found[index] for index in range(len(PASSAGES))], for_other, rtol=1e-4, atol=1e-5)
     assert [item["index"] for item in ranked] == np.argsort(-expected).tolist()
     np.testing.assert_allclose([item["relevance_score"] for item in ranked], np.sort(expected)[::-1], rtol=1e-4)
 
