@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
 from llama_bidir.checkpoints.export import export_reranker
-from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE
+from llama_bidir.fields_llama_bidir import DEFAULT_PROMPT_TEMPLATE
 from llama_bidir.modeling_llama_bidir import pool
 
 from .workloads import make_collection

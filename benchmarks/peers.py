@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from llama_bidir import CrossEncoder
-from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE
+from llama_bidir.fields_llama_bidir import DEFAULT_PROMPT_TEMPLATE
 
 from .flash import flash_implementation, kernel_name
 from .machine import is_cuda

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints.loading import open_reranker
 from .checkpoints.saving import SavedReranker
-from .configuration_llama_bidir import check_num_labels
+from .fields_llama_bidir import check_num_labels
 from .prompts import Pair, PromptEncoder, check_long_document
 from .scoring.device import Devices, split_devices
 from .scoring.distributed import is_shared, score_shared

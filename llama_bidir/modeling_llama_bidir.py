@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClass
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_llama_bidir import ROPE_OF_A_BATCH, LlamaBidirectionalConfig, check_length, check_pooling
+from .configuration_llama_bidir import LlamaBidirectionalConfig
+from .fields_llama_bidir import ROPE_OF_A_BATCH, check_length, check_pooling
 from .pretrained_llama_bidir import LlamaBidirectionalPreTrainedModel
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_llama_bidir import LlamaBidirectionalConfig, check_instruction, check_prompt_template
+from .configuration_llama_bidir import LlamaBidirectionalConfig
+from .fields_llama_bidir import check_instruction, check_prompt_template
 from .utils.errors import InputTypeError
 from .utils.tokenization import PrivateTokenizer, control_tokens, find_any, is_sampling, largest_id, private_tokenizer
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE, LlamaBidirectionalConfig, check_prompt_template
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..fields_llama_bidir import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 from ..utils.tokenization import stop_sampling
 
 logger = logging.getLogger(__name__)

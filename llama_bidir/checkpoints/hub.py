@@ -12,7 +12,9 @@ from .chat_template import save_tokenizer
 from .files import write_json
 from .model_card import SCORE_WITH_TRANSFORMERS
 
-CODE = tuple(f"{part}_llama_bidir.py" for part in ("configuration", "files", "modeling", "pretrained", "weights"))
+CODE = tuple(
+    f"{part}_llama_bidir.py" for part in ("configuration", "fields", "files", "modeling", "pretrained", "weights")
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_llama_bidir.LlamaBidirectionalConfig",
     "AutoModel": "modeling_llama_bidir.LlamaBidirectionalModel",

@@ -13,7 +13,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig, as_dtype, check_rerank_max_length
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..fields_llama_bidir import as_dtype, check_rerank_max_length
 from ..files_llama_bidir import HUB_ARGUMENTS, find_file, read_json
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..pretrained_llama_bidir import missing_weights

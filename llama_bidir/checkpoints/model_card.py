@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
 
-from ..configuration_llama_bidir import LlamaBidirectionalConfig, takes_instruction
+from ..configuration_llama_bidir import LlamaBidirectionalConfig
+from ..fields_llama_bidir import takes_instruction
 
 logger = logging.getLogger(__name__)
 

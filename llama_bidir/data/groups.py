@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..configuration_llama_bidir import check_instruction
+from ..fields_llama_bidir import check_instruction
 from ..prompts import Pair
 from .arrow import are_valid, have_negatives, iterate_column
 from .rows import COLUMNS, TrainingRow, parse_row

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from ..configuration_llama_bidir import check_length
+from ..fields_llama_bidir import check_length
 from ..modeling_llama_bidir import (
     Float32Linear,
     LlamaBidirectionalForSequenceClassification,

@@ -19,8 +19,8 @@ from ..checkpoints.adapters import complete_adapter
 from ..checkpoints.chat_template import find_prompt_template, save_tokenizer
 from ..checkpoints.files import replaced_by_checkpoint
 from ..checkpoints.model_card import write_model_card
-from ..configuration_llama_bidir import check_prompt_template
 from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
+from ..fields_llama_bidir import check_prompt_template
 from ..losses import IGNORED, Loss, check_group_size, get_loss, needs_teacher
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token

@@ -4,7 +4,7 @@ from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence, Se
 from itertools import chain, islice
 from typing import Any
 
-from ..configuration_llama_bidir import as_int
+from ..fields_llama_bidir import as_int
 from .columns import column_names, column_values, is_column, member_names, query_first, read_table
 
 # Iterable, but not collections of texts or of pairs in an order.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_bidir import CrossEncoder
 from llama_bidir.checkpoints.chat_template import make_chat_template
-from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
+from llama_bidir.fields_llama_bidir import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 from llama_bidir.prompts import LONG_DOCUMENT, PromptEncoder
 from tests.helpers import make_model, make_tokenizer
 

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments  # noqa: E402
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 from llama_bidir import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments  # noqa: E402
-from llama_bidir.configuration_llama_bidir import DEFAULT_PROMPT_TEMPLATE  # noqa: E402
+from llama_bidir.fields_llama_bidir import DEFAULT_PROMPT_TEMPLATE  # noqa: E402
 from llama_bidir.losses import LOSSES, TEACHER_LOSSES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_plot")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_bidir import CrossEncoder, LlamaBidirectionalConfig
-from llama_bidir.configuration_llama_bidir import as_int
+from llama_bidir.fields_llama_bidir import as_int
 from llama_bidir.jobs.mining.selection import Selection
 from llama_bidir.jobs.rerank.task import RerankTask
 from llama_bidir.utils.validation import check_positive_int
