@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -22,7 +22,6 @@ from .scoring.finite import RankedActivation
 from .scoring.forks import leave_threads_of_parent
 from .scoring.int8 import is_int8
 from .scoring.pipeline import (
-    Activation,
     Scorer,
     ScoringOptions,
     check_limits,
@@ -32,6 +31,7 @@ from .scoring.pipeline import (
     score_chunks,
 )
 from .scoring.placement import Placement
+from .scoring.probability import Activation, Probability, resolve_activation
 from .utils.validation import check_chunks, check_groups, check_positive_int, check_text, check_texts, read_pairs
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class CrossEncoder(SavedReranker):
         max_length: maximum tokens of a rendered pair, special tokens included; saved as `rerank_max_length`.
         prompt_template: text with one `{query}`, one `{passage}` and at most one `{instruction}`.
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
+            `"probability"` gives the calibrated probability of relevance (see [`~scoring.probability.Probability`]).
         num_labels: outputs of the head.
         revision, token, cache_folder, local_files_only: where and how files are fetched from the Hub.
         model_kwargs, tokenizer_kwargs: for `from_pretrained` of the model and of the tokenizer. Pickled weights are
@@ -123,6 +124,7 @@ class CrossEncoder(SavedReranker):
         )
         self.model, self.tokenizer, self._stored_dtype = opened.model, opened.tokenizer, opened.stored_dtype
         self._placement = Placement(self.model, devices.workers)
+        resolve_activation(activation_fn, self.config)
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -288,13 +290,19 @@ class CrossEncoder(SavedReranker):
         queries, groups = check_groups(queries, documents_per_query)
         top_k = check_ranking(self.config, top_k, options)
         pairs = [(query, document) for query, documents in zip(queries, groups, strict=True) for document in documents]
-        activation = options.get("activation_fn") or self.activation_fn
-        options["activation_fn"] = RankedActivation(activation, queries, groups, self.model)
+        activation = resolve_activation(options.get("activation_fn") or self.activation_fn, self.config)
+        probability = activation if isinstance(activation, Probability) else None
+        ranked = None if probability else activation
+        options["activation_fn"] = RankedActivation(ranked, queries, groups, self.model)
         scores = iter(self.predict(pairs, batch_size, **options).tolist())
-        return [
+        rankings = [
             rank_documents(query, documents, list(islice(scores, len(documents))), top_k, return_documents)
             for query, documents in zip(queries, groups, strict=True)
         ]
+        if probability is not None:  # only now, because rounding makes those of high scores equal
+            for result in chain.from_iterable(rankings):
+                result["score"] = probability(torch.tensor(result["score"])).item()
+        return rankings
 
     def close(self) -> None:
         """Stops the worker processes, if there are any; the next call starts them again."""
@@ -327,6 +335,6 @@ class CrossEncoder(SavedReranker):
             max_tokens=max_tokens_per_batch or self.max_tokens_per_batch,
             max_sequences=batch_size,
             long_document=long_document or self.long_document,
-            activation_fn=activation_fn or self.activation_fn,
+            activation_fn=resolve_activation(activation_fn or self.activation_fn, self.config),
             model=self.model,
         )

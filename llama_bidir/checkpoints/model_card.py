@@ -65,13 +65,15 @@ score is a raw logit; higher means more relevant. Made with `llama-bidir`.
 | Temperature | {config.temperature} (logits are divided by it) |
 | Longest pair | {config.rerank_max_length} tokens |
 | Labels | {config.num_labels} |
-
+{probability}
 The prompt template, as a JSON string:
 
 ```json
 {prompt}
 ```
 {instruction}"""
+
+PROBABILITY = "| Probability of relevance | sigmoid({slope:.6g} * score + {offset:.6g}) |\n"
 
 INSTRUCTION = """
 The instruction of a pair that is given none, as a JSON string:
@@ -169,6 +171,7 @@ def write_model_card(
         ),
         base=_link(str(fields["base_model"])) if fields.get("base_model") else "not recorded",
         config=config,
+        probability="" if config.calibration is None else PROBABILITY.format(**config.calibration),
         prompt=json.dumps(config.prompt_template, ensure_ascii=False),
         instruction=INSTRUCTION.format(instruction=json.dumps(config.instruction or "", ensure_ascii=False))
         if takes_instruction(config.prompt_template)

@@ -25,7 +25,8 @@ TOLERANCE = 1e-4
 
 USE = """
 `model.onnx` is the whole reranker in float32, pooling and temperature included. Its inputs are `input_ids` and
-`attention_mask` of shape (batch, length), padded on either side. Its output is `logits` of shape (batch, labels).
+`attention_mask` of shape (batch, length), padded on either side. Its output is `logits` of shape (batch, labels), and
+`probability` of the same shape if the reranker is calibrated.
 
 ```bash
 pip install "llama-bidir[onnx]"
@@ -53,7 +54,8 @@ def write(
     reranker: LlamaBidirectionalForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """
-    Writes a float32 reranker as a graph, with the weights in a file beside it, and checks its scores in onnxruntime.
+    Writes a float32 reranker as a graph, with the weights in a file beside it, and checks its scores in onnxruntime. A
+    calibrated reranker also gives the probabilities of relevance.
 
     Raises:
         RuntimeError: onnxruntime computes different scores.
@@ -62,11 +64,11 @@ def write(
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     example = _example(reranker.config.vocab_size, "right")
     torch.onnx.export(
-        _Logits(reranker).eval(),
+        _Outputs(reranker).eval(),
         tuple(example[name] for name in INPUTS),
         os.fspath(folder / MODEL_FILE),
         input_names=list(INPUTS),
-        output_names=["logits"],
+        output_names=["logits"] if reranker.config.calibration is None else ["logits", "probability"],
         dynamic_shapes={name: {0: batch, 1: length} for name in INPUTS},
         dynamo=True,
         external_data=True,
@@ -187,13 +189,17 @@ def _open_session(graph: Path) -> Any:
         raise ValueError(f"{str(graph)!r} cannot be loaded by onnxruntime: {error}") from None
 
 
-class _Logits(torch.nn.Module):
+class _Outputs(torch.nn.Module):
     def __init__(self, reranker: LlamaBidirectionalForSequenceClassification):
         super().__init__()
         self.reranker = reranker
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.reranker(input_ids=input_ids, attention_mask=attention_mask).logits
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = self.reranker(input_ids=input_ids, attention_mask=attention_mask).logits
+        calibration = self.reranker.config.calibration
+        if calibration is None:
+            return (logits,)
+        return logits, torch.sigmoid(calibration["slope"] * logits + calibration["offset"])
 
 
 def _example(vocab_size: int, padding_side: str) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ MODULES = {
 }
 HIDDEN_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 # Fields of the configuration that sentence-transformers ignores.
-KEPT = ("prompt_template", "instruction", "rerank_max_length", "int8_skip_modules")
+KEPT = ("prompt_template", "instruction", "rerank_max_length", "int8_skip_modules", "calibration")
 IDENTITY = "torch.nn.modules.linear.Identity"
 
 USE = """

@@ -1,1 +1,1 @@
-"""Work on files: reranking runs and mining negatives, which resume after a kill, and quantization."""
+"""Work on files: reranking runs and mining negatives, which resume after a kill, quantization and calibration."""

@@ -20,6 +20,7 @@ from ..evaluation import evaluate_reranker
 from ..prompts import PromptEncoder
 from ..scoring.int8 import check_int8_device, in_int8
 from ..utils.outputs import whole_folder
+from ..utils.sharing import spread
 from ..utils.validation import check_positive_int, check_text
 
 MEASURE = "nDCG@10"
@@ -112,7 +113,7 @@ def quantize_reranker(
 
         judge("before")
         _smooth(cross_encoder, calibration)
-        reranker.config.int8_skip_modules = choose_skipped(cross_encoder, _spread(calibration, MEASURED_PAIRS))
+        reranker.config.int8_skip_modules = choose_skipped(cross_encoder, spread(calibration, MEASURED_PAIRS))
         cast_parameters(reranker, _exact_dtype(reranker))
         reranker.save_pretrained(folder)
         save_tokenizer(tokenizer, folder, reranker.config)
@@ -139,10 +140,10 @@ def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator
             pairs = [
                 _read_pair(parse_json(line, path, number), f"{path}:{number}") for number, line in read_lines(path)
             ]
-            yield from _spread(pairs, count)
+            yield from spread(pairs, count)
             return
     rows = load_rows(os.fspath(data))
-    for position, index in enumerate(_spread(range(len(rows)), count)):
+    for position, index in enumerate(spread(range(len(rows)), count)):
         row = rows[index]
         passages = [*row["pos_doc"], *row["neg_doc"]]
         yield row["query"], passages[position // 2 % len(passages)]  # both kinds are in both halves
@@ -151,10 +152,6 @@ def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator
 def _read_pair(fields: Any, where: str) -> Pair:
     query, passage = (check_text(f"{where}: {name}", fields.get(name)) for name in ("query", "passage"))
     return query, passage
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
 
 
 def _split(pairs: Sequence[Pair], num_pairs: int) -> tuple[Sequence[Pair], Sequence[Pair]]:

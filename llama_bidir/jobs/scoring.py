@@ -15,6 +15,7 @@ from ..cross_encoder import CrossEncoder
 from ..scoring.finite import find_cause
 from ..scoring.int8 import dtype_name
 from ..scoring.pipeline import check_one_label
+from ..scoring.probability import PROBABILITY
 from ..utils.errors import ScoreError
 
 # A kill loses up to one window, and on a CPU each pair takes long. Other devices get a chunk at a time.
@@ -66,6 +67,7 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         "long_document": cross_encoder.long_document,
         "parse_special_tokens": cross_encoder.parse_special_tokens,
         "activation_fn": activation and getattr(activation, "__qualname__", type(activation).__qualname__),
+        **({"calibration": config.calibration} if activation == PROBABILITY else {}),
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, Self
 
 from ..prompts import Pair
-from ..scoring.pipeline import Activation
+from ..scoring.probability import Activation
 
 TextPath = str | os.PathLike[str]
 

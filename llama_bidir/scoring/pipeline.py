@@ -18,6 +18,7 @@ from .device import Devices
 from .engine import CHUNK_PAIRS, Engine
 from .finite import NotFinite
 from .packing import empty_logits
+from .probability import Activation
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 FIRST_CHUNK_PAIRS = 1024
 CHUNK_CHARACTERS = 4_000_000
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -33,12 +33,12 @@ Result = TypeVar("Result")
 class ScoringOptions(TypedDict, total=False):
     """Keywords of [`~cross_encoder.CrossEncoder.predict`] that ranking passes on."""
 
-    instruction: str | None
     show_progress_bar: bool | None
     activation_fn: Activation | None
     device: Devices | None
     long_document: str | None
     max_tokens_per_batch: int | None
+    instruction: str | None
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Scorer:
         max_tokens: int | None,
         max_sequences: int | None,
         long_document: str,
-        activation_fn: Activation | None = None,
+        activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         model: Any = None,
     ):
         self.encoder, self.engine, self.progress, self.num_labels = encoder, engine, progress, num_labels

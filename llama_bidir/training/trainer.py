@@ -135,6 +135,9 @@ class CrossEncoderTrainer(Trainer):
         if prompt_template is None:
             prompt_template = find_prompt_template(processing_class, model.config)  # type: ignore[arg-type]
         model.config.prompt_template = check_prompt_template(prompt_template)
+        if model.config.calibration is not None:
+            logger.warning("training changes the scores, so the reranker loses its calibration: calibrate it again")
+            model.config.calibration = None
         if args.use_liger_kernel:
             register_with_liger(args.device.type)
         self.packing = _use_packing(model, args)

@@ -1,6 +1,14 @@
-"""Fair shares of work whose costs are known."""
+"""Fair shares of work whose costs are known, and samples."""
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Returns `count` items that are spread evenly over all of them, or all if there are fewer."""
+    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
 
 
 def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:

@@ -1,0 +1,169 @@
+"""Calibrates a reranker: fits what makes its scores probabilities of relevance, and saves it in its configuration."""
+
+import json
+import os
+from contextlib import closing
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..cross_encoder import CrossEncoder
+from ..data import TrainingRow, load_rows, parse_row
+from ..evaluation.calibration import (
+    Bin,
+    expected_calibration_error,
+    fit_calibration,
+    log_loss,
+    plot_reliability,
+    reliability_bins,
+)
+from ..files_llama_bidir import check_checkpoint_path, read_json
+from ..scoring.pipeline import check_one_label
+from ..scoring.probability import Probability
+from ..utils.errors import ScoreError
+from ..utils.outputs import check_free, write_whole
+from ..utils.sharing import spread
+from ..utils.validation import check_positive_int
+
+PLOT_NAME = "calibration.png"
+WINDOW_ROWS = 256
+# With fewer rows, the probabilities are measured on the rows that they were fitted on.
+FEWEST_ROWS = 32
+
+
+class CalibrationResult(NamedTuple):
+    """
+    How good the probabilities of a reranker are, before and after calibration.
+
+    Args:
+        slope, offset: the probability of a score is `sigmoid(slope * score + offset)`.
+        num_fitted, num_measured: how many pairs the two were fitted on, and how many the measures are of.
+        are_held_out: whether these are pairs of other rows. A small file has too few rows for that.
+        relevant: the share of relevant pairs among the measured ones.
+        log_loss, calibration_error: by `"before"`, where the probability is `sigmoid(score)`, and `"after"`.
+    """
+
+    slope: float
+    offset: float
+    num_fitted: int
+    num_measured: int
+    are_held_out: bool
+    relevant: float
+    log_loss: dict[str, float]
+    calibration_error: dict[str, float]
+
+
+def calibrate_reranker(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    num_rows: int = 2000,
+    revision: str | None = None,
+    overwrite: bool = False,
+    batch_size: int | None = None,
+    show_progress_bar: bool | None = None,
+    **options: Any,
+) -> CalibrationResult:
+    """
+    Fits the probability of relevance to the scores of the passages of rows, and saves it with the reranker. Every
+    second row is held out, and shows how good the probabilities are. If matplotlib is installed, `calibration.png` in
+    the folder shows it too.
+
+    Args:
+        model: the folder or Hub id of a reranker or an adapter.
+        data: training rows (see [`~data.load_rows`]), whose `pos_doc` are relevant and whose `neg_doc` are not.
+        output: the folder to save to. None changes the configuration in the folder `model`, and nothing else in it.
+        num_rows: how many rows to use at most, spread evenly over the data.
+        revision: branch, tag or commit of a Hub repository.
+        overwrite: replace a calibration that the reranker has, or the checkpoint in `output`.
+        batch_size, show_progress_bar: see [`CrossEncoder.predict`].
+        options: for [`CrossEncoder`], such as `device`, `dtype` or `max_length`.
+
+    Raises:
+        FileExistsError: the reranker has a calibration or `output` exists, and `overwrite` is not set.
+        FileNotFoundError: there is no such checkpoint or file.
+        ValueError: a row breaks its rule; `model` is not a folder and there is no `output`; the passages are all
+            relevant or all irrelevant, or their scores do not tell which; or the model has several labels.
+        ScoreError: a score is NaN or infinite.
+    """
+    check_positive_int("num_rows", num_rows)
+    check_checkpoint_path(model)
+    name = os.fspath(model)
+    config_file = Path(name, "config.json")
+    if output is not None:
+        check_free(output, overwrite=overwrite)
+    elif not config_file.is_file():
+        raise ValueError(f"{name!r} is not a folder with a config.json to save in: pass output (--output)")
+    elif read_json(config_file).get("calibration") is not None and not overwrite:
+        raise FileExistsError(f"{name!r} is calibrated: pass overwrite (--overwrite) to replace its calibration")
+    rows = load_rows(os.fspath(data))
+    indices = spread(range(len(rows)), num_rows)
+    parsed = [parse_row(rows[index], f"row {index} of {os.fspath(data)}") for index in indices]
+    with closing(CrossEncoder(name, revision=revision, **options)) as cross_encoder:
+        check_one_label(cross_encoder.config, "calibration")
+        scores = _score_rows(cross_encoder, parsed, batch_size, show_progress_bar=show_progress_bar)
+    labels = [np.arange(len(part)) < len(row.positives) for part, row in zip(scores, parsed, strict=True)]
+    if not np.isfinite(np.concatenate(scores)).all():
+        raise ScoreError(f"{name!r} gives NaN or infinite scores for rows of {os.fspath(data)}")
+    are_held_out = len(parsed) >= FEWEST_ROWS
+    fitted, measured = (slice(0, None, 2), slice(1, None, 2)) if are_held_out else (slice(None), slice(None))
+    try:
+        slope, offset = fit_calibration(np.concatenate(scores[fitted]), np.concatenate(labels[fitted]))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(data)}: {error}") from None
+    values, truth = torch.from_numpy(np.concatenate(scores[measured])), np.concatenate(labels[measured])
+    probabilities = {
+        "before": values.double().sigmoid().numpy(),
+        "after": Probability(slope, offset)(values).double().numpy(),
+    }
+    bins = {stage: reliability_bins(each, truth) for stage, each in probabilities.items()}
+    _save(name, output, {"slope": slope, "offset": offset}, revision, bins)
+    return CalibrationResult(
+        slope,
+        offset,
+        sum(map(len, scores[fitted])),
+        len(truth),
+        are_held_out,
+        float(np.mean(truth)),
+        {stage: log_loss(each, truth) for stage, each in probabilities.items()},
+        {stage: expected_calibration_error(each, truth) for stage, each in probabilities.items()},
+    )
+
+
+def _score_rows(
+    cross_encoder: CrossEncoder, rows: list[TrainingRow], batch_size: int | None, *, show_progress_bar: bool | None
+) -> list[np.ndarray]:
+    """Returns the logits of the passages of each row, its positives first."""
+    groups = [[(row.query, text, row.instruction) for text in (*row.positives, *row.negatives)] for row in rows]
+    windows = [groups[start : start + WINDOW_ROWS] for start in range(0, len(groups), WINDOW_ROWS)]
+    chunks = [list(chain.from_iterable(window)) for window in windows]
+    with tqdm(total=sum(map(len, groups)), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
+        found = cross_encoder.predict_chunks(chunks, batch_size, activation_fn=torch.nn.Identity(), progress=progress)
+        scores = np.concatenate([*found])
+    return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
+
+
+def _save(
+    name: str,
+    output: str | os.PathLike[str] | None,
+    calibration: dict[str, float],
+    revision: str | None,
+    bins: dict[str, list[Bin]],
+) -> None:
+    """Saves a calibration: in the configuration of the folder `name`, or with the whole reranker in `output`."""
+    folder = Path(name if output is None else output)
+    if output is not None:
+        reranker = CrossEncoder(name, dtype="auto", revision=revision, device="cpu")
+        reranker.config.calibration = calibration
+        reranker.save_pretrained(output)
+    if find_spec("matplotlib") is not None:
+        plot_reliability(folder / PLOT_NAME, bins["before"], bins["after"])
+    if output is None:
+        fields = read_json(folder / "config.json")
+        write_whole(folder / "config.json", json.dumps({**fields, "calibration": calibration}, indent=2) + "\n")
