@@ -293,7 +293,9 @@ class GroupDataset(Dataset[Group]):
         rows: Any = self.sources[source][0]
         columns = getattr(rows, "column_names", None)
         if columns is None:
-            yield from (row.get("instruction") for row in rows if isinstance(row, Mapping))
+            for number, row in enumerate(rows):
+                has_one = isinstance(row, Mapping) and any(row.get(name) for name in ("instruction", "prompt"))
+                yield self._read(source, number).instruction if has_one else None
         elif "instruction" in columns:
             for part in iterate_column(rows, "instruction"):
                 yield from part.to_pylist()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arrow import FileStamp, error_record, record_features, row_record, stamp, write_dataset
 from .files import parse_json, read_lines
+from .foreign_rows import read_foreign
 from .identical import find_query_id, is_query
 from .rows import as_list, drop_negatives, no_rows, parse_row
 
@@ -36,8 +37,9 @@ def _generate_rows(path: str, state: FileStamp, ignore_identical_ids: bool, vers
     for number, line in read_lines(Path(path)):
         is_empty = False
         try:
-            fields = parse_json(line, Path(path), number)
-            row = parse_row(fields, f"{path}:{number}")
+            fields, where = parse_json(line, Path(path), number), f"{path}:{number}"
+            row = parse_row(fields, where)
+            fields, _ = read_foreign(fields, where)
             pairs = zip(as_list(fields.get("neg_doc")), row.negatives, strict=True)
             query_id = find_query_id(fields)
             mask = [ignore_identical_ids and is_query(query_id, row.query, *pair) for pair in pairs]

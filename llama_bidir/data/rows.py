@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..utils.validation import check_text, describe
+from .foreign_rows import read_foreign
 
 
 class TrainingRow(NamedTuple):
@@ -63,7 +65,8 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
             list (tuple, numpy array) of those. Teacher scores are optional: `pos_score` and `neg_score`, each a list
             with one finite number per passage, or a number when the passage is not in a list. So is `pos_relevance`,
             whose numbers are above 0, and 1 where they are None, and `instruction`, a string. Fields that are None
-            count as missing, and unknown fields are ignored.
+            count as missing, and unknown fields are ignored. Rows of FlagEmbedding and sentence-transformers are read
+            too (see [`~data.foreign_rows`]).
         where: the name of the row in errors, such as `train.jsonl:12`.
         read_passage: makes a passage of an entry of `pos_doc` or `neg_doc`, given the entry and its name in errors.
 
@@ -72,26 +75,35 @@ def parse_row(row: Any, where: str, read_passage: Callable[[Any, str], Any] = re
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a row must be an object with query, pos_doc and neg_doc, got {describe(row)}")
+    row, names = read_foreign(row, where)
     query = read_query(row, where)
     if row.get("pos_doc") is None:
         raise ValueError(f"{where}: pos_doc is missing; it must be a passage or a list of passages")
-    positives, negatives = (_read_passages(row, name, where, read_passage) for name in PASSAGE_COLUMNS)
+    positives, negatives = (
+        _read_passages(row.get(field), names.get(field, field), where, read_passage) for field in PASSAGE_COLUMNS
+    )
     if not positives:
-        raise ValueError(f"{where}: pos_doc must hold at least one passage, got {describe(row['pos_doc'])}")
-    positive_scores = _read_numbers(row, "pos_score", "pos_doc", len(positives), where, _read_score)
-    negative_scores = _read_numbers(row, "neg_score", "neg_doc", len(negatives), where, _read_score)
+        name = names.get("pos_doc", "pos_doc")
+        raise ValueError(f"{where}: {name} must hold at least one passage, got {describe(row['pos_doc'])}")
+    read_scores = partial(_read_numbers, row, where=where, names=names, read_number=_read_score)
+    positive_scores = read_scores("pos_score", "pos_doc", len(positives))
+    negative_scores = read_scores("neg_score", "neg_doc", len(negatives))
     if negatives and (positive_scores is None) != (negative_scores is None):
         given, missing = ("neg_score", "pos_score") if positive_scores is None else ("pos_score", "neg_score")
+        given = names.get(given, given)
         raise ValueError(
             f"{where}: {missing} is missing although {given} is given; teacher scores must cover pos_doc and neg_doc"
         )
-    relevance = _read_numbers(row, "pos_relevance", "pos_doc", len(positives), where, _read_relevance)
+    relevance = _read_numbers(
+        row, "pos_relevance", "pos_doc", len(positives), where=where, names=names, read_number=_read_relevance
+    )
     scores = (None, None) if positive_scores is None else (positive_scores, negative_scores or [])
     instruction = row.get("instruction")
     if instruction is not None and not isinstance(instruction, str):
-        raise ValueError(f"{where}: instruction must be a string, got {describe(instruction)}")
+        name = names.get("instruction", "instruction")
+        raise ValueError(f"{where}: {name} must be a string, got {describe(instruction)}")
     if instruction is not None:
-        check_text(f"{where}: instruction", instruction)
+        check_text(f"{where}: {names.get('instruction', 'instruction')}", instruction)
     return TrainingRow(query, positives, negatives, scores[0], scores[1], relevance, instruction)
 
 
@@ -135,10 +147,8 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _read_passages(
-    row: Mapping[str, Any], field: str, where: str, read_passage: Callable[[Any, str], Any]
-) -> list[Any]:
-    value = _plain(row.get(field))
+def _read_passages(value: Any, field: str, where: str, read_passage: Callable[[Any, str], Any]) -> list[Any]:
+    value = _plain(value)
     if value is None:
         return []
     if not isinstance(value, (list, tuple)):
@@ -151,23 +161,26 @@ def _read_numbers(
     field: str,
     passages: str,
     count: int,
+    *,
     where: str,
+    names: Mapping[str, str],
     read_number: Callable[[Any, str], float],
 ) -> list[float] | None:
-    value = _plain(row.get(field))
+    value, is_list = _plain(row.get(field)), isinstance(_plain(row.get(passages)), (list, tuple))
+    field, passages = names.get(field, field), names.get(passages, passages)
     if value is None:
         return None
     if not isinstance(value, (list, tuple)):
-        if isinstance(_plain(row.get(passages)), (list, tuple)):
+        if is_list:
             raise ValueError(f"{where}: {field} must be a list, as {passages} is one, got {describe(value)}")
-        value, names = [value], [field]
+        value, entries = [value], [field]
     else:
-        names = [f"{field}[{index}]" for index in range(len(value))]
+        entries = [f"{field}[{index}]" for index in range(len(value))]
     if len(value) != count:
         raise ValueError(
             f"{where}: {field} must hold one number for each of the {count} passages of {passages}, got {len(value)}"
         )
-    return [read_number(item, f"{where}: {name}") for name, item in zip(names, value, strict=True)]
+    return [read_number(item, f"{where}: {name}") for name, item in zip(entries, value, strict=True)]
 
 
 def _read_score(value: Any, where: str) -> float:

@@ -11,6 +11,7 @@ from ...data.arrow import FileStamp, stamp, write_dataset
 from ...data.beir_folder import RelevantDocuments, find_files, find_run, list_runs
 from ...data.corpus import Corpus, open_corpus
 from ...data.files import as_id, read_id, read_json, read_json_lines
+from ...data.foreign_rows import read_foreign
 from ...data.hub import PREFIX
 from ...data.identical import QUERY_IDS, identify
 from ...data.rows import as_list
@@ -114,7 +115,8 @@ def open_source(
 
 
 def _read_jsonl(path: Path) -> Iterator[SourceRow]:
-    for number, fields in read_json_lines(path):
+    for number, given in read_json_lines(path):
+        fields, _ = read_foreign(given, f"{path}:{number}")
         yield SourceRow(f"{path}:{number}", fields, _find_ids(fields))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ...cross_encoder import CrossEncoder
 from ...data import TrainingRow, parse_row
+from ...data.foreign_rows import read_foreign
 from ...data.identical import find_query_id, is_query, tell_identical
 from ...data.rows import as_list
 from ...prompts import Pair
@@ -68,7 +69,8 @@ class ParsedRow(NamedTuple):
     @classmethod
     def parse(cls, given: CandidateRow) -> "ParsedRow":
         """Raises ValueError if the row breaks a rule of the schema."""
-        return cls(given, parse_row(given.fields, given.where))
+        row = parse_row(given.fields, given.where)
+        return cls(given._replace(fields=read_foreign(given.fields, given.where)[0]), row)
 
     def pairs(self) -> list[Pair]:
         """Returns the pairs to score: the positives, then the candidates."""
@@ -150,6 +152,7 @@ def choose_negatives(window: Sequence[ParsedRow], scores: Sequence[float], selec
 def _without_query(given: CandidateRow) -> CandidateRow:
     """Returns a row without the candidates that are the query itself. Drops the scores of the row."""
     row = parse_row(given.fields, given.where)
+    given = given._replace(fields=read_foreign(given.fields, given.where)[0])
     candidates = as_list(given.fields.get("neg_doc"))
     query_id = find_query_id(given.fields)
     mask = [is_query(query_id, row.query, *pair) for pair in zip(candidates, row.negatives, strict=True)]
