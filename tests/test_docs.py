@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import ROWS
 
+from llama_bidir.losses import LOSSES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,3 +37,15 @@ def test_the_plain_trainer_of_the_example_trains(base_checkpoint, tmp_path):
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["rerank_max_length"]) == ("llama_bidirec", 256)
+
+
+def test_the_migration_page_names_every_loss():
+    losses = pytest.importorskip("sentence_transformers.cross_encoder.losses")
+    text = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| loss \| here \|\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
+    rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()]
+    named = {name for row in rows for name in row}
+    assert named == {name for name in losses.__all__ if name.endswith("Loss")}
+    ours = [re.match(r" `(\w+)`", row.split("|")[2]) for row in table.splitlines()]
+    assert {match[1] for match in ours if match} <= LOSSES.keys()
+    assert sum(match is None for match in ours) == 1  # those without an equivalent

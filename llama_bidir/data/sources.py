@@ -18,6 +18,7 @@ from .corpus_id import load_corpus_id
 from .hub import PREFIX, load_hub
 from .identical import tell_identical
 from .jsonl import load_jsonl
+from .normalized import METADATA, is_normalized, load_normalized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -218,6 +219,12 @@ def _load(
 ) -> tuple["Dataset", "Dataset | None"]:
     path, name = Path(source.path), source.path.lower()
     is_folder = path.is_dir() and not source.path.startswith(PREFIX)
+    if name.endswith(f"/{METADATA}") and is_normalized(path.parent):
+        path, is_folder = path.parent, True
+    if is_folder and is_normalized(path):
+        if source.options:
+            raise not_beir(source.path, source.options)
+        return load_normalized(path, cache_dir, ignore_identical_ids=ignore_identical_ids)
     if source.options and not is_folder:
         raise not_beir(source.path, source.options)
     if source.path.startswith(PREFIX):

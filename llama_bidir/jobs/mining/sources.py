@@ -14,6 +14,7 @@ from ...data.files import as_id, read_id, read_json, read_json_lines
 from ...data.foreign_rows import read_foreign
 from ...data.hub import PREFIX
 from ...data.identical import QUERY_IDS, identify
+from ...data.normalized import is_normalized
 from ...data.rows import as_list
 from ...data.sources import not_beir
 from ...utils.extras import require
@@ -98,7 +99,7 @@ def open_source(
         ValueError: the source breaks its rule. Lines of a `*.jsonl` file are not read yet.
     """
     path, name = Path(source), source.lower()
-    if path.is_dir() and not source.startswith(PREFIX):
+    if path.is_dir() and not source.startswith(PREFIX) and not is_normalized(path):
         return _open_beir(path, qrels, run, takes_run=takes_run)
     if qrels is not None:
         raise not_beir(source, ["qrels"])
