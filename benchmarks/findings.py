@@ -51,14 +51,19 @@ def per_query(rows: Sequence[Row], name: str, key: str = "per_query") -> np.ndar
     return np.mean([decode_values(row["sets"][name][key]) for row in rows], axis=0)
 
 
+def compared_sets(rows: Sequence[Row]) -> list[str]:
+    """Returns the names of the sets that are compared: longdoc counts once, with windows."""
+    return [name for name in rows[0]["sets"] if "," not in name]
+
+
 def pooled(rows: Sequence[Row], key: str = "per_query") -> np.ndarray:
     """Returns the values of the queries of all sets."""
-    return np.concatenate([per_query(rows, name, key) for name in rows[0]["sets"]])
+    return np.concatenate([per_query(rows, name, key) for name in compared_sets(rows)])
 
 
 def mean_of_sets(rows: Sequence[Row], key: str = "per_query") -> float:
     """Returns the mean over the sets of nDCG@10, in which each set counts the same."""
-    return float(np.mean([per_query(rows, name, key).mean() for name in rows[0]["sets"]]))
+    return float(np.mean([per_query(rows, name, key).mean() for name in compared_sets(rows)]))
 
 
 def by_setting(rows: Iterable[Row]) -> dict[Cell, list[Row]]:

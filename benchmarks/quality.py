@@ -37,11 +37,11 @@ from llama_bidir.training.recipes import load_recipe
 from .cells import Cells
 from .findings import write_report
 from .machine import Deadline, describe_machine
-from .study import BASE, EVAL_SETS, Cell, cells, encode_values, read_eval_set, write_rows
+from .study import BASE, EVAL_SETS, SCORED_ROWS, Cell, cells, encode_values, read_eval_set, write_rows
 
 MEASURES = ("nDCG@10", "RR@10")
-# Too many tokens for a CPU.
-GPU_SETS = ("longdoc",)
+# Has too many tokens for a CPU.
+GPU_FOLDER = "longdoc"
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     # The scores of a run hardly depend on the CPU that trains it.
     rows = Cells(path, "quality", machine, Cell.__dataclass_fields__, by_hardware=False)
     deadline = Deadline(60 * args.minutes)
-    for cell in cells(BASE[device]):
+    for cell in cells(BASE[device], SCORED_ROWS[device]):
         if rows.is_missing(**asdict(cell)):
             if deadline.is_over():
                 break
@@ -89,21 +89,11 @@ def parse_arguments() -> argparse.Namespace:
 def run(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and evaluates a cell and returns its row."""
     print(f"{time.strftime('%H:%M')} {asdict(cell)}", flush=True)
-    rows, held_out = write_rows(
-        args.data / "train", cell.mix, cell.negatives, args.output / "rows" / f"{cell.mix}-{cell.negatives}"
-    )
-    folder = args.output / cell.name
-    base = write_base(args.checkpoint, cell.layers, args.output)
-    recipe = cell.recipe(base, rows, held_out, folder / "model")
-    half = args.device == "cuda" or cpu_dtype(torch.bfloat16) == torch.bfloat16
-    recipe["training"] |= {"bf16": half, "use_cpu": args.device == "cpu", "disable_tqdm": True}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    teacher = train_cell(BASE[args.device], args) if cell.needs_teacher else None
+    folder, half = args.output / cell.name, computes_in_half(args)
     has_begun = (folder / "model").exists()
     start = time.monotonic()
-    if not any((folder / "model" / name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
-        train(*load_recipe(folder / "recipe.yaml"))
-        gc.collect()
+    train_cell(cell, args, teacher)
     trained = time.monotonic()
     reranker = CrossEncoder(
         folder / "model",
@@ -112,10 +102,12 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
         max_length=max(cell.max_length, args.eval_max_length),
     )
     sets = {
-        name: evaluate_set(reranker, args, name) for name in EVAL_SETS if args.device == "cuda" or name not in GPU_SETS
+        name: evaluate_set(reranker, args, name)
+        for name, (source, _, _) in EVAL_SETS.items()
+        if args.device == "cuda" or source != GPU_FOLDER
     }
     history = read_history(folder / "model" / "history.jsonl")
-    if not args.keep:
+    if not args.keep and cell != BASE[args.device]:  # the teacher of later cells
         shutil.rmtree(folder)
     row = {
         **asdict(cell),
@@ -136,6 +128,28 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def train_cell(cell: Cell, args: argparse.Namespace, teacher: Path | None = None) -> Path:
+    """Trains the reranker of a cell, unless it is there. Returns its folder."""
+    folder = args.output / cell.name
+    model = folder / "model"
+    if any((model / name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
+        return model
+    rows, held_out = write_rows(cell, args.data / "train", args.output / "rows", teacher)
+    recipe = cell.recipe(write_base(args.checkpoint, cell.layers, args.output), rows, held_out, model)
+    on_cpu = args.device == "cpu"
+    recipe["training"] |= {"bf16": computes_in_half(args), "use_cpu": on_cpu, "disable_tqdm": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    train(*load_recipe(folder / "recipe.yaml"))
+    gc.collect()
+    return model
+
+
+def computes_in_half(args: argparse.Namespace) -> bool:
+    """Returns whether bfloat16 is the faster dtype of the device."""
+    return args.device == "cuda" or cpu_dtype(torch.bfloat16) == torch.bfloat16
+
+
 def write_base(checkpoint: str, layers: int, output: Path) -> Path:
     """Writes the first layers of a plain Llama, unless they are there."""
     base = output / f"base-{layers}"
@@ -148,8 +162,7 @@ def write_base(checkpoint: str, layers: int, output: Path) -> Path:
 def evaluate_set(reranker: CrossEncoder, args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Returns the measures of BM25 and of a reranker on a set, the p-values, and nDCG@10 of each query."""
     dataset = read_eval_set(args.data / "eval", name, args.depth)
-    options = {"long_document": "max"} if name in GPU_SETS else {}
-    result = evaluate_reranker(reranker, dataset, depth=args.depth, measures=MEASURES, **options)
+    result = evaluate_reranker(reranker, dataset, depth=args.depth, measures=MEASURES, long_document=EVAL_SETS[name][2])
     ndcg = MEASURES[0]
     return {
         "queries": len(result.after.per_query[ndcg]),

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama_bidir import CrossEncoder
 from llama_bidir.evaluation import Dataset, load_dataset
+from llama_bidir.jobs.mining import Selection, mine_negatives
+from llama_bidir.losses import needs_teacher
 
 HELD_OUT_GROUPS = 64
 # Weights of the train sets: how often an epoch shows each row.
@@ -30,15 +33,18 @@ MIXES: dict[str, dict[str, float]] = {
     },
     "squad": {"squad": 1.0},
 }
-# Of an evaluation set: its folder, its first-stage run, and how the ids of its queries start.
+# Of an evaluation set: its folder, how the ids of its queries start, and how its documents are scored.
 EVAL_SETS: dict[str, tuple[str, str, str]] = {
-    "squad-dev": ("squad-dev", "run.bm25.trec", ""),
-    "nq": ("nq", "run.bm25.trec", ""),
-    "scifact": ("scifact", "run.bm25.trec", ""),
-    "cranfield": ("cranfield", "run.bm25.trec", ""),
-    "xquad-en": ("xquad", "run.bm25.trec", "en-"),
-    "longdoc": ("longdoc", "run.bm25.trec", ""),
+    "squad-dev": ("squad-dev", "", "truncate"),
+    "nq": ("nq", "", "truncate"),
+    "scifact": ("scifact", "", "truncate"),
+    "cranfield": ("cranfield", "", "truncate"),
+    "xquad-en": ("xquad", "en-", "truncate"),
+    "longdoc": ("longdoc", "", "max"),
+    "longdoc, first_max": ("longdoc", "", "first_max"),
+    "longdoc, truncate": ("longdoc", "", "truncate"),
 }
+FIRST_STAGE = "run.bm25.trec"
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Cell:
         learning_rate: the highest one; it rises in the first tenth of the steps and then falls along a cosine.
         tuning: `full`, or `lora` for an adapter of rank 16 on all linear layers.
         mix: a name in `MIXES`.
-        negatives: `bm25`, those of the rows; or `mixed`, as many random passages of the same set beside them.
+        negatives: `bm25`, those of the rows; `mixed`, as many random passages of the same set beside them; or `mined`,
+            seven of the mixed ones that the teacher, the reranker of the first cell, scores highest below its margins.
+        rows: how many rows of the mix to train on, spread over its sets in proportion; 0 takes all.
         seed: of the new head, the order of the groups and the negatives that are drawn.
     """
 
@@ -73,12 +81,18 @@ class Cell:
     tuning: str = "full"
     mix: str = "questions"
     negatives: str = "mixed"
+    rows: int = 0
     seed: int = 0
 
     @property
     def name(self) -> str:
         """A name for a folder."""
         return "-".join(str(value) for value in asdict(self).values())
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher scores the rows."""
+        return self.negatives == "mined" or needs_teacher(self.loss)
 
     @property
     def setting(self) -> "Cell":
@@ -139,7 +153,13 @@ BASE = {
 }
 
 
-def cells(base: Cell) -> list[Cell]:
+# A CPU takes minutes to score the rows of this many groups with the teacher. A GPU scores all rows.
+SCORED_ROWS = {"cuda": 0, "cpu": 3200}
+# Keeps all passages and adds their scores.
+ALL = Selection(num_negatives=100, absolute_margin=-1e6, relative_margin=1.0)
+
+
+def cells(base: Cell, scored_rows: int = 0) -> list[Cell]:
     """Returns the cells of the study, the most informative ones first."""
     causal = replace(base, mask="causal", pooling="last")
     found = [replace(cell, seed=seed) for seed in range(3) for cell in (base, causal)]
@@ -148,6 +168,10 @@ def cells(base: Cell) -> list[Cell]:
     pairs = base.groups * base.group_size
     found += [replace(base, group_size=size, groups=pairs // size) for size in (4, 8, 16) if size != base.group_size]
     found += [replace(base, tuning="lora", learning_rate=rate) for rate in (2e-4, 1e-3)]
+    few = replace(base, rows=scored_rows)
+    found += [cell for cell in (few, replace(few, negatives="mined")) if cell not in found]
+    student = replace(few, layers=max(2, base.layers // 5))
+    found += [replace(student, loss=loss) for loss in (base.loss, "mse", "kl_div")]
     found += [replace(base, learning_rate=base.learning_rate * factor) for factor in (0.5, 2)]
     found += [replace(base, max_length=length) for length in (192, 384)]
     found += [replace(base, temperature=temperature) for temperature in (0.5, 2.0)]
@@ -155,40 +179,55 @@ def cells(base: Cell) -> list[Cell]:
     return found
 
 
-def write_rows(data: Path, mix: str, negatives: str, output: Path) -> tuple[dict[Path, float], Path]:
+def write_rows(cell: Cell, data: Path, output: Path, teacher: Path | None) -> tuple[dict[Path, float], Path]:
     """
-    Writes the rows of a mix, without `HELD_OUT_GROUPS` rows that are spread over its sets in proportion.
+    Writes the rows of a cell, without `HELD_OUT_GROUPS` rows that are spread over its sets in proportion. Files that a
+    teacher has scored are not written again.
 
     Args:
+        cell: names the mix, the kind of the negatives and the number of rows. The held-out rows keep their negatives.
         data: a folder with `NAME-train.jsonl.gz`.
-        mix: a name in `MIXES`.
-        negatives: see [`Cell`]. The held-out rows keep their own.
-        output: where the files are written.
+        output: the folder of all rows.
+        teacher: scores the rows if the cell needs it.
 
     Returns:
         the files of training rows with their weights, and the file of the held-out rows.
     """
+    kind = "scored" if needs_teacher(cell.loss) else cell.negatives
+    output = output / f"{cell.mix}-{kind}-{cell.rows}"
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
+    mix = MIXES[cell.mix]
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in MIXES[mix]:
+    for name in mix:
         with gzip.open(data / f"{name}-train.jsonl.gz", "rt", encoding="utf-8") as file:
             rows[name] = [json.loads(line) for line in file]
         rng.shuffle(rows[name])
-    shown = {name: len(rows[name]) * weight for name, weight in MIXES[mix].items()}
+    shown = {name: len(rows[name]) * weight for name, weight in mix.items()}
     held_out: list[dict[str, Any]] = []
     weights = {}
-    for name, weight in MIXES[mix].items():
+    for name, weight in mix.items():
         count = max(1, round(HELD_OUT_GROUPS * shown[name] / sum(shown.values())))
         held_out += rows[name][:count]
         kept = rows[name][count:]
-        if negatives == "mixed":
+        if cell.negatives != "bm25":
             add_random_negatives(kept, rng)
+        if cell.rows:  # each of them is shown once
+            kept, weight = kept[: max(1, round(cell.rows * shown[name] / sum(shown.values())))], 1.0
         path = output / f"{name}.jsonl"
-        write_lines(path, kept)
+        if cell.needs_teacher and not path.exists():
+            kept = score_rows(kept, teacher, ALL if kind == "scored" else Selection())
+        if not cell.needs_teacher or not path.exists():
+            write_lines(path, kept)
         weights[path] = weight
     write_lines(output / "held-out.jsonl", held_out)
     return weights, output / "held-out.jsonl"
+
+
+def score_rows(rows: list[dict[str, Any]], teacher: Path | None, selection: Selection) -> list[dict[str, Any]]:
+    """Returns rows with the negatives that a selection takes, and the scores of the teacher."""
+    mined = mine_negatives(CrossEncoder(teacher), rows, selection, ignore_identical_ids=False)
+    return [row.fields for row in mined if row.fields["neg_doc"]]
 
 
 def add_random_negatives(rows: list[dict[str, Any]], rng: random.Random) -> None:
@@ -207,8 +246,8 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_eval_set(data: Path, name: str, depth: int) -> Dataset:
     """Returns an evaluation set with the texts of the first `depth` documents per query."""
-    folder, run, start = EVAL_SETS[name]
-    found = load_dataset(data / folder, run=run, depth=depth)
+    folder, start, _ = EVAL_SETS[name]
+    found = load_dataset(data / folder, run=FIRST_STAGE, depth=depth)
     return found._replace(qrels={key: judged for key, judged in found.qrels.items() if key.startswith(start)})
 
 

@@ -12,6 +12,7 @@ from benchmarks import study
 from benchmarks.cells import Cells
 from benchmarks.findings import by_setting, compare_sets, compare_settings, effect, pooled, same_seeds
 from benchmarks.study import BASE, Cell, decode_values, encode_values, write_rows
+from llama_bidir import CrossEncoder
 from llama_bidir.training.recipes import load_recipe
 
 CELL = Cell(layers=1, steps=10, groups=2, learning_rate=1e-3, max_length=32)
@@ -28,8 +29,10 @@ def row(cell, values):
 @pytest.mark.parametrize("device", BASE)
 def test_cells_differ_and_begin_with_the_mask(device):
     base = BASE[device]
-    cells = study.cells(base)
+    cells = study.cells(base, study.SCORED_ROWS[device])
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
+    assert [cell.loss for cell in cells if cell.layers != base.layers] == ["listwise_cross_entropy", "mse", "kl_div"]
+    assert [cell.negatives for cell in cells if cell.needs_teacher] == ["mined", "mixed", "mixed"]
     assert [(cell.mask, cell.pooling, cell.seed) for cell in cells[:6]] == [
         (mask, pooling, seed) for seed in range(3) for mask, pooling in (("bidirectional", "avg"), ("causal", "last"))
     ]
@@ -63,7 +66,8 @@ def data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("negatives", ["bm25", "mixed"])
 def test_held_out_rows_are_not_trained_on(data, negatives):
-    weights, held_out = write_rows(data, "mix", negatives, data / "rows")
+    cell = replace(CELL, mix="mix", negatives=negatives)
+    weights, held_out = write_rows(cell, data, data / "rows", None)
     assert [(path.name, weight) for path, weight in weights.items()] == [("a.jsonl", 1.0), ("b.jsonl", 2.0)]
     trained = [json.loads(line) for path in weights for line in path.read_text().splitlines()]
     held = [json.loads(line) for line in held_out.read_text().splitlines()]
@@ -80,6 +84,25 @@ def test_held_out_rows_are_not_trained_on(data, negatives):
         assert all(other[0] == each["query"][0] and other.endswith(" +") for other in others)
         assert each["pos_doc"][0] not in others
     assert all(len(each["neg_doc"]) == 2 for each in held)
+
+
+def test_a_teacher_scores_rows_once(data, reranker_checkpoint, monkeypatch):
+    scored = replace(CELL, mix="mix", loss="mse", rows=9)
+    weights, _ = write_rows(scored, data, data / "rows", reranker_checkpoint)
+    assert [*weights.values()] == [1.0, 1.0]
+    rows = [json.loads(line) for path in weights for line in path.read_text().splitlines()]
+    assert [row["query"][0] for row in rows] == ["a"] * 2 + ["b"] * 7
+    for row in rows:
+        assert 0 < len(row["neg_doc"]) == len(row["neg_score"]) <= 4  # less those of the same words
+        expected = CrossEncoder(reranker_checkpoint).predict([(row["query"], text) for text in row["neg_doc"]])
+        np.testing.assert_allclose(row["neg_score"], expected, rtol=1e-5)
+    mined, _ = write_rows(replace(scored, loss="ranknet", negatives="mined"), data, data / "rows", reranker_checkpoint)
+    kept = [json.loads(line) for path in mined for line in path.read_text().splitlines()]
+    assert 0 < len(kept) <= 9
+    assert all(score < row["pos_score"][0] for row in kept for score in row["neg_score"])
+    # The second time, the files are there.
+    monkeypatch.setattr(study, "CrossEncoder", None)
+    assert write_rows(scored, data, data / "rows", reranker_checkpoint)[0] == weights
 
 
 def test_a_row_of_any_machine_counts(tmp_path):

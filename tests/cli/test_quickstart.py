@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,14 +96,18 @@ def test_every_block_of_the_readme_prints_what_it_says(quickstart_output, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "num_blocks"), [("scoring.md", 4), ("training.md", 1)])
+@pytest.mark.parametrize(("page", "num_blocks"), [("scoring.md", 6), ("training.md", 1)])
 def test_a_page_prints_what_it_says(page, num_blocks, quickstart_output, tmp_path):
     """Each page is one script, from top to bottom."""
     pytest.importorskip("torchao")
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     assert len(code) == text.count("```python") == num_blocks
-    (tmp_path / "quickstart-output").symlink_to(quickstart_output.folder)
+    shutil.copytree(quickstart_output.folder, tmp_path / "quickstart-output")
+    commands = re.findall(r"^llama-bidir (calibrate .*)$", text, flags=re.MULTILINE)
+    assert len(commands) == (page == "scoring.md")
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "llama_bidir", *command.split()], cwd=tmp_path, check=True)
     printed = run_python("\n".join(block for block, _ in code), tmp_path)
     expected = "".join(output for _, output in code)
     assert printed.endswith(expected) if "trainer" in text else printed == expected
