@@ -20,7 +20,7 @@ from .. import __version__
 from ..utils.errors import InputTypeError, ScoreError
 from ..utils.launch import check_launch, launch_number, leave_process_group
 from ..utils.names import nearest
-from . import calibrate, evaluate, export, merge, mine, quantize, quickstart, recipes, rerank, train
+from . import calibrate, evaluate, export, merge, mine, quantize, quickstart, recipes, rerank, serve, train
 
 VERBS = {
     "quickstart": quickstart,
@@ -33,6 +33,7 @@ VERBS = {
     "merge": merge,
     "quantize": quantize,
     "calibrate": calibrate,
+    "serve": serve,
 }
 BAD_INPUT = (ValueError, InputTypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError)
 

@@ -1,0 +1,1 @@
+"""An HTTP server for a reranker, with the requests of Cohere, Jina, vLLM and Text Embeddings Inference."""

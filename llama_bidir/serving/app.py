@@ -1,0 +1,262 @@
+"""The routes of the server."""
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from .. import __version__
+from ..utils.errors import ScoreError
+from .batching import ClosedError, QueueFullError
+from .metrics import Metrics
+from .requests import (
+    BodyError,
+    RerankBody,
+    ScoreBody,
+    TeiBody,
+    read_rerank,
+    read_score,
+    rerank_answer,
+    score_answer,
+    tei_answer,
+)
+from .scorer import ServedReranker, TooManyTokensError
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499  # nginx's status of a client that has hung up; nobody receives it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """
+    What a request may ask for.
+
+    Args:
+        body_bytes: the size of its body.
+        documents: the number of its documents.
+        seconds: the time until its answer.
+    """
+
+    body_bytes: int = 16 * 2**20
+    documents: int = 10_000
+    seconds: float = 300.0
+
+
+class RefusedError(Exception):
+    """A request that gets no scores: its HTTP status, the message, and further headers of the answer."""
+
+    def __init__(self, status: int, message: str, **headers: str):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+def make_app(
+    reranker: ServedReranker, metrics: Metrics, *, limits: Limits | None = None, api_key: str | None = None
+) -> FastAPI:
+    """
+    Returns the application.
+
+    Args:
+        reranker: computes the scores.
+        metrics: counts the requests.
+        limits: of a request.
+        api_key: what a client must send as `Authorization: Bearer KEY`, except to `/health` and `/`. None lets everyone
+            ask.
+    """
+    limits = limits or Limits()
+    app = FastAPI(title="llama-bidir", version=__version__, summary=f"Reranking with {reranker.name}")
+    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if api_key is not None and not hmac.compare_digest(given, api_key.encode()):
+            raise RefusedError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+
+    async def answer(request: Request, respond: Callable[[Any, float], Awaitable[Any]]) -> Response:
+        """Reads a body, answers it, counts the outcome, and logs one line without any text of the request."""
+        started, route = time.monotonic(), request.url.path
+        status, is_tei = 200, False
+        headers: dict[str, str] = {}
+        try:
+            check_key(request)
+            content = _parse(await _read_body(request, limits.body_bytes))
+            is_tei = isinstance(content, dict) and "texts" in content
+            answered = await respond(content, started + limits.seconds)
+        except Exception as error:
+            status, headers, message = _outcome(error)
+            answered = _error_body(status, message, is_tei=is_tei)
+            if status >= 500:  # the message could quote the texts of the request
+                logger.error(f"{route} {status} {type(error).__name__}")
+                logger.debug(message, exc_info=error)
+        seconds = time.monotonic() - started
+        metrics.requests.labels(route, status).inc()
+        metrics.seconds.labels(route).observe(seconds)
+        metrics.waiting.set(reranker.batcher.num_waiting)
+        logger.info(f"{route} {status} {1000 * seconds:.0f} ms")
+        return JSONResponse(answered, status_code=status, headers=headers)
+
+    async def score(
+        request: Request, pairs: list[tuple[str, str]], instruction: str | None, deadline: float, *, cuts: bool = True
+    ) -> tuple[torch.Tensor, int]:
+        """Returns the logits of pairs and the number of their tokens."""
+        if len(pairs) > limits.documents:
+            raise RefusedError(422, f"documents: at most {limits.documents} are allowed, got {len(pairs)}")
+        encoded = await run_in_threadpool(reranker.encode, pairs, instruction)
+        if encoded.num_truncated and not cuts:
+            longest = reranker.cross_encoder.config.rerank_max_length
+            raise RefusedError(
+                422, f"{encoded.num_truncated} inputs have more than {longest} tokens: send truncate: true to cut them"
+            )
+        future = asyncio.wrap_future(reranker.submit(encoded))
+        left = asyncio.ensure_future(_wait_until_left(request))
+        try:
+            waited: set[asyncio.Future[Any]] = {future, left}
+            await asyncio.wait(waited, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+            if left.done() and not future.done():
+                raise RefusedError(CLIENT_LEFT, "the client has hung up")
+            if not future.done():
+                raise RefusedError(504, f"no answer within {limits.seconds:g} s: send fewer documents, or ask later")
+            values = reranker.scores(encoded, await future)
+        finally:
+            left.cancel()
+            future.cancel()  # frees the place in the queue
+        metrics.pairs.inc(len(pairs))
+        return values, encoded.num_tokens
+
+    async def rerank(request: Request) -> Response:
+        async def respond(content: Any, deadline: float) -> Any:
+            body = read_rerank(content)
+            texts = body.texts
+            pairs = [(body.query, text) for text in texts]
+            if isinstance(body, TeiBody):
+                values, _ = await score(request, pairs, body.instruction, deadline, cuts=body.truncate)
+                scores = values.tolist() if body.raw_scores else reranker.normalize(values)
+                return tei_answer(body, scores, order=values.tolist())
+            values, num_tokens = await score(request, pairs, body.instruction, deadline)
+            return rerank_answer(
+                body,
+                reranker.activate(values),
+                order=values.tolist(),
+                model=reranker.name,
+                num_tokens=num_tokens,
+                is_first_version=not request.url.path.startswith("/v2"),
+            )
+
+        return await answer(request, respond)
+
+    async def score_pairs(request: Request) -> Response:
+        async def respond(content: Any, deadline: float) -> Any:
+            body = read_score(content)
+            values, num_tokens = await score(request, body.pairs(), body.instruction, deadline)
+            return score_answer(reranker.activate(values), model=reranker.name, num_tokens=num_tokens)
+
+        return await answer(request, respond)
+
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        app.post(path, summary="Rank documents for a query", openapi_extra=_schema(RerankBody, TeiBody))(rerank)
+    for path in ("/score", "/v1/score"):
+        app.post(path, summary="Score pairs", openapi_extra=_schema(ScoreBody))(score_pairs)
+
+    @app.exception_handler(RefusedError)
+    async def refuse(request: Request, error: RefusedError) -> Response:
+        return JSONResponse(_error_body(error.status, str(error)), status_code=error.status, headers=error.headers)
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/health", summary="Whether the server is ready")
+    async def health() -> dict[str, str]:
+        return {"status": "ready"}
+
+    @app.get("/v1/models", summary="The reranker that is served")
+    async def models(request: Request) -> dict[str, Any]:
+        check_key(request)
+        length = reranker.cross_encoder.config.rerank_max_length
+        entry = {"id": reranker.name, "object": "model", "owned_by": "llama-bidir", "max_model_len": length}
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/metrics", summary="Counters for Prometheus")
+    async def show_metrics(request: Request) -> Response:
+        check_key(request)
+        metrics.waiting.set(reranker.batcher.num_waiting)
+        text, content_type = metrics.text()
+        return Response(text, media_type=content_type)
+
+    return app
+
+
+def _schema(*bodies: Any) -> dict[str, Any]:
+    """Returns the description of a body for `/docs`."""
+    schemas = [body.model_json_schema() for body in bodies]
+    for schema in schemas:
+        schema.pop("$defs", None)
+    schema = schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
+    text = json.dumps(schema).replace('{"$ref": "#/$defs/Document"}', '{"type": "object", "required": ["text"]}')
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": json.loads(text)}}}}
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    message = f"the body has more than {limit} bytes: send fewer or shorter documents"
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise RefusedError(413, message)
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise RefusedError(413, message)
+    return bytes(body)
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BodyError(f"the body is not JSON: {error}") from None
+
+
+async def _wait_until_left(request: Request) -> None:
+    """Returns when the client has hung up. The body has been read, so nothing else arrives."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _outcome(error: Exception) -> tuple[int, dict[str, str], str]:
+    """Returns the HTTP status, the headers and the message of a request that has failed."""
+    message = str(error).partition("\n")[0]
+    if isinstance(error, RefusedError):
+        return error.status, error.headers, message
+    if isinstance(error, QueueFullError):
+        return 429, {"Retry-After": str(math.ceil(error.retry_after))}, message
+    if isinstance(error, ClosedError):
+        return 503, {"Retry-After": "1"}, message
+    if isinstance(error, TooManyTokensError):
+        return 413, {}, message
+    if isinstance(error, torch.OutOfMemoryError):
+        return 507, {}, f"the device has no memory for this request: {message}"
+    if isinstance(error, ScoreError):
+        return 500, {}, message
+    if isinstance(error, ValueError):  # of the body, or of a text that cannot be encoded
+        return 422, {}, message
+    return 500, {}, f"{type(error).__name__}: {message}"
+
+
+def _error_body(status: int, message: str, *, is_tei: bool = False) -> dict[str, Any]:
+    """Returns the body of an error, in the shape of the client's API."""
+    if is_tei:
+        return {"error": message, "error_type": "Validation" if status < 500 else "Backend"}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "error": {"message": message, "type": kind, "code": status}}

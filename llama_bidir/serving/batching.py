@@ -1,0 +1,215 @@
+"""Requests that arrive while a batch is computed share the next one."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from ..scoring.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+# How much the last batch counts in the mean speed.
+SMOOTHING = 0.2
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may. `retry_after` is the number of seconds after which to ask again."""
+
+    def __init__(self, num_waiting: int, retry_after: float):
+        super().__init__(f"{num_waiting} requests are waiting, which is the limit: ask again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class ClosedError(Exception):
+    """The server is stopping."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """
+    A request that waits for its scores.
+
+    Args:
+        sequences: the token ids of its pairs.
+        future: gets float32 logits of shape `(num_sequences, num_labels)`, in the order of `sequences`.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    future: "Future[torch.Tensor]" = field(default_factory=Future)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    num_done: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each sequence that is not scored yet."""
+        return [len(ids) for ids in self.sequences[self.num_done :]]
+
+
+def share(lengths: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """
+    Decides how many sequences of each request the next batch takes. First, each request in turn gets an equal share of
+    the tokens, so a large request does not delay the small ones behind it. Then the requests that came first get what
+    is left.
+
+    Args:
+        lengths: for each request, in the order of arrival, the tokens of its remaining sequences, which are at least 1.
+        budget: the tokens of the batch. It is exceeded only by a single sequence that is longer.
+
+    Returns:
+        the number of sequences to take from the start of each request. The first request always gets one.
+    """
+    taken = [0] * len(lengths)
+    left = budget
+    for limit in (budget // max(1, len(lengths)), budget):
+        for number, remaining in enumerate(lengths):
+            spent = sum(remaining[: taken[number]])
+            while taken[number] < len(remaining):
+                length = remaining[taken[number]]
+                is_first = left == budget
+                fits = length <= left and (spent + length <= limit or taken[number] == 0)
+                if not (fits or is_first):
+                    break
+                taken[number] += 1
+                spent += length
+                left -= length
+    return taken
+
+
+class Batcher:
+    """
+    Scores the sequences of many requests on one thread, batch by batch.
+
+    Args:
+        engine: returns what computes logits. It is called for each batch.
+        recover: called after a batch has failed, for example to stop worker processes.
+        max_tokens: the most tokens of a batch.
+        max_waiting: the most requests that wait or are computed.
+        on_batch: called with the sequences, the tokens and the seconds of each batch.
+    """
+
+    def __init__(
+        self,
+        engine: Callable[[], Engine],
+        *,
+        max_tokens: int,
+        max_waiting: int,
+        recover: Callable[[], None] = lambda: None,
+        on_batch: Callable[[int, int, float], None] = lambda sequences, tokens, seconds: None,
+    ):
+        self._engine, self._recover, self._on_batch = engine, recover, on_batch
+        self.max_tokens, self.max_waiting = max_tokens, max_waiting
+        self._tickets: list[Ticket] = []
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._tokens_per_second: float | None = None
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """The requests that wait or are computed."""
+        return len(self._tickets)
+
+    def submit(self, sequences: Sequence[Sequence[int]]) -> "Future[torch.Tensor]":
+        """
+        Adds a request. Cancel the future if nobody waits for it any more.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            ClosedError: the batcher is closing.
+        """
+        ticket = Ticket(sequences)
+        with self._changed:
+            if self._is_closing:
+                raise ClosedError("the server is stopping")
+            self._drop_done()
+            if len(self._tickets) >= self.max_waiting:
+                raise QueueFullError(len(self._tickets), self._estimate_wait())
+            self._tickets.append(ticket)
+            self._changed.notify()
+        return ticket.future
+
+    def close(self) -> None:
+        """Finishes the requests that are there, takes no new ones, and ends the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _drop_done(self) -> None:
+        """Forgets the requests that are answered or cancelled."""
+        self._tickets = [ticket for ticket in self._tickets if not ticket.future.done()]
+
+    def _estimate_wait(self) -> float:
+        tokens = sum(sum(ticket.lengths) for ticket in self._tickets)
+        return max(1.0, tokens / self._tokens_per_second) if self._tokens_per_second else 1.0
+
+    def _run(self) -> None:
+        while (batch := self._next()) is not None:
+            started = time.perf_counter()
+            sequences = [ids for ticket, part in batch for ids in ticket.sequences[part]]
+            try:
+                self._deliver(batch, self._score(sequences))
+            except Exception as error:
+                logger.error(
+                    f"a batch of {len(batch)} requests failed and is tried again: {type(error).__name__}: {error}"
+                )
+                self._score_alone(batch)
+            num_tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
+            speed = num_tokens / max(seconds, 1e-9)
+            before = self._tokens_per_second
+            self._tokens_per_second = speed if before is None else before + SMOOTHING * (speed - before)
+            self._on_batch(len(sequences), num_tokens, seconds)
+
+    def _next(self) -> list[tuple[Ticket, slice]] | None:
+        """Waits for requests. Returns the next batch, or None when the batcher is closed and nothing is left."""
+        with self._changed:
+            while True:
+                self._drop_done()
+                if self._tickets:
+                    break
+                if self._is_closing:
+                    return None
+                self._changed.wait()
+            counts = share([ticket.lengths for ticket in self._tickets], self.max_tokens)
+            return [
+                (ticket, slice(ticket.num_done, ticket.num_done + count))
+                for ticket, count in zip(self._tickets, counts, strict=True)
+                if count
+            ]
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        return self._engine().logits(sequences, max_tokens=None, max_sequences=None, on_tokens=lambda tokens: None)
+
+    def _score_alone(self, batch: Sequence[tuple[Ticket, slice]]) -> None:
+        """Scores each request of a failed batch on its own. Only those that fail again get an error."""
+        for ticket, part in batch:
+            self._recover()
+            try:
+                self._deliver([(ticket, part)], self._score(ticket.sequences[part]))
+            except Exception as error:
+                logger.error(f"a request of {len(ticket.sequences)} pairs failed: {type(error).__name__}: {error}")
+                _finish(ticket, error)
+
+    def _deliver(self, batch: Sequence[tuple[Ticket, slice]], logits: torch.Tensor) -> None:
+        rows: Iterator[torch.Tensor] = iter(logits.split([part.stop - part.start for _, part in batch]))
+        for (ticket, part), own in zip(batch, rows, strict=True):
+            ticket.logits.append(own)
+            ticket.num_done = part.stop
+            if ticket.num_done == len(ticket.sequences):
+                _finish(ticket, None)
+
+
+def _finish(ticket: Ticket, error: Exception | None) -> None:
+    """Sets the outcome of a request, unless it has been cancelled in the meantime."""
+    if not ticket.future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        ticket.future.set_result(torch.cat(ticket.logits))
+    else:
+        ticket.future.set_exception(error)

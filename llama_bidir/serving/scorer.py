@@ -1,0 +1,147 @@
+"""A reranker behind the server: texts to scores, batched with those of other requests."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cross_encoder import CrossEncoder
+from ..prompts import Pair, PromptEncoder
+from ..scoring.finite import find_cause
+from ..scoring.pipeline import check_one_label, distinct
+from ..scoring.probability import resolve_activation
+from ..utils.errors import ScoreError
+from ..utils.validation import check_text
+from .batching import Batcher
+
+
+class TooManyTokensError(ValueError):
+    """A request has more tokens than the limit."""
+
+
+class Encoded(NamedTuple):
+    """
+    The token ids of a request.
+
+    Args:
+        sequences: one per window of each distinct pair.
+        num_windows: of each distinct pair.
+        positions: for each pair of the request, which distinct pair it is.
+        num_truncated: how many distinct pairs lost tokens.
+    """
+
+    sequences: list[list[int]]
+    num_windows: list[int]
+    positions: list[int]
+    num_truncated: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that are computed."""
+        return sum(map(len, self.sequences))
+
+
+class ServedReranker:
+    """
+    Scores requests. The score of a pair does not depend on the requests that share its batch.
+
+    Args:
+        cross_encoder: the reranker, with one label.
+        name: what the answers call it.
+        activation_fn: of the scores, as in [`CrossEncoder`]; None gives raw logits.
+        max_tokens_per_batch: chosen for the device when None.
+        max_tokens_per_request, max_waiting: limits of a request and of the queue.
+        on_batch: see [`Batcher`].
+    """
+
+    def __init__(
+        self,
+        cross_encoder: CrossEncoder,
+        name: str,
+        *,
+        activation_fn: Any = None,
+        max_tokens_per_batch: int | None = None,
+        max_tokens_per_request: int = 1_000_000,
+        max_waiting: int = 2048,
+        **batching: Any,
+    ):
+        check_one_label(cross_encoder.config, "serving")
+        self.cross_encoder, self.name = cross_encoder, name
+        self.activation_fn = resolve_activation(activation_fn, cross_encoder.config)
+        self.max_tokens_per_request = max_tokens_per_request
+        self._encoder = PromptEncoder.from_config(cross_encoder.tokenizer, cross_encoder.config)
+        # As many tokens as keep all parallel calls of a CPU busy.
+        max_tokens = max_tokens_per_batch or 2 * cross_encoder.engine().token_budget()
+        self.batcher = Batcher(
+            cross_encoder.engine,
+            max_tokens=max_tokens,
+            max_waiting=max_waiting,
+            recover=cross_encoder.close,
+            **batching,
+        )
+
+    def encode(self, pairs: Sequence[tuple[str, str]], instruction: str | None) -> Encoded:
+        """
+        Renders and tokenizes pairs.
+
+        Raises:
+            ValueError: the template has no field for the instruction, or leaves no room for a pair.
+            TooManyTokensError: the request is too large.
+        """
+        for name, texts in (("query", {query for query, _ in pairs}), ("document", [text for _, text in pairs])):
+            for text in texts:
+                check_text(name, text)
+        with_instruction: list[Pair] = [(query, passage, instruction) for query, passage in pairs]
+        unique, positions = distinct(with_instruction)
+        encoded = self._encoder.encode(unique, long_document=self.cross_encoder.long_document)
+        found = Encoded(encoded.input_ids, encoded.num_windows, positions, encoded.num_truncated)
+        if found.num_tokens > self.max_tokens_per_request:
+            raise TooManyTokensError(
+                f"the request has {found.num_tokens} tokens, and at most {self.max_tokens_per_request} are allowed: "
+                "send fewer or shorter documents"
+            )
+        return found
+
+    def submit(self, encoded: Encoded) -> "Future[torch.Tensor]":
+        """Returns the logits to come. Raises as [`Batcher.submit`] does."""
+        return self.batcher.submit(encoded.sequences)
+
+    def scores(self, encoded: Encoded, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the float32 logits of the pairs of a request, from those of its sequences.
+
+        Raises:
+            ScoreError: one is NaN or infinite.
+        """
+        values = torch.stack([windows.amax() for windows in logits.split(encoded.num_windows)])[encoded.positions]
+        if not values.isfinite().all():
+            position = int((~values.isfinite()).nonzero()[0])
+            raise ScoreError(f"the score of document {position} is {float(values[position])}: {self.explain()}")
+        return values
+
+    def activate(self, values: torch.Tensor) -> list[float]:
+        """Returns the scores that the server gives for logits."""
+        scores: list[float] = (values if self.activation_fn is None else self.activation_fn(values)).tolist()
+        return scores
+
+    def normalize(self, values: torch.Tensor) -> list[float]:
+        """Returns numbers between 0 and 1: calibrated probabilities if there are any, else the sigmoid."""
+        has_calibration = self.cross_encoder.config.calibration is not None
+        activation = resolve_activation("probability" if has_calibration else torch.sigmoid, self.cross_encoder.config)
+        assert activation is not None
+        scores: list[float] = activation(values).tolist()
+        return scores
+
+    def explain(self) -> str:
+        """Returns the likely cause of a score that is not finite."""
+        return str(find_cause(self.cross_encoder.model))
+
+    def warm_up(self) -> None:
+        """Scores a short and a long pair, which allocates memory and starts worker processes."""
+        self.submit(self.encode([("warm", "up"), ("warm", "up " * 4096)], None)).result()
+
+    def close(self) -> None:
+        """Finishes what has begun, and stops worker processes."""
+        self.batcher.close()
+        self.cross_encoder.close()

@@ -1,0 +1,121 @@
+"""How requests share batches: order, fairness, limits, failures and cancelled requests."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from llama_bidir.serving.batching import Batcher, ClosedError, QueueFullError, share
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        ([], 10, []),
+        ([[4, 4, 4]], 10, [2]),
+        ([[4, 4], [3]], 20, [2, 1]),
+        ([[40]], 10, [1]),  # longer than a batch, alone
+        ([[40], [1]], 10, [1, 0]),
+        ([[5] * 100, [5], [5]], 30, [4, 1, 1]),  # a third each, then the rest to the first
+        ([[5] * 100, [5] * 100], 30, [3, 3]),
+        ([[9], [9], [9]], 20, [1, 1, 0]),  # first come, first served where not all fit
+        ([[1] * 3, [], [1] * 3], 4, [3, 0, 1]),
+    ],
+)
+def test_a_batch_is_shared(lengths, budget, expected):
+    assert share(lengths, budget) == expected
+
+
+class FakeEngine:
+    """Logits are the sums of the token ids. Each batch waits for `go`, if it is given."""
+
+    def __init__(self, go=None):
+        self.batches, self.go, self.fails = [], go, lambda sequences: False
+
+    def logits(self, sequences, **options):
+        if self.go is not None:
+            assert self.go.acquire(timeout=10)
+        self.batches.append([list(ids) for ids in sequences])
+        if self.fails(sequences):
+            raise RuntimeError("out of order")
+        return torch.tensor([[float(sum(ids))] for ids in sequences])
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def make(engine, **options):
+        made.append(Batcher(lambda: engine, **{"max_tokens": 10, "max_waiting": 100, **options}))
+        return made[-1]
+
+    yield make
+    for batcher in made:
+        batcher.close()
+
+
+def test_requests_that_wait_share_the_next_batch_and_a_large_one_starves_nobody(make):
+    go = threading.Semaphore(0)
+    engine = FakeEngine(go)
+    batcher = make(engine)
+    first = batcher.submit([[1]])
+    while len(batcher._tickets) != 1 or engine.batches:  # until the thread computes it
+        time.sleep(0.001)
+    time.sleep(0.05)
+    large = batcher.submit([[number] for number in range(30)])
+    small = batcher.submit([[7], [8]])
+    go.release(2)
+    assert small.result(timeout=10).tolist() == [[7.0], [8.0]]
+    assert not large.done()  # 8 of its 30 sequences are
+    go.release(10)
+    assert large.result(timeout=10).flatten().tolist() == [float(number) for number in range(30)]
+    assert first.result(timeout=10).tolist() == [[1.0]]
+    assert engine.batches[:2] == [[[1]], [[number] for number in range(8)] + [[7], [8]]]
+    assert all(len(batch) <= 10 for batch in engine.batches)
+
+
+def test_a_request_that_fails_does_not_fail_the_others(make):
+    go = threading.Semaphore(0)
+    engine, recovered = FakeEngine(go), []
+    engine.fails = lambda sequences: [13] in sequences
+    batcher = make(engine, recover=lambda: recovered.append(1))
+    good, bad, other = batcher.submit([[1]]), batcher.submit([[13]]), batcher.submit([[2]])
+    go.release(100)
+    assert (good.result(timeout=10).item(), other.result(timeout=10).item()) == (1.0, 2.0)
+    with pytest.raises(RuntimeError, match="out of order"):
+        bad.result(timeout=10)
+    assert recovered
+    assert batcher.submit([[3]]).result(timeout=10).item() == 3.0  # and the thread lives
+
+
+def test_a_cancelled_request_frees_its_place(make):
+    go = threading.Semaphore(0)
+    engine = FakeEngine(go)
+    batcher = make(engine, max_waiting=2)
+    running = batcher.submit([[1]])
+    time.sleep(0.05)
+    waiting = batcher.submit([[2]] * 50)
+    with pytest.raises(QueueFullError, match="2 requests are waiting, which is the limit") as raised:
+        batcher.submit([[3]])
+    assert raised.value.retry_after >= 1
+    assert waiting.cancel()
+    after = batcher.submit([[4]])
+    go.release(2)
+    assert running.result(timeout=10).item() == 1.0
+    assert after.result(timeout=10).item() == 4.0
+    assert [2] not in [ids for batch in engine.batches for ids in batch]
+
+
+def test_closing_finishes_what_is_there(make):
+    go = threading.Semaphore(0)
+    batcher = make(FakeEngine(go))
+    futures = [batcher.submit([[number]] * 4) for number in range(5)]
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    time.sleep(0.05)
+    with pytest.raises(ClosedError, match="the server is stopping"):
+        batcher.submit([[1]])
+    go.release(100)
+    closing.join(timeout=10)
+    assert [future.result(timeout=1)[0].item() for future in futures] == [0.0, 1.0, 2.0, 3.0, 4.0]

@@ -1,0 +1,114 @@
+"""The server as a process, asked by clients that others wrote, and stopped by a signal."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import numpy as np
+import pytest
+from helpers import make_model, make_tokenizer
+
+from llama_bidir import CrossEncoder
+from llama_bidir.cli import main
+
+for module in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(module)
+
+QUERY = "where do bees find their way?"
+DOCUMENTS = ["Honey bees navigate by the sun.", "The hive was painted white.", "Paris lies on the Seine."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    model = make_model(rerank_max_length=64)
+    CrossEncoder(model, make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>")).save_pretrained(folder / "tiny")
+    (folder / "key").write_text("secret-key\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """Starts a server with an API key. Returns its URL and the process."""
+    command = [sys.executable, "-m", "llama_bidir", "serve", "--model", "tiny", "--port", "0", "--api-key-file", "key"]
+    log = (folder / "log").open("w")
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        line = process.stdout.readline()
+        found = re.fullmatch(r"ready: (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, (line, (folder / "log").read_text())
+        yield found[1], process
+        process.kill()
+
+
+@pytest.fixture
+def expected(folder):
+    return CrossEncoder(folder / "tiny").rank(QUERY, DOCUMENTS)
+
+
+def assert_same(results, expected):
+    assert [index for index, _ in results] == [each["corpus_id"] for each in expected]
+    np.testing.assert_allclose([score for _, score in results], [each["score"] for each in expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("client", ["Client", "ClientV2"])
+def test_cohere(server, expected, client):
+    cohere = pytest.importorskip("cohere")
+    made = getattr(cohere, client)(api_key="secret-key", base_url=server[0])
+    answer = made.rerank(model="tiny", query=QUERY, documents=DOCUMENTS, top_n=2)
+    assert_same([(each.index, each.relevance_score) for each in answer.results], expected[:2])
+    with pytest.raises(cohere.core.ApiError) as raised:
+        getattr(cohere, client)(api_key="wrong", base_url=server[0]).rerank(
+            model="tiny", query=QUERY, documents=DOCUMENTS
+        )
+    assert raised.value.status_code == 401
+
+
+def test_litellm(server, expected, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    for provider, base in (("cohere", f"{server[0]}/v1/rerank"), ("hosted_vllm", server[0])):
+        answer = litellm.rerank(
+            model=f"{provider}/tiny", query=QUERY, documents=DOCUMENTS, api_key="secret-key", api_base=base
+        )
+        assert_same([(each["index"], each["relevance_score"]) for each in answer.results], expected)
+
+
+def test_a_signal_finishes_what_has_begun(folder, expected):
+    command = [sys.executable, "-m", "llama_bidir", "serve", "--model", "tiny", "--port", "0", "--max-tokens-per-batch"]
+    with subprocess.Popen(
+        [*command, "64"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        address = process.stdout.readline().removeprefix("ready: ").strip()
+        documents = [f"{text} {number}" for number in range(700) for text in DOCUMENTS]
+        body = json.dumps({"query": QUERY, "documents": documents}).encode()
+        answers = []
+        asking = threading.Thread(
+            target=lambda: answers.append(json.loads(urllib.request.urlopen(f"{address}/rerank", body).read()))
+        )
+        asking.start()
+        while 'status="' not in (metrics := urllib.request.urlopen(f"{address}/metrics").read().decode()):
+            if "llama_bidir_waiting_requests 1.0" in metrics:
+                break
+        process.send_signal(signal.SIGTERM)
+        asking.join(timeout=60)
+        assert process.wait(timeout=20) == 0
+        assert len(answers[0]["results"]) == 2100
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_an_address_in_use_and_wrong_keys_are_told(server, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    port = server[0].rpartition(":")[2]
+    assert main(["serve", "--model", "tiny", "--port", port]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llama-bidir: error")]
+    assert f"127.0.0.1:{port}" in line
+    assert "choose another --host or --port" in line
+    (folder / "empty").write_text("\n")
+    assert main(["serve", "--model", "tiny", "--api-key-file", "empty"]) == 2
+    assert "--api-key-file: empty must hold one key of printable ASCII characters" in capsys.readouterr().err
+    assert main(["serve", "--model", "tiny", "--api-key-file", "none"]) == 2
+    assert "none" in capsys.readouterr().err
