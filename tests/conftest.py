@@ -13,7 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; tests may run beside other work
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from helpers import TEXTS, make_model, make_tokenizer, tiny_config
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from web_browser import Browser
 
 from llama_bidir import LlamaBidirectionalForSequenceClassification
 
@@ -179,3 +180,11 @@ def byte_level():
 @pytest.fixture(params=["byte_level", "llama2", "llama3", "smollm2"])
 def any_tokenizer(request):
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        yield browser
+        browser.close()

@@ -1,39 +1,14 @@
-"""The report in a real browser: Debian's chromium or chromium-headless-shell, driven over a pipe."""
+"""The report in a real browser."""
 
 import base64
-import fcntl
 import io
-import json
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from helpers import write_report
+from web_browser import DESKTOP, TEXTS, VIEWS, luminance, needs_browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
-PHONE, DESKTOP = (390, 844), (1280, 900)
-VIEWS = [(size, scheme) for size in (PHONE, DESKTOP) for scheme in ("light", "dark")]
-# For each text on the page: its colour, the colour behind it, its size on the screen in pixels, and the text.
-TEXTS = """
-[...document.querySelectorAll('h1, h2, h3, p, td, th, small, figcaption, text, .gain, .loss')]
-  .filter(element => element.textContent.trim() && element.getClientRects().length)
-  .map(element => {
-    const style = getComputedStyle(element), isChart = element.tagName === 'text';
-    let behind = element, paper = 'rgba(0, 0, 0, 0)';
-    while (behind && paper === 'rgba(0, 0, 0, 0)') {
-      paper = getComputedStyle(behind).backgroundColor;
-      behind = behind.parentElement;
-    }
-    const scale = isChart ? element.getScreenCTM().a : 1;
-    return [isChart ? style.fill : style.color, paper, scale * parseFloat(style.fontSize), element.textContent];
-  })
-"""
 CLIPPED = """
 [...document.querySelectorAll('svg text')].filter(text => {
   const box = text.getBoundingClientRect(), chart = text.ownerSVGElement.getBoundingClientRect();
@@ -41,93 +16,7 @@ CLIPPED = """
 }).map(text => text.textContent)
 """
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium: apt-get install chromium-headless-shell")
-
-
-class Browser:
-    """A headless Chromium that speaks its DevTools protocol over file descriptors 3 and 4."""
-
-    def __init__(self, profile: str):
-        (child_in, self.write), (self.read, child_out) = os.pipe(), os.pipe()
-        child_ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (child_in, child_out)]
-
-        def connect() -> None:
-            os.dup2(child_ends[0], 3)
-            os.dup2(child_ends[1], 4)
-
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-        ]
-        self.process = subprocess.Popen(
-            [str(BROWSER), *options, "about:blank"], preexec_fn=connect, pass_fds=(3, 4), stderr=subprocess.DEVNULL
-        )
-        for end in (child_in, child_out, *child_ends):
-            os.close(end)
-        self.buffer, self.number, self.session = b"", 0, None
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while True:
-            reply = self._receive()
-            if reply.get("id") == self.number:
-                assert "error" not in reply, reply
-                return reply["result"]
-            self.events.append(reply)
-
-    def open(self, path: Path, size: tuple[int, int], scheme: str) -> None:
-        is_phone = size == PHONE
-        self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=is_phone
-        )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._receive())
-
-    def evaluate(self, expression: str) -> Any:
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"]["value"]
-
-    def screenshot(self) -> bytes:
-        result = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        return base64.b64decode(result["data"])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.write)
-        os.close(self.read)
-
-    def _receive(self) -> dict[str, Any]:
-        while b"\0" not in self.buffer:
-            received = os.read(self.read, 1 << 20)
-            assert received, "the browser exited"
-            self.buffer += received
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(message)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(profile)
-        yield browser
-        browser.close()
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +24,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(tmp_path_factory.mktemp("report") / "report.html")
 
 
-def luminance(colour: str) -> float:
-    """The relative luminance of WCAG 2."""
-    channels = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 @pytest.mark.parametrize(("size", "scheme"), VIEWS)
 def test_the_page_is_readable(size, scheme, browser, page):
-    browser.open(page, size, scheme)
+    browser.open(page.as_uri(), size, scheme)
     assert browser.evaluate("document.documentElement.scrollWidth") <= size[0]
     texts = browser.evaluate(TEXTS)
     assert len(texts) > 60
@@ -160,7 +42,7 @@ def test_the_page_is_readable(size, scheme, browser, page):
 @pytest.mark.parametrize(("size", "scheme"), VIEWS)
 def test_the_charts_are_drawn(size, scheme, browser, page):
     image = pytest.importorskip("PIL.Image")
-    browser.open(page, size, scheme)
+    browser.open(page.as_uri(), size, scheme)
     pixels = np.asarray(image.open(io.BytesIO(browser.screenshot())).convert("RGB"))
     boxes = browser.evaluate(
         "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect()).map("
@@ -175,7 +57,7 @@ def test_the_charts_are_drawn(size, scheme, browser, page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_charts_have_the_colours_and_the_font_of_the_page(scheme, browser, page):
-    browser.open(page, DESKTOP, scheme)
+    browser.open(page.as_uri(), DESKTOP, scheme)
     style = "getComputedStyle(document.querySelector('{}')).{}"
     for kind in ("gain", "loss"):
         bars = browser.evaluate(style.format(f'svg [style*="{kind}"]', "fill"))
@@ -184,7 +66,7 @@ def test_the_charts_have_the_colours_and_the_font_of_the_page(scheme, browser, p
 
 
 def test_nothing_is_fetched_and_nothing_runs(browser, page):
-    browser.open(page, DESKTOP, "light")
+    browser.open(page.as_uri(), DESKTOP, "light")
     requests = [
         event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
     ]
@@ -195,7 +77,7 @@ def test_nothing_is_fetched_and_nothing_runs(browser, page):
 
 
 def test_the_page_prints(browser, page):
-    browser.open(page, DESKTOP, "dark")
+    browser.open(page.as_uri(), DESKTOP, "dark")
     browser.call(
         "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
     )
