@@ -52,9 +52,8 @@ class Ticket:
 
 def share(lengths: Sequence[Sequence[int]], budget: int) -> list[int]:
     """
-    Decides how many sequences of each request the next batch takes. First, each request in turn gets an equal share of
-    the tokens, so a large request does not delay the small ones behind it. Then the requests that came first get what
-    is left.
+    Decides how many sequences of each request the next batch takes: those of the first requests. Requests with more
+    than half a batch of tokens together get half of it if others wait, so they do not delay small ones for long.
 
     Args:
         lengths: for each request, in the order of arrival, the tokens of its remaining sequences, which are at least 1.
@@ -65,18 +64,27 @@ def share(lengths: Sequence[Sequence[int]], budget: int) -> list[int]:
     """
     taken = [0] * len(lengths)
     left = budget
-    for limit in (budget // max(1, len(lengths)), budget):
-        for number, remaining in enumerate(lengths):
-            spent = sum(remaining[: taken[number]])
-            while taken[number] < len(remaining):
-                length = remaining[taken[number]]
-                is_first = left == budget
-                fits = length <= left and (spent + length <= limit or taken[number] == 0)
-                if not (fits or is_first):
+
+    def take(numbers: Sequence[int], limit: int) -> None:
+        """Takes sequences of these requests in turn, while they fit into the limit and the batch."""
+        nonlocal left
+        spent = sum(sum(lengths[number][: taken[number]]) for number in numbers)
+        for number in numbers:
+            for length in lengths[number][taken[number] :]:
+                if spent + length > limit or length > left:
                     break
                 taken[number] += 1
                 spent += length
                 left -= length
+
+    everyone = range(len(lengths))
+    if lengths:
+        taken[0] = 1
+        left -= lengths[0][0]
+    small = [number for number in everyone if sum(lengths[number]) <= budget // 2]
+    take(small, budget // 2)
+    take([number for number in everyone if number not in small], budget // 2)
+    take(everyone, budget)
     return taken
 
 

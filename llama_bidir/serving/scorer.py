@@ -15,6 +15,9 @@ from ..utils.errors import ScoreError
 from ..utils.validation import check_text
 from .batching import Batcher
 
+# The budgets of tokens that one round of requests takes: more keep the device busier, and fewer wait less.
+ROUND = 4
+
 
 class TooManyTokensError(ValueError):
     """A request has more tokens than the limit."""
@@ -71,8 +74,8 @@ class ServedReranker:
         self.activation_fn = resolve_activation(activation_fn, cross_encoder.config)
         self.max_tokens_per_request = max_tokens_per_request
         self._encoder = PromptEncoder.from_config(cross_encoder.tokenizer, cross_encoder.config)
-        # As many tokens as keep all parallel calls of a CPU busy.
-        max_tokens = max_tokens_per_batch or 2 * cross_encoder.engine().token_budget()
+        # The engine divides these among its parallel calls or its devices.
+        max_tokens = max_tokens_per_batch or ROUND * cross_encoder.engine().token_budget()
         self.batcher = Batcher(
             cross_encoder.engine,
             max_tokens=max_tokens,

@@ -17,8 +17,10 @@ from llama_bidir.serving.batching import Batcher, ClosedError, QueueFullError, s
         ([[4, 4], [3]], 20, [2, 1]),
         ([[40]], 10, [1]),  # longer than a batch, alone
         ([[40], [1]], 10, [1, 0]),
-        ([[5] * 100, [5], [5]], 30, [4, 1, 1]),  # a third each, then the rest to the first
-        ([[5] * 100, [5] * 100], 30, [3, 3]),
+        ([[5] * 100, [5], [5]], 30, [4, 1, 1]),  # small ones pass a large one
+        ([[5] * 100, [5] * 100, [5]], 30, [5, 0, 1]),  # large ones, first come, first served
+        ([[5] * 3, [5] * 3, [5] * 3], 30, [3, 3, 0]),  # small ones are served whole
+        ([[8] * 9, [1] * 5], 10, [1, 2]),  # a large one gets a sequence, even one of more than half a batch
         ([[9], [9], [9]], 20, [1, 1, 0]),  # first come, first served where not all fit
         ([[1] * 3, [], [1] * 3], 4, [3, 0, 1]),
     ],
