@@ -123,7 +123,8 @@ class LlamaBidirectionalConfig(LlamaConfig):
             `}}` are literal braces. The default is that of NVIDIA's rerankers,
             `"question:{query} \n \n passage:{passage}"`.
         instruction (`str`, *optional*):
-            The text for `{instruction}` where a call or a row gives none. The template must have this field.
+            The text for `{instruction}` where a call or a row gives none. Unless it is empty, the template must have
+            this field.
         rerank_max_length (`int`, *optional*, defaults to 512, or `max_position_embeddings` where that is smaller):
             The maximum number of tokens of a rendered pair, including special tokens: from 8 to
             `max_position_embeddings`, or to `original_max_position_embeddings` with the rope_type `longrope`.

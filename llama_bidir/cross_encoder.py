@@ -58,6 +58,7 @@ class CrossEncoder(SavedReranker):
             multiplies bfloat16 faster, else float32.
         max_length: maximum tokens of a rendered pair, special tokens included; saved as `rerank_max_length`.
         prompt_template: text with one `{query}`, one `{passage}` and at most one `{instruction}`.
+        instruction: the text for `{instruction}` in calls that give none. It is saved with the checkpoint.
         activation_fn: applied to the logits of shape `(num_pairs,)` or `(num_pairs, num_labels)`; not saved.
             `"probability"` gives the calibrated probability of relevance (see [`~scoring.probability.Probability`]).
         num_labels: outputs of the head.
@@ -87,6 +88,7 @@ class CrossEncoder(SavedReranker):
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
         prompt_template: str | None = None,
+        instruction: str | None = None,
         activation_fn: Activation | None = None,
         num_labels: int | None = None,
         revision: str | None = None,
@@ -117,6 +119,7 @@ class CrossEncoder(SavedReranker):
             dtype=dtype,
             num_labels=num_labels,
             prompt_template=prompt_template,
+            instruction=None if instruction is None else check_text("instruction", instruction),
             max_length=max_length,
             hub=hub,
             model_kwargs=model_kwargs or {},

@@ -90,14 +90,18 @@ def takes_instruction(prompt_template: str) -> bool:
 
 
 def check_instruction(instruction: Any, prompt_template: str) -> str | None:
-    """Returns `instruction`. Raises ValueError unless it is None, or a string for which the template has a field."""
+    """Returns `instruction`. Raises ValueError unless it is None, empty, or a text and the template has its field."""
     if instruction is not None and not isinstance(instruction, str):
         raise ValueError(f"instruction must be a string or None, got {instruction!r}")
     if instruction and not takes_instruction(prompt_template):
         raise ValueError(
             f"instruction {instruction!r} has no place in the prompt_template {prompt_template!r}: add the field "
-            "{instruction} to the template, or leave the instruction out"
+            "{instruction} to the template, or give an empty instruction"
         )
+    try:
+        (instruction or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"instruction must be Unicode text without lone surrogates: {error}") from None
     return instruction
 
 

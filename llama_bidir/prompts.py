@@ -240,7 +240,7 @@ class PromptEncoder:
             raise ValueError(
                 f"max_length {self.max_length} leaves no room beside the template in "
                 f"{self.render(**{**values, 'passage': ''})[:80]!r}: raise max_length (rerank_max_length) or shorten "
-                "the template"
+                "the template or the instruction"
             )
         lead = passage_room // 8 if long_document == "first_max" else 0
         starts = [] if long_document == "truncate" else _window_starts(len(passage_tokens), passage_room, lead)

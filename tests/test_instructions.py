@@ -73,6 +73,20 @@ def test_a_configuration_refuses_an_instruction_without_a_field():
         LlamaBidirectionalConfig(prompt_template="{{instruction}} {query} {passage}", instruction="Find it")
 
 
+def test_a_template_and_an_instruction_are_given_together(reranker, tmp_path):
+    reranker.save_pretrained(tmp_path / "with")
+    with pytest.raises(ValueError, match=r"has no place in the prompt_template .*, or give an empty instruction"):
+        CrossEncoder(tmp_path / "with", prompt_template="{query} {passage}")
+    without = CrossEncoder(tmp_path / "with", prompt_template="{query} {passage}", instruction="")
+    without.save_pretrained(tmp_path / "without")
+    again = CrossEncoder(tmp_path / "without", prompt_template=TEMPLATE, instruction=DEFAULT)
+    assert_close(again.predict(PAIRS), reranker.predict(PAIRS))
+    with pytest.raises(ValueError, match="instruction must be Unicode text without lone surrogates"):
+        CrossEncoder(tmp_path / "with", instruction="\ud800")
+    with pytest.raises(ValueError, match="instruction must be Unicode text without lone surrogates"):
+        reranker.config.instruction = "\ud800"
+
+
 def test_scores_are_those_of_the_instruction_as_text(reranker):
     expected = {text: with_text(reranker, text).predict(PAIRS) for text in (DEFAULT, OTHER, "")}
     assert not np.allclose(expected[DEFAULT], expected[OTHER], atol=1e-3)
@@ -197,6 +211,7 @@ def test_vllm_renders_the_instruction_of_a_request(reranker, tmp_path):
 
     assert render(pair) == f"<{DEFAULT}> q: q\n p: p"
     assert render(pair, instruction=OTHER) == f"<{OTHER}> q: q\n p: p"
+    assert render(pair, instruction=None) == f"<{DEFAULT}> q: q\n p: p"
     assert render([{"role": "system", "content": OTHER}, *pair]) == f"<{OTHER}> q: q\n p: p"
 
 
@@ -230,19 +245,56 @@ def test_rows_with_instructions_are_trained_with_them(reranker, tmp_path):
         reranker.model,
         CrossEncoderTrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none"),
         rows,
+        rows,
         processing_class=reranker.tokenizer,
         group_size=2,
     )
-    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    ends = batch["cu_seq_lens_q"].tolist()
-    stream = batch["input_ids"][0].tolist()
-    texts = [reranker.tokenizer.decode(stream[start:end]) for start, end in itertools.pairwise(ends)]
-    assert texts == [
-        f"<{OTHER}> q: where do bees go?\n p: home",
-        f"<{OTHER}> q: where do bees go?\n p: to the sea",
-        f"<{DEFAULT}> q: who rules France?\n p: nobody",
-        f"<{DEFAULT}> q: who rules France?\n p: a king",
-    ]
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        (batch,) = loader
+        ends = batch["cu_seq_lens_q"].tolist()
+        stream = batch["input_ids"][0].tolist()
+        texts = [reranker.tokenizer.decode(stream[start:end]) for start, end in itertools.pairwise(ends)]
+        assert sorted(texts) == sorted(
+            [
+                f"<{OTHER}> q: where do bees go?\n p: home",
+                f"<{OTHER}> q: where do bees go?\n p: to the sea",
+                f"<{DEFAULT}> q: who rules France?\n p: nobody",
+                f"<{DEFAULT}> q: who rules France?\n p: a king",
+            ]
+        )
+
+
+class Lazy:
+    """Rows that are read one at a time, and whose end is not where Python's old iteration protocol looks for it."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return ROWS[index % 2]
+
+
+def test_rows_that_need_a_field_are_found_in_python_too(reranker, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    reranker.config.instruction = None
+    flag = [{"query": "q", "pos": ["a"], "neg": ["b"], "prompt": "Why?"}]
+
+    def make(train, evaluation=None):
+        return CrossEncoderTrainer(
+            reranker.model,
+            CrossEncoderTrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none"),
+            train,
+            evaluation,
+            processing_class=reranker.tokenizer,
+            group_size=2,
+            prompt_template="{query} {passage}",
+        )
+
+    for rows in (ROWS, flag, datasets.Dataset.from_list(flag)):
+        for given in ((rows,), (ROWS[1:], rows), (ROWS[1:], {"a": ROWS[1:], "b": rows})):
+            with pytest.raises(ValueError, match="row 0 of source 0: instruction .* has no place"):
+                make(*given)
+    assert len(make(Lazy()).train_dataset) == 2  # these are checked when they are read
 
 
 @pytest.mark.parametrize("instruction", [5, ["a"], {"a": 1}])

@@ -49,7 +49,8 @@ TEMPLATE = """\
 # sentence-transformers sends a prompt as a system message. vLLM passes arguments of a request on as variables.
 INSTRUCTION = """\
 {{%- set system = messages | selectattr("role", "equalto", "system") | first -%}}
-{{%- set given = text(system) if system is defined else instruction | default({default}) -%}}
+{{%- set otherwise = instruction if instruction is string else {default} -%}}
+{{%- set given = text(system) if system is defined else otherwise -%}}
 """
 
 

@@ -60,6 +60,7 @@ def open_reranker(
     dtype: str | torch.dtype | None,
     num_labels: int | None,
     prompt_template: str | None,
+    instruction: str | None,
     max_length: int | None,
     hub: Mapping[str, Any],
     model_kwargs: Mapping[str, Any],
@@ -94,7 +95,7 @@ def open_reranker(
             model, stored_dtype = _load_on(os.fspath(name), fields, devices, dtype)
         if tokenizer is None:
             tokenizer = load_tokenizer(name, **{**source, **tokenizer_kwargs})
-    _configure(model.config, tokenizer, prompt_template, max_length)
+    _configure(model.config, tokenizer, prompt_template, instruction, max_length)
     return OpenedReranker(model, tokenizer, stored_dtype)
 
 
@@ -186,15 +187,18 @@ def _configure(
     config: LlamaBidirectionalConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt_template: str | None,
+    instruction: str | None,
     max_length: int | None,
 ) -> None:
-    """Sets template and length in a configuration, after both were checked."""
+    """Sets template, instruction and length in a configuration, after all were checked."""
     template = find_prompt_template(tokenizer, config) if prompt_template is None else prompt_template
     length = config.rerank_max_length if max_length is None else max_length
     length = check_rerank_max_length(length, config)
-    PromptEncoder(tokenizer, prompt_template=template, max_length=length, instruction=config.instruction)
+    chosen = config.instruction if instruction is None else instruction
+    PromptEncoder(tokenizer, prompt_template=template, max_length=length, instruction=chosen)
     ensure_pad_token(tokenizer, config.vocab_size)
-    config.prompt_template, config.rerank_max_length = template, length
+    config.instruction = None  # the old one may have no place in the new template
+    config.prompt_template, config.instruction, config.rerank_max_length = template, chosen, length
 
 
 def check_reranker(model: Any, num_labels: int | None) -> Any:

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..fields_llama_bidir import takes_instruction
+from ..utils.outputs import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,18 @@ def write_model_card(
         body += section
         Path(directory, "NOTICE").write_text(notice, encoding="utf-8")
     Path(directory, "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
+
+
+def update_probability(directory: str | os.PathLike[str], calibration: Mapping[str, float]) -> None:
+    """Writes the formula of a new calibration into the model card of a folder, if it is a card of this package."""
+    path = Path(directory, "README.md")
+    if not path.is_file() or has_other_card(directory):
+        return
+    text = path.read_text(encoding="utf-8")
+    kept = re.sub(r"^\| Probability of relevance \|.*\n", "", text, flags=re.MULTILINE)
+    place = re.search(r"^\| Labels \|.*\n", kept, flags=re.MULTILINE)
+    if place is not None:
+        write_whole(path, kept[: place.end()] + PROBABILITY.format(**calibration) + kept[place.end() :])
 
 
 def has_other_card(directory: str | os.PathLike[str]) -> bool:

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.epilog = (
         "Fits sigmoid(slope * score + offset) and saves the two numbers in the configuration. Scores stay as they are; "
-        "predict(activation_fn='probability') gives the probabilities. The table shows how good they are on rows that "
-        "were held out."
+        "predict(activation_fn='probability') gives the probabilities. The table shows how good they are, on rows that "
+        "were held out if there are 32 or more."
     )
     add = parser.add_argument
     add("--model", required=True, metavar="M", help="folder or Hub id of a reranker or of an adapter")
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="R", help="branch, tag or commit of a Hub repository")
     add("--overwrite", action="store_true", help="replace a calibration, or the output folder")
     add("--batch-size", type=positive_int, metavar="N", help="most pairs per forward pass")
-    add("--max-length", type=positive_int, metavar="N", help="most tokens per pair; the checkpoint's when not given")
     add("--device", nargs="+", metavar="D", help="such as cuda:1; several get one worker process each")
     add("--dtype", choices=DTYPES, help="the checkpoint's when not given")
 
@@ -47,7 +46,6 @@ def run(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         batch_size=arguments.batch_size,
         show_progress_bar=True,
-        max_length=arguments.max_length,
         device=read_devices(arguments.device),
         dtype=arguments.dtype,
     )

@@ -87,7 +87,7 @@ def check_job_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": read_devices(arguments.device),
         "dtype": arguments.dtype,
         "max_length": arguments.max_length,
-        "model_kwargs": {} if arguments.instruction is None else {"instruction": arguments.instruction},
+        "instruction": arguments.instruction,
     }
 
 

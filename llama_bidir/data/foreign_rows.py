@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ..utils.validation import describe
 
 # Fields of our schema, by those of FlagEmbedding.
@@ -14,8 +16,10 @@ FLAG_EMBEDDING = {
     "neg_scores": "neg_score",
     "prompt": "instruction",
 }
-POSITIVES = ("positive", "answer")
-NEGATIVE = re.compile(r"negative(_\d+)?")
+NEGATIVE = re.compile(r"negatives?(_\d+)?")
+MAX_LABEL = 1e30
+# What sentence-transformers takes for the label of a row.
+LABELS = ("label", "labels", "score", "scores")
 
 
 def read_foreign(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -23,8 +27,8 @@ def read_foreign(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     Returns a row in the fields of our schema. A row with `pos_doc` is returned as it is.
 
     FlagEmbedding's rows have `query`, `pos`, `neg` and, optionally, `pos_scores`, `neg_scores` and `prompt`. Those of
-    sentence-transformers have `query` (or `anchor`) and either `positive` (or `answer`) with `negative`, `negative_1`,
-    ..., or `docs` with `labels`, a number per document that is above 0 if it is relevant.
+    sentence-transformers have `query` (or `anchor`) and either `positive` with `negative`, `negative_1`, ..., or `docs`
+    with `labels`, a number per document that is above 0 if it is relevant. Beside a negative, `answer` is a `positive`.
 
     Args:
         row: any mapping.
@@ -34,7 +38,7 @@ def read_foreign(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
         the row, and the names that its fields have in the source where they differ from ours.
 
     Raises:
-        ValueError: `docs` and `labels` do not fit each other, or the row is a single pair with a label.
+        ValueError: `docs` and `labels` do not fit each other, or there is a label or a score beside `positive`.
     """
     if row.get("pos_doc") is not None:
         return dict(row), {}
@@ -44,18 +48,24 @@ def read_foreign(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     if row.get("docs") is not None and row.get("labels") is not None:
         fields = _split_by_label(row["docs"], row["labels"], where)
         return {**_without(renamed, "docs", "labels"), **fields}, {**names, "pos_doc": "docs", "neg_doc": "docs"}
-    positive = next((name for name in POSITIVES if row.get(name) is not None), None)
-    if positive is None:
-        return dict(row), {}
-    if row.get("label") is not None:
-        raise ValueError(
-            f"{where}: a row with {positive} and label is a single pair, and training needs the passages of a query "
-            "together: give rows with query, docs and labels, a list of passages and one number for each"
-        )
     negatives = sorted((name for name in row if NEGATIVE.fullmatch(name) and row[name] is not None), key=_number)
-    fields = {"pos_doc": row[positive], "neg_doc": [row[name] for name in negatives]}
-    if len(negatives) == 1:
-        fields["neg_doc"] = row[negatives[0]]
+    positive = "answer" if row.get("positive") is None and negatives else "positive"
+    if row.get(positive) is None:
+        return dict(row), {}
+    for name in LABELS:
+        if row.get(name) is not None and negatives:
+            raise ValueError(
+                f"{where}: {name} beside {positive} and {negatives[0]} is not read: give scores of a teacher as "
+                "pos_score and neg_score, or leave it out"
+            )
+        if row.get(name) is not None:
+            raise ValueError(
+                f"{where}: a row with {positive} and {name} is a single pair, and training needs the passages of a "
+                "query together: give rows with query, docs and labels, a list of passages and one number for each"
+            )
+    fields = {"pos_doc": row[positive], "neg_doc": row[negatives[0]] if len(negatives) == 1 else None}
+    if len(negatives) > 1:
+        fields["neg_doc"] = [row[name] for name in negatives]
     return {**_without(renamed, positive, *negatives), **fields}, {**names, "pos_doc": positive, "neg_doc": "negative"}
 
 
@@ -63,7 +73,7 @@ def _rename(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str,
     given = {name: ours for name, ours in names.items() if row.get(name) is not None}
     kept = {name: value for name, value in row.items() if name not in given.values()}  # these are None
     renamed = {given.get(name, name): value for name, value in kept.items()}
-    if not renamed.get("instruction", True):  # FlagEmbedding's prompt may be empty
+    if "prompt" in given and isinstance(row["prompt"], str) and not row["prompt"]:  # it may be empty
         renamed["instruction"] = None
     return renamed, {ours: name for name, ours in given.items()}
 
@@ -84,11 +94,14 @@ def _split_by_label(docs: Any, labels: Any, where: str) -> dict[str, Any]:
             f"{where}: docs and labels must be lists of the same length, got {describe(docs)} and {describe(labels)}"
         )
     for index, label in enumerate(labels):
-        if not isinstance(label, bool | int | float) or not 0 <= label < float("inf"):
+        if not isinstance(label, int | float | np.number) or not 0 <= label <= MAX_LABEL:
             raise ValueError(
                 f"{where}: labels[{index}] must be a number of at least 0, the relevance of docs[{index}], got "
                 f"{describe(label)}: teacher scores go into pos_score and neg_score"
             )
+    for index, doc in enumerate(docs):  # here, because the lists below have other positions
+        if not isinstance(doc, str | Mapping):
+            raise ValueError(f"{where}: docs[{index}] must be a string or an object with a text, got {describe(doc)}")
     relevance = [float(label) for label in labels if label > 0]
     if not relevance:
         raise ValueError(f"{where}: labels must mark at least one of docs as relevant, with a number above 0")

@@ -290,15 +290,17 @@ class GroupDataset(Dataset[Group]):
         return self._shuffles[source, round_]
 
     def _instructions(self, source: int) -> Iterator[Any]:
+        """Yields the instructions of a source. Rows that are read only when they are needed give none."""
         rows: Any = self.sources[source][0]
-        columns = getattr(rows, "column_names", None)
-        if columns is None:
-            for number, row in enumerate(rows):
-                has_one = isinstance(row, Mapping) and any(row.get(name) for name in ("instruction", "prompt"))
-                yield self._read(source, number).instruction if has_one else None
-        elif "instruction" in columns:
-            for part in iterate_column(rows, "instruction"):
+        columns = set(getattr(rows, "column_names", None) or ())
+        name = "instruction" if "instruction" in columns else "prompt" if {"prompt", "pos"} <= columns else None
+        if name is not None:
+            for part in iterate_column(rows, name):
                 yield from part.to_pylist()
+        elif isinstance(rows, list | tuple):
+            for number, row in enumerate(rows):
+                has_one = isinstance(row, Mapping) and any(row.get(each) for each in ("instruction", "prompt"))
+                yield self._read(source, number).instruction if has_one else None
 
     def _count_positives(self, source: int) -> list[int]:
         rows: Any = self.sources[source][0]

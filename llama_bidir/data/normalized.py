@@ -33,12 +33,16 @@ class Part(NamedTuple):
     corpora: dict[str, Corpus]
 
 
-def is_normalized(folder: Path) -> bool:
-    """Returns whether a folder has the layout. Folders of other kinds may have a `metadata.json` too."""
+def find_normalized(path: Path) -> Path | None:
+    """
+    Returns the folder if `path` is one in this layout, or its `metadata.json`, else None. Folders of other kinds may
+    have a `metadata.json` too.
+    """
+    folder = path.parent if path.name == METADATA and path.is_file() else path
     try:
-        return read_json(folder / METADATA).get("format") == FORMAT
-    except (FileNotFoundError, ValueError):
-        return False
+        return folder if read_json(folder / METADATA).get("format") == FORMAT else None
+    except (OSError, ValueError):
+        return None
 
 
 def load_normalized(
@@ -87,11 +91,7 @@ def _open_parts(folder: Path) -> Iterator[Part]:
         if corpus_id in corpora:
             raise ValueError(f"{where}: the corpus_id {corpus_id!r} is there already")
         documents = _open_shards(folder, entry.get("shards"), f"{where}: shards", ("id", "text"))
-        column = documents.data.column("text")
-        if column.null_count:
-            row = column.is_null().to_pylist().index(True)
-            document_id = documents.data.column("id")[row].as_py()
-            raise ValueError(f"{where}: the document {document_id!r} has no text: images are not supported")
+        _check_texts(documents, where)
         corpora[corpus_id] = Corpus(documents, f"{folder}: {corpus_id}")
     rows = _open_shards(folder, metadata.get("train_shards"), f"{path}: train_shards", ("question", "corpus_id"))
     yield Part(os.fspath(folder), ArrowFiles.of(rows), corpora)
@@ -132,6 +132,20 @@ def _open_shards(folder: Path, names: Any, where: str, columns: tuple[str, ...])
     return datasets.concatenate_datasets(shards)
 
 
+def _check_texts(documents: "Dataset", where: str) -> None:
+    """Raises ValueError for a document without a text, such as an image."""
+    pc = require("pyarrow.compute", "train")
+    texts = documents.data.column("text")
+    is_bare = texts.is_null()
+    if "image_jpeg" in documents.column_names:
+        images = documents.data.column("image_jpeg").cast("binary")  # a column of nulls has no type
+        has_image = pc.greater(pc.fill_null(pc.binary_length(images), 0), 0)
+        is_bare = pc.or_(is_bare, pc.and_(pc.fill_null(pc.equal(pc.binary_length(texts), 0), False), has_image))
+    if pc.any(is_bare).as_py():
+        document_id = documents.data.column("id")[is_bare.to_pylist().index(True)].as_py()
+        raise ValueError(f"{where}: the document {document_id!r} has no text: images are not supported")
+
+
 def _paths(part: Part) -> Iterator[str]:
     for corpus in part.corpora.values():
         yield from ArrowFiles.of(corpus.dataset).paths
@@ -148,7 +162,7 @@ def _generate_rows(
 
 
 def _read_json_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row with lists in place of their JSON. Text that is not JSON stays, and names no document."""
+    """Returns a row with lists in place of their JSON. Text that is not JSON stays, and is taken for an identifier."""
     for name, column in JSON_COLUMNS.items():
         if isinstance(text := row.pop(name, None), str):
             try:

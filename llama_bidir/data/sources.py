@@ -18,7 +18,7 @@ from .corpus_id import load_corpus_id
 from .hub import PREFIX, load_hub
 from .identical import tell_identical
 from .jsonl import load_jsonl
-from .normalized import METADATA, is_normalized, load_normalized
+from .normalized import find_normalized, load_normalized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,8 +104,9 @@ def load_rows(
 
     Args:
         source: a `*.jsonl` or `*.jsonl.gz` file with one row per line (see [`parse_row`]); a `*.json` or `*.json.gz`
-            file in NeMo AutoModel's corpus-id layout (see [`load_corpus_id`]); `hf://org/repo/subset` (see
-            [`load_hub`]); a BEIR folder (see [`load_beir`]); or a mapping of a path and options (see [`parse_source`]).
+            file in NeMo AutoModel's corpus-id layout (see [`load_corpus_id`]); a folder in its normalized Arrow layout
+            (see [`load_normalized`]); `hf://org/repo/subset` (see [`load_hub`]); a BEIR folder (see [`load_beir`]); or
+            a mapping of a path and options (see [`parse_source`]).
         skip_bad_rows: leave out invalid rows, with one warning, instead of raising. At least one row must be valid.
         ignore_identical_ids: leave out negatives that are the query itself, as in ArguAna and Quora (see
             [`~data.identical`]), with one warning. An entry of `source` with `ignore_identical_ids: false` keeps them.
@@ -113,7 +114,8 @@ def load_rows(
 
     Returns:
         a `datasets.Dataset` whose rows have `query` (string), `pos_doc` and `neg_doc` (lists of strings), `pos_score`
-        and `neg_score` (lists of numbers, or None). If a row of the source has `pos_relevance`, it is a column too.
+        and `neg_score` (lists of numbers, or None). If a row of the source has `pos_relevance` or
+        `instruction`, it is a column too.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -219,12 +221,10 @@ def _load(
 ) -> tuple["Dataset", "Dataset | None"]:
     path, name = Path(source.path), source.path.lower()
     is_folder = path.is_dir() and not source.path.startswith(PREFIX)
-    if name.endswith(f"/{METADATA}") and is_normalized(path.parent):
-        path, is_folder = path.parent, True
-    if is_folder and is_normalized(path):
+    if not source.path.startswith(PREFIX) and (normalized := find_normalized(path)) is not None:
         if source.options:
             raise not_beir(source.path, source.options)
-        return load_normalized(path, cache_dir, ignore_identical_ids=ignore_identical_ids)
+        return load_normalized(normalized, cache_dir, ignore_identical_ids=ignore_identical_ids)
     if source.options and not is_folder:
         raise not_beir(source.path, source.options)
     if source.path.startswith(PREFIX):

@@ -4,7 +4,6 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..utils.extras import require
@@ -12,7 +11,8 @@ from ..utils.extras import require
 Numbers = NDArray[np.float64]
 
 NUM_BINS = 15
-MAX_ITERATIONS = 1000
+MAX_ITERATIONS = 200
+TOLERANCE = 1e-16  # of the decrease of the loss that a step of Newton's method promises
 
 
 class Bin(NamedTuple):
@@ -45,30 +45,40 @@ def fit_calibration(scores: NDArray[Any], labels: NDArray[Any]) -> tuple[float, 
     if not num_relevant or not num_others:
         kind = "relevant" if num_relevant else "irrelevant"
         raise ValueError(f"calibration needs relevant and irrelevant pairs, but all {len(labels)} are {kind}")
-    mean, spread = float(np.mean(scores, dtype=np.float64)), float(np.std(scores, dtype=np.float64))
-    if not spread > 0:
-        raise ValueError(f"calibration needs scores that differ, but all {len(labels)} are {mean:g}")
-    inputs = torch.from_numpy((np.asarray(scores, dtype=np.float64) - mean) / spread)
-    targets = torch.from_numpy(np.where(labels, (num_relevant + 1) / (num_relevant + 2), 1 / (num_others + 2)))
-    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=MAX_ITERATIONS, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(weights[0] * inputs + weights[1], targets)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    slope, offset = weights.tolist()
+    values = np.asarray(scores, dtype=np.float64)
+    if not np.std(values) > 0:
+        raise ValueError(f"calibration needs scores that differ, but all {len(labels)} are {values[0]:g}")
+    targets = np.where(labels, (num_relevant + 1) / (num_relevant + 2), 1 / (num_others + 2))
+    slope, offset = _minimize(np.stack([values, np.ones_like(values)], axis=1), targets)
     if not slope > 0:
         raise ValueError(
             "the scores of relevant pairs are not higher than those of other pairs, so no probability can keep their "
             "order: train the reranker, or check the labels"
         )
-    return slope / spread, offset - slope * mean / spread
+    return slope, offset
+
+
+def _minimize(inputs: Numbers, targets: Numbers) -> tuple[float, float]:
+    """Returns the two weights of `inputs` with the smallest log loss, by Newton's method with a line search."""
+    weights = np.zeros(2)
+
+    def loss(weights: Numbers) -> float:
+        logits = inputs @ weights
+        return float(np.mean(np.logaddexp(0, logits) - targets * logits))
+
+    for _ in range(MAX_ITERATIONS):
+        probabilities = np.exp(-np.logaddexp(0, -(inputs @ weights)))
+        gradient = inputs.T @ (probabilities - targets) / len(targets)
+        curvature = inputs.T @ (inputs * (probabilities * (1 - probabilities))[:, None]) / len(targets)
+        step = np.linalg.lstsq(curvature, gradient)[0]
+        decrease, size = float(gradient @ step), 1.0
+        if decrease < TOLERANCE:
+            break
+        while loss(weights - size * step) > loss(weights) - 1e-4 * size * decrease and size > 1e-10:
+            size /= 2
+        weights = weights - size * step
+    slope, offset = weights.tolist()
+    return slope, offset
 
 
 def log_loss(probabilities: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -94,7 +104,7 @@ def expected_calibration_error(probabilities: NDArray[Any], labels: NDArray[Any]
 
 
 def plot_reliability(
-    path: str | os.PathLike[str], before: list[Bin], after: list[Bin], *, num_bins: int = NUM_BINS
+    path: str | os.PathLike[str], before: list[Bin], after: list[Bin], *, title: str, num_bins: int = NUM_BINS
 ) -> None:
     """
     Draws the share of relevant pairs by probability, before and after calibration, over the number of pairs.
@@ -102,6 +112,7 @@ def plot_reliability(
     Args:
         path: the PNG file to write.
         before, after: see [`reliability_bins`].
+        title: of the plot.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -118,7 +129,7 @@ def plot_reliability(
         axes.plot(x, [each.relevant for each in bins], marker="o", color=color, label=label)
         middles = [(min(int(each.probability * num_bins), num_bins - 1) + 0.5) / num_bins + shift for each in bins]
         counts.bar(middles, [each.num_pairs for each in bins], width=width, color=color)
-    axes.set(ylabel="share of relevant pairs", xlim=(0, 1), ylim=(-0.02, 1.02), title="Reliability on held-out pairs")
+    axes.set(ylabel="share of relevant pairs", xlim=(0, 1), ylim=(-0.02, 1.02), title=title)
     axes.legend()
     axes.grid(alpha=0.3)
     counts.set(xlabel="probability", ylabel="pairs", yscale="log")

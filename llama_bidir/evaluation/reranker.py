@@ -10,6 +10,7 @@ from ..data.beir_folder import find_files, find_run
 from ..data.corpus import join_title
 from ..data.identical import is_own_id, plain_text, tell_identical
 from ..data.trec import no_common_query, read_judged_queries, read_qrels, read_run, read_run_documents, tell_missing
+from ..scoring.probability import rank_by
 from ..utils.validation import check_positive_int, describe
 from .comparison import Comparison, compare
 from .measures import DEFAULT_MEASURES, Evaluation, Qrels, Run, evaluate_queries, parse_measures, rank_documents
@@ -249,6 +250,9 @@ def rerank_run(
         for doc_id in doc_ids:
             if doc_id not in dataset.corpus:
                 raise ValueError(f"the document {doc_id!r} of query {query_id!r} has no text: add it to corpus")
+    activation = scoring.get("activation_fn") or getattr(cross_encoder, "activation_fn", None)
+    if activation is not None:
+        scoring["activation_fn"] = rank_by(activation)
     rankings = cross_encoder.rank_batch(
         [dataset.queries[query_id] for query_id in top],
         [[dataset.corpus[doc_id] for doc_id in doc_ids] for doc_ids in top.values()],

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import closing
 from importlib.util import find_spec
 from itertools import chain
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..checkpoints.model_card import update_probability
 from ..cross_encoder import CrossEncoder
 from ..data import TrainingRow, load_rows, parse_row
 from ..evaluation.calibration import (
-    Bin,
     expected_calibration_error,
     fit_calibration,
     log_loss,
@@ -28,7 +29,7 @@ from ..scoring.probability import Probability
 from ..utils.errors import ScoreError
 from ..utils.outputs import check_free, write_whole
 from ..utils.sharing import spread
-from ..utils.validation import check_positive_int
+from ..utils.validation import check_int
 
 PLOT_NAME = "calibration.png"
 WINDOW_ROWS = 256
@@ -67,23 +68,25 @@ def calibrate_reranker(
     revision: str | None = None,
     overwrite: bool = False,
     batch_size: int | None = None,
+    device: Any = None,
+    dtype: Any = None,
     show_progress_bar: bool | None = None,
-    **options: Any,
 ) -> CalibrationResult:
     """
-    Fits the probability of relevance to the scores of the passages of rows, and saves it with the reranker. Every
-    second row is held out, and shows how good the probabilities are. If matplotlib is installed, `calibration.png` in
-    the folder shows it too.
+    Fits the probability of relevance to the scores of the passages of rows, and saves it with the reranker. Of 32 rows
+    or more, every second one is held out, and shows how good the probabilities are. If matplotlib is installed,
+    `calibration.png` in the folder shows it too.
 
     Args:
         model: the folder or Hub id of a reranker or an adapter.
         data: training rows (see [`~data.load_rows`]), whose `pos_doc` are relevant and whose `neg_doc` are not.
-        output: the folder to save to. None changes the configuration in the folder `model`, and nothing else in it.
+        output: the folder to save to. None changes the configuration in the folder `model`, and the line of its model
+            card about probabilities.
         num_rows: how many rows to use at most, spread evenly over the data.
         revision: branch, tag or commit of a Hub repository.
         overwrite: replace a calibration that the reranker has, or the checkpoint in `output`.
         batch_size, show_progress_bar: see [`CrossEncoder.predict`].
-        options: for [`CrossEncoder`], such as `device`, `dtype` or `max_length`.
+        device, dtype: see [`CrossEncoder`]. Its other settings are those of the checkpoint.
 
     Raises:
         FileExistsError: the reranker has a calibration or `output` exists, and `overwrite` is not set.
@@ -92,12 +95,14 @@ def calibrate_reranker(
             relevant or all irrelevant, or their scores do not tell which; or the model has several labels.
         ScoreError: a score is NaN or infinite.
     """
-    check_positive_int("num_rows", num_rows)
+    num_rows = check_int("num_rows", num_rows)
     check_checkpoint_path(model)
     name = os.fspath(model)
     config_file = Path(name, "config.json")
     if output is not None:
         check_free(output, overwrite=overwrite)
+        if Path(output).is_file():
+            raise NotADirectoryError(f"{os.fspath(output)!r} is a file: name a folder")
     elif not config_file.is_file():
         raise ValueError(f"{name!r} is not a folder with a config.json to save in: pass output (--output)")
     elif read_json(config_file).get("calibration") is not None and not overwrite:
@@ -105,7 +110,7 @@ def calibrate_reranker(
     rows = load_rows(os.fspath(data))
     indices = spread(range(len(rows)), num_rows)
     parsed = [parse_row(rows[index], f"row {index} of {os.fspath(data)}") for index in indices]
-    with closing(CrossEncoder(name, revision=revision, **options)) as cross_encoder:
+    with closing(CrossEncoder(name, revision=revision, device=device, dtype=dtype)) as cross_encoder:
         check_one_label(cross_encoder.config, "calibration")
         scores = _score_rows(cross_encoder, parsed, batch_size, show_progress_bar=show_progress_bar)
     labels = [np.arange(len(part)) < len(row.positives) for part, row in zip(scores, parsed, strict=True)]
@@ -123,7 +128,14 @@ def calibrate_reranker(
         "after": Probability(slope, offset)(values).double().numpy(),
     }
     bins = {stage: reliability_bins(each, truth) for stage, each in probabilities.items()}
-    _save(name, output, {"slope": slope, "offset": offset}, revision, bins)
+    title = f"Reliability on {len(truth):,} {'held-out ' if are_held_out else ''}pairs"
+    _save(
+        name,
+        output,
+        {"slope": slope, "offset": offset},
+        revision,
+        lambda path: plot_reliability(path, bins["before"], bins["after"], title=title),
+    )
     return CalibrationResult(
         slope,
         offset,
@@ -154,16 +166,19 @@ def _save(
     output: str | os.PathLike[str] | None,
     calibration: dict[str, float],
     revision: str | None,
-    bins: dict[str, list[Bin]],
+    draw: Callable[[Path], None],
 ) -> None:
     """Saves a calibration: in the configuration of the folder `name`, or with the whole reranker in `output`."""
     folder = Path(name if output is None else output)
-    if output is not None:
-        reranker = CrossEncoder(name, dtype="auto", revision=revision, device="cpu")
-        reranker.config.calibration = calibration
-        reranker.save_pretrained(output)
-    if find_spec("matplotlib") is not None:
-        plot_reliability(folder / PLOT_NAME, bins["before"], bins["after"])
     if output is None:
         fields = read_json(folder / "config.json")
         write_whole(folder / "config.json", json.dumps({**fields, "calibration": calibration}, indent=2) + "\n")
+    else:
+        reranker = CrossEncoder(name, dtype="auto", revision=revision, device="cpu")
+        reranker.config.calibration = calibration
+        reranker.save_pretrained(output)
+    update_probability(folder, calibration)
+    if find_spec("matplotlib") is not None:
+        plot = folder / PLOT_NAME
+        plot.unlink(missing_ok=True)  # it may be a link
+        draw(plot)

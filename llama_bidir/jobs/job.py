@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple, cast
 from tqdm.auto import tqdm
 
 from ..cross_encoder import CrossEncoder
+from ..scoring.probability import rank_by
 from ..utils.errors import naming
 from ..utils.outputs import check_apart, check_free
 from ..utils.sharing import deal
@@ -235,7 +236,7 @@ def score_windows(
     chunks = cross_encoder.predict_chunks(
         (window.pairs for window in first),
         limits.batch_size,
-        activation_fn=task.activation_fn,
+        activation_fn=rank_by(task.activation_fn or cross_encoder.activation_fn),
         max_tokens_per_batch=limits.max_tokens_per_batch,
         progress=progress,
     )

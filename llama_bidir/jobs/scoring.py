@@ -66,7 +66,12 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         "max_length": config.rerank_max_length,
         "long_document": cross_encoder.long_document,
         "parse_special_tokens": cross_encoder.parse_special_tokens,
-        "activation_fn": activation and getattr(activation, "__qualname__", type(activation).__qualname__),
+        "activation_fn": activation
+        and (
+            activation
+            if isinstance(activation, str)
+            else getattr(activation, "__qualname__", type(activation).__qualname__)
+        ),
         **({"calibration": config.calibration} if activation == PROBABILITY else {}),
     }
 

@@ -30,6 +30,11 @@ class Probability:
         return torch.sigmoid(self.slope * scores.double() + self.offset).float()
 
 
+def rank_by(activation_fn: Any) -> Any:
+    """Returns an activation to rank by. For `"probability"`, this is the raw logit: probabilities near 1 are rounded."""
+    return torch.nn.Identity() if activation_fn == PROBABILITY else activation_fn
+
+
 def resolve_activation(
     activation_fn: Any, config: LlamaBidirectionalConfig
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:

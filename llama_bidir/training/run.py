@@ -106,7 +106,8 @@ def train(
         rerank_sets=rerank_sets,
         peft_config=None if lora is None else lora_config(lora),
     )
-    data_args = replace(data_args, prompt_template=model.config.prompt_template)
+    prompt = {name: getattr(model.config, name) for name in ("prompt_template", "instruction")}
+    data_args = replace(data_args, **prompt)
     arguments = run_arguments(model_args, data_args, training_args, lora, describe_groups(train_dataset))
     trainer.accelerator.wait_for_everyone()
     if overwrite:  # only now, because nothing else can be wrong with the run that replaces it

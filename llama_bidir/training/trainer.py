@@ -19,7 +19,7 @@ from ..checkpoints.adapters import complete_adapter
 from ..checkpoints.chat_template import find_prompt_template, save_tokenizer
 from ..checkpoints.files import replaced_by_checkpoint
 from ..checkpoints.model_card import write_model_card
-from ..data import FixedGroups, GroupCollator, GroupDataset, Grouping, GroupStream
+from ..data import FixedGroups, Group, GroupCollator, GroupDataset, Grouping, GroupStream
 from ..fields_llama_bidir import check_prompt_template
 from ..losses import IGNORED, Loss, check_group_size, get_loss, needs_teacher
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
@@ -39,7 +39,7 @@ from .steps import StepCollator, StepGroups, Steps, StepSampler, StepStream, wit
 logger = logging.getLogger(__name__)
 
 # The fields that the collator reads. The Trainer drops all fields that it does not know.
-GROUP_KEYS = ["query", "passages", "labels", "teacher_scores"]
+GROUP_KEYS = list(Group.__annotations__)
 # What a batch holds beside the model's inputs.
 TARGETS = ("labels", "teacher_scores")
 
@@ -151,14 +151,17 @@ class CrossEncoderTrainer(Trainer):
             prompt_encoder = PromptEncoder.from_config(processing_class, model.config)  # type: ignore[arg-type]
             data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher(self.loss))
         groups = _train_groups(train_dataset, grouping)
-        if isinstance(groups, GroupDataset):
-            groups.check_instructions(model.config.prompt_template)
+        eval_groups = _eval_groups({} if eval_dataset is None and rerank_sets else eval_dataset, eval_grouping)
+        for each in (groups, *(eval_groups.values() if isinstance(eval_groups, dict) else [eval_groups])):
+            dataset = each.groups if isinstance(each, FixedGroups) else each
+            if isinstance(dataset, GroupDataset):
+                dataset.check_instructions(model.config.prompt_template)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
             train_dataset=groups,
-            eval_dataset=_eval_groups({} if eval_dataset is None and rerank_sets else eval_dataset, eval_grouping),
+            eval_dataset=eval_groups,
             processing_class=processing_class,
             **kwargs,
         )

@@ -233,6 +233,8 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     content = text.encode()
     try:
         working.write_bytes(content)
+        if target.exists():
+            shutil.copymode(target, working)
         working.replace(target)
     except OSError:  # such as a full disk
         working.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def read_pairs(pairs: Any, *, with_instructions: bool = False) -> tuple[Iterable
 
 
 def _check_pair(name: str, pair: Any, *, with_instruction: bool) -> tuple[Any, ...]:
-    if with_instruction and type(pair) is tuple and len(pair) == 3:
+    if with_instruction and type(pair) in (tuple, list) and len(pair) == 3:
         if pair[2] is not None:
             check_text(f"the instruction of {name}", pair[2])
         return (*_check_members(name, pair[:2]), pair[2])

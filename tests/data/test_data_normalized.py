@@ -60,6 +60,11 @@ def test_a_folder_is_read(tmp_path, name):
     assert dataset[1]["passages"] == ["the sea", "home"]
 
 
+def test_a_relative_name_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_bundle(tmp_path / "bundle"))
+    assert shown(load_rows("metadata.json")) == EXPECTED
+
+
 def test_passages_may_be_json(tmp_path):
     rows = [
         {
@@ -96,8 +101,9 @@ def test_a_changed_folder_is_read_again(tmp_path):
     assert load_rows(folder)[0]["pos_doc"] == ["hive"]
 
 
-def test_such_rows_can_be_mined(tmp_path):
-    source = open_source(str(write_bundle(tmp_path / "bundle")))
+@pytest.mark.parametrize("name", ["", "metadata.json"])
+def test_such_rows_can_be_mined(tmp_path, name):
+    source = open_source(str(write_bundle(tmp_path / "bundle") / name))
     assert [row.fields["neg_doc"] for row in source.read()] == [["a king"], ["home"]]
 
 
@@ -146,6 +152,14 @@ def test_documents_without_text_are_refused(tmp_path):
     folder = write_bundle(tmp_path / "bundle", documents={**DOCUMENTS, "text": ["home", None, "a king"]})
     with pytest.raises(ValueError, match="the document 'd2' has no text: images are not supported"):
         load_rows(folder)
+
+
+def test_images_are_refused(tmp_path):
+    documents = {**DOCUMENTS, "text": ["", "the sea", "a king"], "image_jpeg": [b"jpeg", None, None]}
+    with pytest.raises(ValueError, match="the document 'd1' has no text: images are not supported"):
+        load_rows(write_bundle(tmp_path / "bundle", documents=documents))
+    empty = {**documents, "image_jpeg": [None, None, None]}
+    assert load_rows(write_bundle(tmp_path / "other", documents=empty))[0]["pos_doc"] == [""]
 
 
 def test_options_of_a_beir_folder_are_refused(tmp_path):

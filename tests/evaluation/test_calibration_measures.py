@@ -62,6 +62,16 @@ def test_what_cannot_be_fitted_is_told(scores, labels, message):
         fit_calibration(np.array(scores), np.array(labels))
 
 
+def test_an_outlier_does_not_stop_the_fit():
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=1000)
+    labels = rng.random(1000) < sigmoid(2 * scores)
+    expected = fit_calibration(scores, labels)
+    for outlier in (1e3, 1e6):
+        found = fit_calibration(np.append(scores, outlier), np.append(labels, True))
+        assert found == pytest.approx(expected, rel=0.03, abs=0.01)
+
+
 def test_measures_by_hand():
     probabilities = np.array([0.9, 0.8, 0.3, 0.0, 1.0])
     labels = np.array([True, False, False, False, True])
@@ -78,5 +88,5 @@ def test_measures_by_hand():
 
 def test_a_plot_shows_both_stages(tmp_path):
     bins = reliability_bins(np.array([0.1, 0.9]), np.array([False, True]))
-    plot_reliability(tmp_path / "plot.png", bins, bins)
+    plot_reliability(tmp_path / "plot.png", bins, bins, title="Reliability")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

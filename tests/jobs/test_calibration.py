@@ -18,8 +18,11 @@ from llama_bidir import (
 )
 from llama_bidir.checkpoints.export import export_reranker
 from llama_bidir.cli import main
+from llama_bidir.evaluation import Dataset, evaluate_reranker
 from llama_bidir.evaluation.calibration import fit_calibration
 from llama_bidir.jobs.calibration import PLOT_NAME, calibrate_reranker
+from llama_bidir.jobs.job import Job, run_job
+from llama_bidir.jobs.rerank import RerankTask
 
 WORDS = ["bees", "honey", "garden", "France", "Seine", "clover", "hive", "sun", "white", "flowers"]
 
@@ -63,7 +66,11 @@ def test_a_reranker_is_calibrated_in_place(reranker, rows, tmp_path, capsys):
     assert lines[-1] == f"reranker: {tmp_path / 'model'}"
     after = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     assert after.keys() - before.keys() == {PLOT_NAME}
-    assert [name for name in before if before[name] != after[name]] == ["config.json"]
+    assert sorted(name for name in before if before[name] != after[name]) == ["README.md", "config.json"]
+    card = after["README.md"].decode()
+    assert card.count("| Probability of relevance | sigmoid(") == 1
+    kept = [line for line in card.splitlines(keepends=True) if "Probability of relevance" not in line]
+    assert "".join(kept) == before["README.md"].decode()
     stored = json.loads(after["config.json"])
     calibration = stored.pop("calibration")
     assert {**stored, "calibration": None} == json.loads(before["config.json"])
@@ -194,6 +201,41 @@ def test_another_folder_gets_the_whole_reranker_and_keeps_its_dtype(reranker, ro
     assert LlamaBidirectionalConfig.from_pretrained(tmp_path / "new").calibration is not None
     with pytest.raises(FileExistsError, match="exists: pass overwrite"):
         calibrate_reranker(tmp_path / "half", rows, output=tmp_path / "new")
+
+
+def test_a_second_calibration_replaces_the_first_one_everywhere(reranker, rows, tmp_path):
+    for number in (40, 60):
+        result = calibrate_reranker(tmp_path / "model", rows, output=tmp_path / "new", num_rows=number, overwrite=True)
+        card = (tmp_path / "new" / "README.md").read_text()
+        assert card.count("Probability of relevance") == 1
+        assert f"sigmoid({result.slope:.6g} * score" in card
+        assert LlamaBidirectionalConfig.from_pretrained(tmp_path / "new").calibration["slope"] == result.slope
+
+
+def test_rankings_are_those_of_the_logits(reranker, tmp_path):
+    """Where probabilities are rounded to 1, evaluation and jobs still rank by the logits."""
+    texts = {f"d{number}": f"{word} {number}" for number, word in enumerate(WORDS)}
+    run = {"q": {doc_id: -float(place) for place, doc_id in enumerate(texts)}}
+    dataset = Dataset(texts, {"q": "bees"}, {"q": {"d7": 1}}, run)
+    reranker.config.calibration = {"slope": 500.0, "offset": 5000.0}
+    always = CrossEncoder(reranker.model, reranker.tokenizer, activation_fn="probability")
+    expected = evaluate_reranker(reranker, dataset)
+    for found in (
+        evaluate_reranker(always, dataset),
+        evaluate_reranker(reranker, dataset, activation_fn="probability"),
+    ):
+        assert found.after.aggregated == expected.after.aggregated
+        assert found.run == expected.run
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in texts.items()))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "bees"}) + "\n")
+    (tmp_path / "in.trec").write_text("".join(f"q Q0 {i} {n} {-n} bm25\n" for n, i in enumerate(texts, start=1)))
+    orders = []
+    for name, scorer in (("a", reranker), ("b", always)):
+        files = {part: tmp_path / f"{part}.jsonl" for part in ("corpus", "queries")}
+        job = Job(RerankTask(**files, run=tmp_path / "in.trec"), tmp_path / f"{name}.trec")
+        run_job(job, scorer, show_progress_bar=False)
+        orders.append([line.split()[2] for line in (tmp_path / f"{name}.trec").read_text().splitlines()])
+    assert orders[0] == orders[1]
 
 
 def test_training_drops_a_calibration(reranker, rows, tmp_path, caplog):

@@ -14,7 +14,7 @@ from ...data.files import as_id, read_id, read_json, read_json_lines
 from ...data.foreign_rows import read_foreign
 from ...data.hub import PREFIX
 from ...data.identical import QUERY_IDS, identify
-from ...data.normalized import is_normalized
+from ...data.normalized import find_normalized
 from ...data.rows import as_list
 from ...data.sources import not_beir
 from ...utils.extras import require
@@ -83,8 +83,9 @@ def open_source(
     Opens the rows that [`load_rows`] reads under the same name.
 
     Rows of a `*.jsonl` file, or of a `*.json` file in the corpus-id layout, keep all their fields, and the latter get
-    texts for their passages. Rows of a BEIR folder, one for each query with a relevant document, have `query_id`,
-    `query`, `pos_doc` and, if the qrels are graded, `pos_relevance`. Rows of the Hub have the fields of the training
+    texts for their passages. Fields of other tools become ours (see [`~data.foreign_rows`]). Rows of a BEIR folder, one
+    for each query with a relevant document, have `query_id`, `query`, `pos_doc` and, if the qrels are graded,
+    `pos_relevance`. Rows of the Hub and of a folder in the normalized Arrow layout have the fields of the training
     schema.
 
     Args:
@@ -99,14 +100,15 @@ def open_source(
         ValueError: the source breaks its rule. Lines of a `*.jsonl` file are not read yet.
     """
     path, name = Path(source), source.lower()
-    if path.is_dir() and not source.startswith(PREFIX) and not is_normalized(path):
+    is_normalized = not source.startswith(PREFIX) and find_normalized(path) is not None
+    if path.is_dir() and not source.startswith(PREFIX) and not is_normalized:
         return _open_beir(path, qrels, run, takes_run=takes_run)
     if qrels is not None:
         raise not_beir(source, ["qrels"])
     if name.endswith((".jsonl", ".jsonl.gz")):
         return MiningSource(lambda: _read_jsonl(path), [describe_state(path)], files=[path])
     dataset = load_rows(source, ignore_identical_ids=ignore_identical_ids)
-    if name.endswith((".json", ".json.gz")):
+    if name.endswith((".json", ".json.gz")) and not is_normalized:
         # Memory-mapped like the rows, so the fields beside the schema need no memory either.
         datasets = require("datasets", "train")
         features = datasets.Features(row=datasets.Value("string"))
