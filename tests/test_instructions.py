@@ -292,7 +292,7 @@ def test_rows_that_need_a_field_are_found_in_python_too(reranker, tmp_path):
 
     for rows in (ROWS, flag, datasets.Dataset.from_list(flag)):
         for given in ((rows,), (ROWS[1:], rows), (ROWS[1:], {"a": ROWS[1:], "b": rows})):
-            with pytest.raises(ValueError, match="row 0 of source 0: instruction .* has no place"):
+            with pytest.raises(ValueError, match=r"row 0 of source 0: instruction .* has no place"):
                 make(*given)
     assert len(make(Lazy()).train_dataset) == 2  # these are checked when they are read
 

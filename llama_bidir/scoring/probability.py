@@ -31,7 +31,7 @@ class Probability:
 
 
 def rank_by(activation_fn: Any) -> Any:
-    """Returns an activation to rank by. For `"probability"`, this is the raw logit: probabilities near 1 are rounded."""
+    """Returns an activation to rank by. For `"probability"`, this is the logit: probabilities near 1 are rounded."""
     return torch.nn.Identity() if activation_fn == PROBABILITY else activation_fn
 
 
