@@ -12,12 +12,14 @@ ENV PATH=/opt/llama-bidir/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_C
 RUN pip install ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "${TORCH}"
 COPY pyproject.toml README.md LICENSE ./
 COPY llama_bidir llama_bidir
-# The wheel is installed, not the checkout. Bytecode and headers are not needed to run.
+# The wheel is installed, not the checkout. Bytecode, headers and the tests of libraries are not needed to run.
 RUN pip wheel --no-deps --wheel-dir dist . \
     && pip install "$(ls dist/*.whl)[${EXTRAS}]" \
     && pip uninstall --yes pip setuptools \
     && find /opt/llama-bidir -name __pycache__ -prune -exec rm -r {} + \
-    && rm -rf /opt/llama-bidir/lib/python3*/site-packages/torch/include
+    && cd /opt/llama-bidir/lib/python3*/site-packages \
+    && rm -rf torch/include pyarrow/include \
+    && find scipy pandas sympy numpy matplotlib pyarrow networkx -type d -name tests -prune -exec rm -r {} +
 
 FROM ${BASE} AS runtime
 RUN useradd --create-home --uid 1000 reranker && mkdir /work && chown reranker /work
