@@ -7,7 +7,7 @@ VENV ?= .venv
 TRANSFORMERS ?= transformers
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test versions lint format reference clean
+.PHONY: quickstart test versions lint format site clean
 
 quickstart: $(VENV)/.quickstart
 	$(VENV)/bin/llama-bidir quickstart --output quickstart-output --overwrite
@@ -30,10 +30,8 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-reference: $(VENV)/.dev
-	$(VENV)/bin/pdoc --docformat google --output-directory build/reference llama_bidir llama_bidir.losses \
-		llama_bidir.prompts llama_bidir.data llama_bidir.training llama_bidir.evaluation llama_bidir.jobs \
-		llama_bidir.checkpoints.export
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-output

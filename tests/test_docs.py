@@ -1,5 +1,7 @@
 """Pages in docs/ name tests that exist, and the examples run. tests/cli/test_quickstart.py runs the pages' code."""
 
+import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -49,3 +51,16 @@ def test_the_migration_page_names_every_loss():
     ours = [re.match(r" `(\w+)`", row.split("|")[2]) for row in table.splitlines()]
     assert {match[1] for match in ours if match} <= LOSSES.keys()
     assert sum(match is None for match in ours) == 1  # those without an equivalent
+
+
+@pytest.mark.parametrize("module", ["", ".data", ".evaluation", ".training", ".jobs.rerank", ".jobs.mining"])
+def test_every_public_name_is_documented(module):
+    room = importlib.import_module(f"llama_bidir{module}")
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert f"::: llama_bidir{module}\n" in reference
+    for name in room.__all__:
+        documented = getattr(room, name)
+        if isinstance(documented, type) or callable(documented):
+            assert inspect.getdoc(documented), name
+            # A class that says nothing of its own would show the text of its parent.
+            assert not isinstance(documented, type) or documented.__doc__, name

@@ -43,10 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Loads the reranker, warms it up, and serves it until SIGTERM or Ctrl-C."""
     from transformers.utils import logging as transformers_logging
 
-    from ..utils.extras import require
-
-    for module in ("fastapi", "uvicorn", "prometheus_client"):
-        require(module, "serve")
     from .. import CrossEncoder
     from ..serving.app import Limits, make_app
     from ..serving.metrics import Metrics
