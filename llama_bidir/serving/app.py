@@ -5,6 +5,7 @@ import hmac
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..utils.errors import ScoreError
@@ -25,6 +28,7 @@ from .requests import (
     RerankBody,
     ScoreBody,
     TeiBody,
+    is_tei,
     read_rerank,
     read_score,
     rerank_answer,
@@ -72,72 +76,99 @@ def make_app(
         reranker: computes the scores.
         metrics: counts the requests.
         limits: of a request.
-        api_key: what a client must send as `Authorization: Bearer KEY`, except to `/health` and `/`. None lets everyone
-            ask.
+        api_key: what a client must send as `Authorization: Bearer KEY`, except to `/`, `/health`, `/docs` and
+            `/openapi.json`. None lets everyone ask.
     """
     limits = limits or Limits()
-    app = FastAPI(title="llama-bidir", version=__version__, summary=f"Reranking with {reranker.name}")
+    app = FastAPI(title="llama-bidir", version=__version__, summary=f"Reranking with {reranker.name}", redoc_url=None)
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
+    num_admitted = 0
+
     def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if api_key is not None and not hmac.compare_digest(given, api_key.encode()):
-            raise RefusedError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.strip().encode(), (api_key or "").encode())
+        if api_key is not None and not (scheme.lower() == "bearer" and is_right):
+            message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+            raise RefusedError(401, message, **{"WWW-Authenticate": "Bearer"})
 
     async def answer(request: Request, respond: Callable[[Any, float], Awaitable[Any]]) -> Response:
         """Reads a body, answers it, counts the outcome, and logs one line without any text of the request."""
         started, route = time.monotonic(), request.url.path
-        status, is_tei = 200, False
+        status, for_tei = 200, False
         headers: dict[str, str] = {}
         try:
             check_key(request)
-            content = _parse(await _read_body(request, limits.body_bytes))
-            is_tei = isinstance(content, dict) and "texts" in content
+            async with asyncio.timeout(limits.seconds):
+                body = await _read_body(request, limits.body_bytes)
+            content = await run_in_threadpool(_parse, body)
+            for_tei = is_tei(content)
             answered = await respond(content, started + limits.seconds)
         except Exception as error:
             status, headers, message = _outcome(error)
-            answered = _error_body(status, message, is_tei=is_tei)
+            answered = _error_body(status, message, for_tei=for_tei)
             if status >= 500:  # the message could quote the texts of the request
                 logger.error(f"{route} {status} {type(error).__name__}")
                 logger.debug(message, exc_info=error)
         seconds = time.monotonic() - started
         metrics.requests.labels(route, status).inc()
         metrics.seconds.labels(route).observe(seconds)
-        metrics.waiting.set(reranker.batcher.num_waiting)
         logger.info(f"{route} {status} {1000 * seconds:.0f} ms")
         return JSONResponse(answered, status_code=status, headers=headers)
 
     async def score(
-        request: Request, pairs: list[tuple[str, str]], instruction: str | None, deadline: float, *, cuts: bool = True
+        request: Request,
+        pairs: list[tuple[str, str]],
+        instruction: str | None,
+        deadline: float,
+        *,
+        cuts: bool | None = True,
     ) -> tuple[torch.Tensor, int]:
-        """Returns the logits of pairs and the number of their tokens."""
-        if len(pairs) > limits.documents:
-            raise RefusedError(422, f"documents: at most {limits.documents} are allowed, got {len(pairs)}")
-        encoded = await run_in_threadpool(reranker.encode, pairs, instruction)
-        if encoded.num_truncated and not cuts:
-            longest = reranker.cross_encoder.config.rerank_max_length
-            raise RefusedError(
-                422, f"{encoded.num_truncated} inputs have more than {longest} tokens: send truncate: true to cut them"
-            )
-        future = asyncio.wrap_future(reranker.submit(encoded))
+        """Returns the logits of pairs and the number of their tokens. A request has its place from here on."""
+        nonlocal num_admitted
+        if num_admitted >= reranker.batcher.max_waiting:
+            raise reranker.batcher.is_full()
+        num_admitted += 1
         left = asyncio.ensure_future(_wait_until_left(request))
-        try:
-            waited: set[asyncio.Future[Any]] = {future, left}
+        has_stopped = threading.Event()
+
+        async def wait_for(work: "asyncio.Future[Any]") -> Any:
+            """Waits for work, but not beyond the deadline, and not for a client that has hung up."""
+            waited: set[asyncio.Future[Any]] = {work, left}
             await asyncio.wait(waited, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
-            if left.done() and not future.done():
+            if left.done() and not work.done():
                 raise RefusedError(CLIENT_LEFT, "the client has hung up")
-            if not future.done():
+            if not work.done():
                 raise RefusedError(504, f"no answer within {limits.seconds:g} s: send fewer documents, or ask later")
-            values = reranker.scores(encoded, await future)
+            return await work
+
+        future: asyncio.Future[Any] | None = None
+        try:
+            loop = asyncio.get_running_loop()
+            tokenized = loop.run_in_executor(
+                reranker.tokenizing, reranker.encode, pairs, instruction, has_stopped.is_set
+            )
+            encoded = await wait_for(tokenized)
+            if encoded.num_truncated and not cuts:
+                longest = reranker.cross_encoder.config.rerank_max_length
+                raise RefusedError(
+                    422,
+                    f"{encoded.num_truncated} inputs have more than {longest} tokens: send truncate: true to cut them",
+                )
+            future = asyncio.wrap_future(reranker.submit(encoded))
+            values = await run_in_threadpool(reranker.scores, encoded, await wait_for(future))
         finally:
+            has_stopped.set()
             left.cancel()
-            future.cancel()  # frees the place in the queue
+            if future is not None:
+                future.cancel()  # frees the place in the queue
+            num_admitted -= 1
         metrics.pairs.inc(len(pairs))
         return values, encoded.num_tokens
 
     async def rerank(request: Request) -> Response:
         async def respond(content: Any, deadline: float) -> Any:
-            body = read_rerank(content)
+            body = await run_in_threadpool(read_rerank, content, limits.documents)
             texts = body.texts
             pairs = [(body.query, text) for text in texts]
             if isinstance(body, TeiBody):
@@ -158,7 +189,7 @@ def make_app(
 
     async def score_pairs(request: Request) -> Response:
         async def respond(content: Any, deadline: float) -> Any:
-            body = read_score(content)
+            body = await run_in_threadpool(read_score, content, limits.documents)
             values, num_tokens = await score(request, body.pairs(), body.instruction, deadline)
             return score_answer(reranker.activate(values), model=reranker.name, num_tokens=num_tokens)
 
@@ -173,13 +204,19 @@ def make_app(
     async def refuse(request: Request, error: RefusedError) -> Response:
         return JSONResponse(_error_body(error.status, str(error)), status_code=error.status, headers=error.headers)
 
-    @app.get("/", include_in_schema=False)
+    @app.exception_handler(HTTPException)
+    async def tell(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(_error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
     @app.get("/health", summary="Whether the server is ready")
-    async def health() -> dict[str, str]:
-        return {"status": "ready"}
+    @app.head("/health", include_in_schema=False)
+    async def health() -> JSONResponse:
+        is_ready = reranker.batcher.is_alive
+        return JSONResponse({"status": "ready" if is_ready else "stopped"}, 200 if is_ready else 503)
 
     @app.get("/v1/models", summary="The reranker that is served")
     async def models(request: Request) -> dict[str, Any]:
@@ -209,6 +246,8 @@ def _schema(*bodies: Any) -> dict[str, Any]:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
+    if encoding := request.headers.get("content-encoding", ""):
+        raise RefusedError(415, f"Content-Encoding {encoding} is not supported: send the JSON as it is")
     message = f"the body has more than {limit} bytes: send fewer or shorter documents"
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
@@ -239,6 +278,10 @@ def _outcome(error: Exception) -> tuple[int, dict[str, str], str]:
     message = str(error).partition("\n")[0]
     if isinstance(error, RefusedError):
         return error.status, error.headers, message
+    if isinstance(error, TimeoutError):
+        return 408, {}, "the body did not arrive in time"
+    if isinstance(error, ClientDisconnect | InterruptedError):
+        return CLIENT_LEFT, {}, "the client has hung up"
     if isinstance(error, QueueFullError):
         return 429, {"Retry-After": str(math.ceil(error.retry_after))}, message
     if isinstance(error, ClosedError):
@@ -254,9 +297,10 @@ def _outcome(error: Exception) -> tuple[int, dict[str, str], str]:
     return 500, {}, f"{type(error).__name__}: {message}"
 
 
-def _error_body(status: int, message: str, *, is_tei: bool = False) -> dict[str, Any]:
+def _error_body(status: int, message: str, *, for_tei: bool = False) -> dict[str, Any]:
     """Returns the body of an error, in the shape of the client's API."""
-    if is_tei:
-        return {"error": message, "error_type": "Validation" if status < 500 else "Backend"}
+    if for_tei:
+        kind = {429: "Overloaded", 503: "Unhealthy"}.get(status, "Validation" if status < 500 else "Backend")
+        return {"error": message, "error_type": kind}
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"message": message, "error": {"message": message, "type": kind, "code": status}}

@@ -18,7 +18,7 @@ SMOOTHING = 0.2
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may. `retry_after` is the number of seconds after which to ask again."""
+    """The queue is full. `retry_after` is the estimated wait in seconds before the client should retry."""
 
     def __init__(self, num_waiting: int, retry_after: float):
         super().__init__(f"{num_waiting} requests are waiting, which is the limit: ask again in {retry_after:.0f} s")
@@ -52,8 +52,8 @@ class Ticket:
 
 def share(lengths: Sequence[Sequence[int]], budget: int) -> list[int]:
     """
-    Decides how many sequences of each request the next batch takes: those of the first requests. Requests with more
-    than half a batch of tokens together get half of it if others wait, so they do not delay small ones for long.
+    Decides how many sequences of each request the next batch takes. Requests of at most half the budget share one half,
+    and larger requests share the other. Within each half, and for tokens that are left, earlier requests go first.
 
     Args:
         lengths: for each request, in the order of arrival, the tokens of its remaining sequences, which are at least 1.
@@ -123,6 +123,10 @@ class Batcher:
         """The requests that wait or are computed."""
         return len(self._tickets)
 
+    def is_full(self) -> QueueFullError:
+        """Returns the error of a full queue."""
+        return QueueFullError(self.max_waiting, self._estimate_wait())
+
     def submit(self, sequences: Sequence[Sequence[int]]) -> "Future[torch.Tensor]":
         """
         Adds a request. Cancel the future if nobody waits for it any more.
@@ -133,19 +137,26 @@ class Batcher:
         """
         ticket = Ticket(sequences)
         with self._changed:
-            if self._is_closing:
+            if self._is_closing or not self._thread.is_alive():
                 raise ClosedError("the server is stopping")
             self._drop_done()
             if len(self._tickets) >= self.max_waiting:
-                raise QueueFullError(len(self._tickets), self._estimate_wait())
+                raise self.is_full()
             self._tickets.append(ticket)
             self._changed.notify()
         return ticket.future
 
-    def close(self) -> None:
-        """Finishes the requests that are there, takes no new ones, and ends the thread."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are computed."""
+        return self._thread.is_alive()
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Takes no new requests, finishes those that are there, or cancels them, and ends the thread."""
         with self._changed:
             self._is_closing = True
+            for ticket in self._tickets if cancel else ():
+                ticket.future.cancel()
             self._changed.notify()
         self._thread.join()
 
@@ -158,21 +169,25 @@ class Batcher:
         return max(1.0, tokens / self._tokens_per_second) if self._tokens_per_second else 1.0
 
     def _run(self) -> None:
-        while (batch := self._next()) is not None:
-            started = time.perf_counter()
-            sequences = [ids for ticket, part in batch for ids in ticket.sequences[part]]
-            try:
-                self._deliver(batch, self._score(sequences))
-            except Exception as error:
-                logger.error(
-                    f"a batch of {len(batch)} requests failed and is tried again: {type(error).__name__}: {error}"
-                )
-                self._score_alone(batch)
-            num_tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
-            speed = num_tokens / max(seconds, 1e-9)
-            before = self._tokens_per_second
-            self._tokens_per_second = speed if before is None else before + SMOOTHING * (speed - before)
-            self._on_batch(len(sequences), num_tokens, seconds)
+        try:
+            while (batch := self._next()) is not None:
+                started = time.perf_counter()
+                sequences = [ids for ticket, part in batch for ids in ticket.sequences[part]]
+                try:
+                    self._deliver(batch, self._score(sequences))
+                except Exception as error:
+                    logger.error(f"a batch of {len(batch)} requests failed: {type(error).__name__}")
+                    logger.debug("the error of the batch", exc_info=error)
+                    self._score_alone(batch)
+                self._measure(len(sequences), sum(map(len, sequences)), time.perf_counter() - started)
+        finally:  # not reached while requests wait, unless something here is wrong
+            for ticket in self._tickets:
+                _finish(ticket, ClosedError("the server is stopping"))
+
+    def _measure(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
+        speed, before = num_tokens / max(seconds, 1e-9), self._tokens_per_second
+        self._tokens_per_second = speed if before is None else before + SMOOTHING * (speed - before)
+        self._on_batch(num_sequences, num_tokens, seconds)
 
     def _next(self) -> list[tuple[Ticket, slice]] | None:
         """Waits for requests. Returns the next batch, or None when the batcher is closed and nothing is left."""
@@ -196,12 +211,19 @@ class Batcher:
 
     def _score_alone(self, batch: Sequence[tuple[Ticket, slice]]) -> None:
         """Scores each request of a failed batch on its own. Only those that fail again get an error."""
+        has_failed = True
         for ticket, part in batch:
-            self._recover()
+            if ticket.future.done():
+                continue
             try:
+                if has_failed:
+                    self._recover()
                 self._deliver([(ticket, part)], self._score(ticket.sequences[part]))
+                has_failed = False
             except Exception as error:
-                logger.error(f"a request of {len(ticket.sequences)} pairs failed: {type(error).__name__}: {error}")
+                has_failed = True
+                logger.error(f"a request of {len(ticket.sequences)} pairs failed: {type(error).__name__}")
+                logger.debug("the error of the request", exc_info=error)
                 _finish(ticket, error)
 
     def _deliver(self, batch: Sequence[tuple[Ticket, slice]], logits: torch.Tensor) -> None:

@@ -2,8 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,9 +22,9 @@ class RerankBody(_Body):
     """A request as Cohere, Jina and vLLM define it."""
 
     query: str
-    documents: list[str | Document] = Field(min_length=1)
-    top_n: int | None = Field(None, ge=1)
-    return_documents: bool = False
+    documents: list[str | Document] = Field(min_length=1, fail_fast=True)
+    top_n: int | None = Field(None, ge=0)  # 0 is vLLM's word for all
+    return_documents: bool | None = False
     instruction: str | None = None
     model: str | None = None
 
@@ -38,18 +38,18 @@ class TeiBody(_Body):
     """A request as Text Embeddings Inference defines it, with `texts`."""
 
     query: str
-    texts: list[str] = Field(min_length=1)
-    raw_scores: bool = False
-    return_text: bool = False
-    truncate: bool = False
+    texts: list[str] = Field(min_length=1, fail_fast=True)
+    raw_scores: bool | None = False
+    return_text: bool | None = False
+    truncate: bool | None = False
     instruction: str | None = None
 
 
 class ScoreBody(_Body):
     """A request to `/score` as vLLM defines it: a text against each of several, or pairs of two lists."""
 
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: str | Annotated[list[str], Field(fail_fast=True)]
+    text_2: str | Annotated[list[str], Field(fail_fast=True)]
     instruction: str | None = None
     model: str | None = None
 
@@ -74,17 +74,24 @@ class BodyError(ValueError):
     """The body of a request breaks a rule. The message names the field and the rule."""
 
 
-def read_rerank(content: Any) -> RerankBody | TeiBody:
+def is_tei(content: Any) -> bool:
+    """Returns whether a body is a request of Text Embeddings Inference."""
+    return isinstance(content, Mapping) and "texts" in content and "documents" not in content
+
+
+def read_rerank(content: Any, max_documents: int) -> RerankBody | TeiBody:
     """Returns the request to a rerank route. One with `texts` is that of Text Embeddings Inference."""
     if not isinstance(content, Mapping):
         raise BodyError(f"the body must be a JSON object with query and documents, got {type(content).__name__}")
-    return _validate(TeiBody if "texts" in content and "documents" not in content else RerankBody, content)
+    _check_lengths(content, ("documents", "texts"), max_documents)
+    return _validate(TeiBody if is_tei(content) else RerankBody, content)
 
 
-def read_score(content: Any) -> ScoreBody:
+def read_score(content: Any, max_documents: int) -> ScoreBody:
     """Returns the request to `/score`. In vLLM, `queries` and `documents`, or `data_1` and `data_2`, name the texts."""
     if not isinstance(content, Mapping):
         raise BodyError(f"the body must be a JSON object with text_1 and text_2, got {type(content).__name__}")
+    _check_lengths(content, content.keys(), max_documents)
     renamed = dict(content)
     for ours, names in (("text_1", ("queries", "data_1", "query")), ("text_2", ("documents", "data_2", "items"))):
         for name in names:
@@ -93,13 +100,22 @@ def read_score(content: Any) -> ScoreBody:
     return _validate(ScoreBody, renamed)
 
 
+def _check_lengths(content: Mapping[str, Any], names: Iterable[str], most: int) -> None:
+    """Raises BodyError for a list that is too long, before anything looks at its elements."""
+    for name in names:
+        if isinstance(content.get(name), list) and len(content[name]) > most:
+            raise BodyError(f"{name}: at most {most} are allowed, got {len(content[name])}")
+
+
 def _validate(kind: Any, content: Mapping[str, Any]) -> Any:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        # The names of the alternatives of a union are no part of the body.
-        place = [str(part) for part in first["loc"] if part not in ("str", "list[str]", "Document")]
+        # Pydantic adds the name of the union member, which is not a field of the body.
+        place = [
+            str(part) for part in first["loc"] if not str(part).startswith(("str", "list[", "Document", "constrained"))
+        ]
         rule = "must be a string or an object with text" if place[0] == "documents" and place[1:] else first["msg"]
         raise BodyError(f"{'.'.join(place)}: {rule}") from None
 
@@ -114,7 +130,7 @@ def rerank_answer(
     is_first_version: bool,
 ) -> dict[str, Any]:
     """
-    Returns the answer to a request of Cohere's kind: the best passages, ties in their order.
+    Returns the response to a Cohere-style request: the best passages. Equal scores keep the order of the request.
 
     Args:
         body: the request.
@@ -123,7 +139,7 @@ def rerank_answer(
         model, num_tokens: for the answer.
         is_first_version: whether the client uses the first version of Cohere's API.
     """
-    ranked = sorted(range(len(scores)), key=lambda index: -order[index])[: body.top_n]
+    ranked = sorted(range(len(scores)), key=lambda index: -order[index])[: body.top_n or None]
     texts = body.texts
     results = []
     for index in ranked:

@@ -1,7 +1,8 @@
 """A reranker behind the server: texts to scores, batched with those of other requests."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from .batching import Batcher
 
 # The budgets of tokens that one round of requests takes: more keep the device busier, and fewer wait less.
 ROUND = 4
+SLICE_PAIRS = 256
+# English has about 4. More would mostly be cut.
+CHARACTERS_PER_TOKEN = 8
 
 
 class TooManyTokensError(ValueError):
@@ -73,7 +77,11 @@ class ServedReranker:
         self.cross_encoder, self.name = cross_encoder, name
         self.activation_fn = resolve_activation(activation_fn, cross_encoder.config)
         self.max_tokens_per_request = max_tokens_per_request
-        self._encoder = PromptEncoder.from_config(cross_encoder.tokenizer, cross_encoder.config)
+        self._encoder = PromptEncoder.from_config(
+            cross_encoder.tokenizer, cross_encoder.config, parse_special_tokens=cross_encoder.parse_special_tokens
+        )
+        # A pool of its own: a request that is tokenized must not block others that only need a thread for a moment.
+        self.tokenizing = ThreadPoolExecutor(os.cpu_count() or 1, "tokenize")
         # The engine divides these among its parallel calls or its devices.
         max_tokens = max_tokens_per_batch or ROUND * cross_encoder.engine().token_budget()
         self.batcher = Batcher(
@@ -84,30 +92,59 @@ class ServedReranker:
             **batching,
         )
 
-    def encode(self, pairs: Sequence[tuple[str, str]], instruction: str | None) -> Encoded:
+    def encode(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None, should_stop: Callable[[], bool] = lambda: False
+    ) -> Encoded:
         """
-        Renders and tokenizes pairs.
+        Renders and tokenizes pairs, a slice at a time.
+
+        Args:
+            pairs: (query, document) strings.
+            instruction: of all pairs, or None.
+            should_stop: asked between slices, to give up a request that nobody waits for.
 
         Raises:
             ValueError: the template has no field for the instruction, or leaves no room for a pair.
             TooManyTokensError: the request is too large.
+            InterruptedError: `should_stop` returned True.
         """
-        for name, texts in (("query", {query for query, _ in pairs}), ("document", [text for _, text in pairs])):
+        queries = {query for query, _ in pairs}
+        for name, texts in (("instruction", [instruction or ""]), ("query", queries)):
             for text in texts:
                 check_text(name, text)
+        for _, document in pairs:
+            check_text("document", document)
+        # Each pair renders its query, so a small body can be a large amount of text.
+        characters = sum(len(query) + len(document) for query, document in pairs) + len(pairs) * len(instruction or "")
+        if characters > CHARACTERS_PER_TOKEN * self.max_tokens_per_request:
+            raise TooManyTokensError(
+                f"the prompts have {characters} characters, and at most "
+                f"{CHARACTERS_PER_TOKEN * self.max_tokens_per_request} are allowed: send fewer or shorter texts"
+            )
         with_instruction: list[Pair] = [(query, passage, instruction) for query, passage in pairs]
         unique, positions = distinct(with_instruction)
-        encoded = self._encoder.encode(unique, long_document=self.cross_encoder.long_document)
-        found = Encoded(encoded.input_ids, encoded.num_windows, positions, encoded.num_truncated)
-        if found.num_tokens > self.max_tokens_per_request:
-            raise TooManyTokensError(
-                f"the request has {found.num_tokens} tokens, and at most {self.max_tokens_per_request} are allowed: "
-                "send fewer or shorter documents"
+        found = Encoded([], [], positions, 0)
+        for start in range(0, len(unique), SLICE_PAIRS):
+            if should_stop():
+                raise InterruptedError("nobody waits for this request")
+            part = self._encoder.encode(
+                unique[start : start + SLICE_PAIRS], long_document=self.cross_encoder.long_document
             )
+            found = Encoded(
+                found.sequences + part.input_ids,
+                found.num_windows + part.num_windows,
+                positions,
+                found.num_truncated + part.num_truncated,
+            )
+            if found.num_tokens > self.max_tokens_per_request:
+                raise TooManyTokensError(
+                    f"the request has more than {self.max_tokens_per_request} tokens, which is the limit: send "
+                    "fewer or shorter documents"
+                )
         return found
 
     def submit(self, encoded: Encoded) -> "Future[torch.Tensor]":
-        """Returns the logits to come. Raises as [`Batcher.submit`] does."""
+        """Queues a request and returns a future of its logits. Raises the errors of [`Batcher.submit`]."""
         return self.batcher.submit(encoded.sequences)
 
     def scores(self, encoded: Encoded, logits: torch.Tensor) -> torch.Tensor:
@@ -137,14 +174,17 @@ class ServedReranker:
         return scores
 
     def explain(self) -> str:
-        """Returns the likely cause of a score that is not finite."""
+        """Returns the likely cause of a score that is not finite. Finding it reads all weights."""
         return str(find_cause(self.cross_encoder.model))
 
     def warm_up(self) -> None:
         """Scores a short and a long pair, which allocates memory and starts worker processes."""
-        self.submit(self.encode([("warm", "up"), ("warm", "up " * 4096)], None)).result()
+        longest = self.cross_encoder.config.rerank_max_length
+        (ids,) = self._encoder.encode([("warm", "up " * longest)]).input_ids
+        self.batcher.submit([ids[:8], ids]).result()
 
-    def close(self) -> None:
-        """Finishes what has begun, and stops worker processes."""
-        self.batcher.close()
+    def close(self, *, cancel: bool = False) -> None:
+        """Finishes the requests in progress, or cancels them, and stops worker processes."""
+        self.tokenizing.shutdown(wait=not cancel, cancel_futures=cancel)
+        self.batcher.close(cancel=cancel)
         self.cross_encoder.close()

@@ -1,9 +1,11 @@
 """Runs an application until a signal, and finishes the requests that have begun."""
 
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -12,7 +14,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """A server that ends normally after SIGTERM and Ctrl-C. uvicorn's own raises the signal again when it is done."""
+    """
+    A server that ends normally after SIGTERM and Ctrl-C. uvicorn's own raises the signal again when it is done. A
+    second signal does not wait for the requests in progress.
+    """
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]):
         super().__init__(config)
@@ -27,22 +32,24 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
             self._on_start()
 
 
-def serve(app: Any, host: str, port: int, *, on_start: Callable[[str], None]) -> None:
+@contextmanager
+def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
     """
-    Serves an application. After SIGTERM or Ctrl-C, no connection is accepted, and requests that have begun are
-    answered. A second Ctrl-C does not wait for them.
+    Yields a bound socket and its URL.
 
     Args:
-        app: an ASGI application.
         host: the address to listen on.
         port: 0 takes a free one.
-        on_start: called with the URL once the server accepts connections.
 
     Raises:
         OSError: the address cannot be used, for example because another server does.
@@ -55,6 +62,31 @@ def serve(app: Any, host: str, port: int, *, on_start: Callable[[str], None]) ->
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}: choose another --host or --port", f"{host}:{port}") from None
         name, number = listener.getsockname()[:2]
-        shown = f"[{name}]" if family == socket.AF_INET6 else name
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
-        Server(config, lambda: on_start(f"http://{shown}:{number}")).run(sockets=[listener])
+        yield listener, f"http://{f'[{name}]' if family == socket.AF_INET6 else name}:{number}"
+
+
+def serve(app: Any, listener: socket.socket, *, seconds: float, on_start: Callable[[], None]) -> bool:
+    """
+    Serves an application. After SIGTERM or Ctrl-C, no connection is accepted, and the requests in progress are
+    finished. A second signal does not wait for them.
+
+    Args:
+        app: an ASGI application.
+        listener: a bound socket.
+        seconds: how long to wait for the requests in progress.
+        on_start: called once the server accepts connections.
+
+    Returns:
+        whether requests in progress were given up.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=math.ceil(seconds),
+    )
+    server = Server(config, on_start)
+    server.run(sockets=[listener])
+    return server.force_exit

@@ -91,6 +91,34 @@ def test_a_request_that_fails_does_not_fail_the_others(make):
     assert batcher.submit([[3]]).result(timeout=10).item() == 3.0  # and the thread lives
 
 
+def test_a_failing_recovery_fails_its_request_alone(make):
+    engine, calls = FakeEngine(), []
+    engine.fails = lambda sequences: [13] in sequences
+
+    def recover():
+        calls.append(1)
+        raise OSError("no worker")
+
+    batcher = make(engine, recover=recover)
+    with pytest.raises(OSError, match="no worker"):
+        batcher.submit([[13]]).result(timeout=10)
+    assert batcher.is_alive
+    assert batcher.submit([[1]]).result(timeout=10).item() == 1.0
+    assert len(calls) == 1
+
+
+def test_closing_can_cancel(make):
+    go = threading.Semaphore(0)
+    batcher = make(FakeEngine(go))
+    futures = [batcher.submit([[number]] * 4) for number in range(5)]
+    closing = threading.Thread(target=batcher.close, kwargs={"cancel": True})
+    closing.start()
+    go.release(1)
+    closing.join(timeout=10)
+    assert all(future.cancelled() for future in futures)
+    assert not batcher.is_alive
+
+
 def test_a_cancelled_request_frees_its_place(make):
     go = threading.Semaphore(0)
     engine = FakeEngine(go)

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -97,6 +98,22 @@ def test_a_signal_finishes_what_has_begun(folder, expected):
         asking.join(timeout=60)
         assert process.wait(timeout=20) == 0
         assert len(answers[0]["results"]) == 2100
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"q'])
+def test_a_body_that_never_arrives_stops_nothing(folder, sent):
+    command = [sys.executable, "-m", "llama_bidir", "serve", "--model", "tiny", "--port", "0", "--timeout", "1"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n" + sent)
+            connection.settimeout(10)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n" + sent)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=15) == 0
         assert "Traceback" not in process.stderr.read()
 
 

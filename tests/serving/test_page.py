@@ -57,7 +57,7 @@ def test_a_person_ranks_passages(size, scheme, browser, address, tmp_path):
     assert browser.evaluate("document.activeElement.id") == "rank"
     press(browser, "Enter")
     wait_for(browser, "document.querySelectorAll('#results li').length === 3")
-    scores = browser.evaluate("[...document.querySelectorAll('#results output')].map(each => +each.textContent)")
+    scores = browser.evaluate("[...document.querySelectorAll('#results span')].map(each => +each.textContent)")
     assert scores == sorted(scores, reverse=True)
     widths = browser.evaluate("[...document.querySelectorAll('#results b')].map(each => each.offsetWidth)")
     assert widths == sorted(widths, reverse=True)
@@ -87,4 +87,4 @@ def test_an_error_is_shown(browser, address):
     browser.evaluate("document.getElementById('rank').click() ?? true")
     wait_for(browser, "document.getElementById('state').className === 'bad'")
     assert "has no place in the prompt_template" in browser.evaluate("document.getElementById('state').textContent")
-    assert browser.evaluate("document.getElementById('rank').disabled") is False
+    assert browser.evaluate("document.getElementById('rank').getAttribute('aria-disabled')") == "false"
