@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="M", help="folder or Hub id of a reranker or of an adapter")
     add("--data", required=True, metavar="ROWS", help="training rows: pos_doc is relevant and neg_doc is not")
-    add("--output", metavar="DIR", help="folder to save to; the configuration in M is changed when not given")
+    add("--output", metavar="DIR", help="folder to save to; M is changed in place when not given")
     add("--num-rows", type=positive_int, default=2000, metavar="N", help="most rows to use; %(default)s")
     add("--revision", metavar="R", help="branch, tag or commit of a Hub repository")
     add("--overwrite", action="store_true", help="replace a calibration, or the output folder")

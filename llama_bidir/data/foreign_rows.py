@@ -27,15 +27,16 @@ def read_foreign(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     Returns a row in the fields of our schema. A row with `pos_doc` is returned as it is.
 
     FlagEmbedding's rows have `query`, `pos`, `neg` and, optionally, `pos_scores`, `neg_scores` and `prompt`. Those of
-    sentence-transformers have `query` (or `anchor`) and either `positive` with `negative`, `negative_1`, ..., or `docs`
-    with `labels`, a number per document that is above 0 if it is relevant. Beside a negative, `answer` is a `positive`.
+    sentence-transformers have `query` (or `anchor`, `question`) and either `positive` with `negative`, `negative_1`,
+    ..., or `docs` with `labels`: one number per document, above 0 if the document is relevant. If a row has a negative
+    and no `positive`, `answer` is the positive.
 
     Args:
         row: any mapping.
         where: the name of the row in errors.
 
     Returns:
-        the row, and the names that its fields have in the source where they differ from ours.
+        the row, and a mapping from our field names to the source's names, for the fields that were renamed.
 
     Raises:
         ValueError: `docs` and `labels` do not fit each other, or there is a label or a score beside `positive`.

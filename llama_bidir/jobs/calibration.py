@@ -1,4 +1,4 @@
-"""Calibrates a reranker: fits what makes its scores probabilities of relevance, and saves it in its configuration."""
+"""Calibrates a reranker: fits a map from scores to probabilities of relevance and saves it in the configuration."""
 
 import json
 import os
@@ -43,8 +43,8 @@ class CalibrationResult(NamedTuple):
 
     Args:
         slope, offset: the probability of a score is `sigmoid(slope * score + offset)`.
-        num_fitted, num_measured: how many pairs the two were fitted on, and how many the measures are of.
-        are_held_out: whether these are pairs of other rows. A small file has too few rows for that.
+        num_fitted, num_measured: the number of pairs used for fitting and for measuring.
+        are_held_out: whether the measured pairs come from held-out rows. False if there are fewer than 32 rows.
         relevant: the share of relevant pairs among the measured ones.
         log_loss, calibration_error: by `"before"`, where the probability is `sigmoid(score)`, and `"after"`.
     """
@@ -73,9 +73,9 @@ def calibrate_reranker(
     show_progress_bar: bool | None = None,
 ) -> CalibrationResult:
     """
-    Fits the probability of relevance to the scores of the passages of rows, and saves it with the reranker. Of 32 rows
-    or more, every second one is held out, and shows how good the probabilities are. If matplotlib is installed,
-    `calibration.png` in the folder shows it too.
+    Fits a slope and an offset that map scores to probabilities of relevance, and saves them with the reranker. With 32
+    rows or more, every second row is held out to measure the probabilities. If matplotlib is installed, a reliability
+    diagram is saved as `calibration.png` in the folder.
 
     Args:
         model: the folder or Hub id of a reranker or an adapter.
