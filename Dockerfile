@@ -22,11 +22,11 @@ RUN pip wheel --no-deps --wheel-dir dist . \
     && find scipy pandas sympy numpy matplotlib pyarrow networkx -type d -name tests -prune -exec rm -r {} +
 
 FROM ${BASE} AS runtime
-RUN useradd --create-home --uid 1000 reranker && mkdir /work && chown reranker /work
+RUN useradd --create-home --uid 1000 reranker && mkdir /data && chown reranker /data
 COPY --from=build /opt/llama-bidir /opt/llama-bidir
-ENV PATH=/opt/llama-bidir/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/work/.cache
+ENV PATH=/opt/llama-bidir/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/data/.cache
 USER reranker
-WORKDIR /work
+WORKDIR /data
 EXPOSE 8000
 # Exec form: the command is process 1 and receives SIGTERM itself.
 ENTRYPOINT ["llama-bidir"]

@@ -51,6 +51,8 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         raise TypeError("a job that resumes needs backend 'torch': load the checkpoint that was exported")
     config, activation, devices = cross_encoder.config, cross_encoder.activation_fn, cross_encoder.devices
     name = config.name_or_path or ""
+    is_function = callable(activation)
+    activation_name = getattr(activation, "__qualname__", type(activation).__qualname__) if is_function else activation
     tokenizer = json.loads(cross_encoder.tokenizer.backend_tokenizer.to_str())
     settings = {part: value for part, value in tokenizer.items() if part not in ("padding", "truncation")}
     return {
@@ -66,12 +68,7 @@ def describe_scoring(cross_encoder: CrossEncoder) -> dict[str, Any]:
         "max_length": config.rerank_max_length,
         "long_document": cross_encoder.long_document,
         "parse_special_tokens": cross_encoder.parse_special_tokens,
-        "activation_fn": activation
-        and (
-            activation
-            if isinstance(activation, str)
-            else getattr(activation, "__qualname__", type(activation).__qualname__)
-        ),
+        "activation_fn": activation_name,
         **({"calibration": config.calibration} if activation == PROBABILITY else {}),
     }
 

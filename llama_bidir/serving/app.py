@@ -99,8 +99,7 @@ def make_app(
         headers: dict[str, str] = {}
         try:
             check_key(request)
-            async with asyncio.timeout(limits.seconds):
-                body = await _read_body(request, limits.body_bytes)
+            body = await _read_body(request, limits)
             content = await run_in_threadpool(_parse, body)
             for_tei = is_tei(content)
             answered = await respond(content, started + limits.seconds)
@@ -127,7 +126,7 @@ def make_app(
         """Returns the logits of pairs and the number of their tokens. A request has its place from here on."""
         nonlocal num_admitted
         if num_admitted >= reranker.batcher.max_waiting:
-            raise reranker.batcher.is_full()
+            raise reranker.batcher.full_error()
         num_admitted += 1
         left = asyncio.ensure_future(_wait_until_left(request))
         has_stopped = threading.Event()
@@ -142,26 +141,25 @@ def make_app(
                 raise RefusedError(504, f"no answer within {limits.seconds:g} s: send fewer documents, or ask later")
             return await work
 
-        future: asyncio.Future[Any] | None = None
+        tasks: list[asyncio.Future[Any]] = []
         try:
             loop = asyncio.get_running_loop()
-            tokenized = loop.run_in_executor(
-                reranker.tokenizing, reranker.encode, pairs, instruction, has_stopped.is_set
+            tasks.append(
+                loop.run_in_executor(reranker.tokenizing, reranker.encode, pairs, instruction, has_stopped.is_set)
             )
-            encoded = await wait_for(tokenized)
+            encoded = await wait_for(tasks[-1])
             if encoded.num_truncated and not cuts:
                 longest = reranker.cross_encoder.config.rerank_max_length
                 raise RefusedError(
                     422,
                     f"{encoded.num_truncated} inputs have more than {longest} tokens: send truncate: true to cut them",
                 )
-            future = asyncio.wrap_future(reranker.submit(encoded))
-            values = await run_in_threadpool(reranker.scores, encoded, await wait_for(future))
+            tasks.append(asyncio.wrap_future(reranker.submit(encoded)))
+            values = await run_in_threadpool(reranker.scores, encoded, await wait_for(tasks[-1]))
         finally:
             has_stopped.set()
-            left.cancel()
-            if future is not None:
-                future.cancel()  # frees the place in the queue
+            for task in (left, *tasks):
+                task.cancel()  # frees the place in the queue
             num_admitted -= 1
         metrics.pairs.inc(len(pairs))
         return values, encoded.num_tokens
@@ -245,18 +243,25 @@ def _schema(*bodies: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": json.loads(text)}}}}
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limits: Limits) -> bytes:
     if encoding := request.headers.get("content-encoding", ""):
         raise RefusedError(415, f"Content-Encoding {encoding} is not supported: send the JSON as it is")
+    limit = limits.body_bytes
     message = f"the body has more than {limit} bytes: send fewer or shorter documents"
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise RefusedError(413, message)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise RefusedError(413, message)
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise RefusedError(413, message)
+    except TimeoutError:
+        raise RefusedError(408, f"the body did not arrive within {limits.seconds:g} s") from None
+    except ClientDisconnect:
+        raise RefusedError(CLIENT_LEFT, "the client has hung up") from None
     return bytes(body)
 
 
@@ -278,10 +283,6 @@ def _outcome(error: Exception) -> tuple[int, dict[str, str], str]:
     message = str(error).partition("\n")[0]
     if isinstance(error, RefusedError):
         return error.status, error.headers, message
-    if isinstance(error, TimeoutError):
-        return 408, {}, "the body did not arrive in time"
-    if isinstance(error, ClientDisconnect | InterruptedError):
-        return CLIENT_LEFT, {}, "the client has hung up"
     if isinstance(error, QueueFullError):
         return 429, {"Retry-After": str(math.ceil(error.retry_after))}, message
     if isinstance(error, ClosedError):

@@ -81,9 +81,9 @@ def share(lengths: Sequence[Sequence[int]], budget: int) -> list[int]:
     if lengths:
         taken[0] = 1
         left -= lengths[0][0]
-    small = [number for number in everyone if sum(lengths[number]) <= budget // 2]
-    take(small, budget // 2)
-    take([number for number in everyone if number not in small], budget // 2)
+    are_small = [sum(each) <= budget // 2 for each in lengths]
+    for is_small in (True, False):
+        take([number for number in everyone if are_small[number] is is_small], budget // 2)
     take(everyone, budget)
     return taken
 
@@ -123,8 +123,8 @@ class Batcher:
         """The requests that wait or are computed."""
         return len(self._tickets)
 
-    def is_full(self) -> QueueFullError:
-        """Returns the error of a full queue."""
+    def full_error(self) -> QueueFullError:
+        """Returns the error of a full queue, with the estimated wait."""
         return QueueFullError(self.max_waiting, self._estimate_wait())
 
     def submit(self, sequences: Sequence[Sequence[int]]) -> "Future[torch.Tensor]":
@@ -141,7 +141,7 @@ class Batcher:
                 raise ClosedError("the server is stopping")
             self._drop_done()
             if len(self._tickets) >= self.max_waiting:
-                raise self.is_full()
+                raise self.full_error()
             self._tickets.append(ticket)
             self._changed.notify()
         return ticket.future
@@ -181,8 +181,11 @@ class Batcher:
                     self._score_alone(batch)
                 self._measure(len(sequences), sum(map(len, sequences)), time.perf_counter() - started)
         finally:  # not reached while requests wait, unless something here is wrong
-            for ticket in self._tickets:
-                _finish(ticket, ClosedError("the server is stopping"))
+            with self._changed:
+                self._is_closing = True
+                self._drop_done()
+                for ticket in self._tickets:
+                    _finish(ticket, ClosedError("the server is stopping"))
 
     def _measure(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         speed, before = num_tokens / max(seconds, 1e-9), self._tokens_per_second

@@ -11,7 +11,7 @@ from ..cross_encoder import CrossEncoder
 from ..prompts import Pair, PromptEncoder
 from ..scoring.finite import find_cause
 from ..scoring.pipeline import check_one_label, distinct
-from ..scoring.probability import resolve_activation
+from ..scoring.probability import Probability, resolve_activation
 from ..utils.errors import ScoreError
 from ..utils.validation import check_text
 from .batching import Batcher
@@ -123,25 +123,25 @@ class ServedReranker:
             )
         with_instruction: list[Pair] = [(query, passage, instruction) for query, passage in pairs]
         unique, positions = distinct(with_instruction)
-        found = Encoded([], [], positions, 0)
+        sequences: list[list[int]] = []
+        num_windows: list[int] = []
+        num_tokens = num_truncated = 0
         for start in range(0, len(unique), SLICE_PAIRS):
             if should_stop():
                 raise InterruptedError("nobody waits for this request")
             part = self._encoder.encode(
                 unique[start : start + SLICE_PAIRS], long_document=self.cross_encoder.long_document
             )
-            found = Encoded(
-                found.sequences + part.input_ids,
-                found.num_windows + part.num_windows,
-                positions,
-                found.num_truncated + part.num_truncated,
-            )
-            if found.num_tokens > self.max_tokens_per_request:
+            sequences += part.input_ids
+            num_windows += part.num_windows
+            num_truncated += part.num_truncated
+            num_tokens += sum(map(len, part.input_ids))
+            if num_tokens > self.max_tokens_per_request:
                 raise TooManyTokensError(
                     f"the request has more than {self.max_tokens_per_request} tokens, which is the limit: send "
                     "fewer or shorter documents"
                 )
-        return found
+        return Encoded(sequences, num_windows, positions, num_truncated)
 
     def submit(self, encoded: Encoded) -> "Future[torch.Tensor]":
         """Queues a request and returns a future of its logits. Raises the errors of [`Batcher.submit`]."""
@@ -167,10 +167,8 @@ class ServedReranker:
 
     def normalize(self, values: torch.Tensor) -> list[float]:
         """Returns numbers between 0 and 1: calibrated probabilities if there are any, else the sigmoid."""
-        has_calibration = self.cross_encoder.config.calibration is not None
-        activation = resolve_activation("probability" if has_calibration else torch.sigmoid, self.cross_encoder.config)
-        assert activation is not None
-        scores: list[float] = activation(values).tolist()
+        calibration = self.cross_encoder.config.calibration
+        scores: list[float] = (values.sigmoid() if calibration is None else Probability(**calibration)(values)).tolist()
         return scores
 
     def explain(self) -> str:

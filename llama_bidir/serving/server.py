@@ -1,4 +1,4 @@
-"""Runs an application until a signal, and finishes the requests that have begun."""
+"""Runs an application until a signal, and finishes the requests in progress."""
 
 import math
 import signal

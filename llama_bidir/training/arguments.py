@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..checkpoints.chat_template import find_prompt_template
 from ..checkpoints.source import check_source
 from ..configuration_llama_bidir import LlamaBidirectionalConfig
 from ..data import Grouping
 from ..losses import get_loss
+from ..scoring.packing import PACKED_IMPLEMENTATIONS
 from ..utils.extras import require
 from ..utils.launch import check_launch
 from ..utils.validation import check_positive_int
@@ -196,6 +197,34 @@ def check_temperatures(loss_temperature: float | None, temperature: float | None
         raise ValueError(
             f"training.loss_temperature {loss_temperature!r} and model.temperature {temperature!r} would both divide "
             "the scores that the loss reads: leave one of them at 1"
+        )
+
+
+def use_packing(model: PreTrainedModel, args: CrossEncoderTrainingArguments) -> bool:
+    """Returns whether to pack batches. Raises ValueError if packing is asked for but impossible."""
+    attention = model.config._attn_implementation
+    reasons = {
+        f"attn_implementation={attention!r} cannot pack": attention not in ("sdpa", *PACKED_IMPLEMENTATIONS),
+        "neftune_noise_alpha scales its noise by the length of a padded batch": args.neftune_noise_alpha is not None,
+        "torch_compile would compile again for each batch": args.torch_compile,
+        "several GPUs in one process split padded batches only; start one process per GPU": args.n_gpu > 1,
+    }
+    hindrances = [reason for reason, holds in reasons.items() if holds]
+    if args.packing and hindrances:
+        raise ValueError(f"packing=True is not possible: {'; '.join(hindrances)}")
+    return not hindrances if args.packing is None else args.packing
+
+
+def check_trainer_arguments(args: CrossEncoderTrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Refuses arguments of the Trainer that have no effect or a wrong one here."""
+    for name in ("model_init", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise TypeError(f"{name} is not supported: pass a model, and a function as loss")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor is for classes, and passages are not classes: set it to 0")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy 'batch_rebalance' is not supported: use 'group_by_length' or 'random'"
         )
 
 

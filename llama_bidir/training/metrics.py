@@ -1,6 +1,9 @@
 """Measures over whole groups, for evaluation during training."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 from ..losses import IGNORED
 
@@ -39,3 +42,10 @@ def group_metrics(scores: Array, labels: Array) -> dict[str, float]:
         "mrr@10": float(reciprocal_ranks.mean()),
         "ndcg@10": float(ndcg.mean()),
     }
+
+
+def concatenate(tensors: Sequence[torch.Tensor]) -> Array:
+    """Concatenates tensors of shape `(groups, width)`, padded with -100 to the largest width."""
+    widest = max(tensor.shape[1] for tensor in tensors)
+    padded = [torch.nn.functional.pad(tensor, (0, widest - tensor.shape[1]), value=IGNORED) for tensor in tensors]
+    return torch.cat(padded).numpy()

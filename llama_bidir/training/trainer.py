@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -24,13 +23,14 @@ from ..fields_llama_bidir import check_prompt_template
 from ..losses import IGNORED, Loss, check_group_size, get_loss, needs_teacher
 from ..modeling_llama_bidir import LlamaBidirectionalForSequenceClassification
 from ..prompts import PromptEncoder, ensure_pad_token
-from ..scoring.packing import PACKED_ATTENTION, PACKED_IMPLEMENTATIONS
+from ..scoring.packing import PACKED_ATTENTION
 from ..utils.outputs import whole_folder
-from .arguments import CrossEncoderTrainingArguments, check_temperatures
+from .arguments import CrossEncoderTrainingArguments, check_temperatures, check_trainer_arguments, use_packing
+from .groups import check_instructions, evaluation_groups, train_groups
 from .history import HistoryCallback
 from .liger import register_with_liger
 from .lora import add_adapter, check_head
-from .metrics import group_metrics
+from .metrics import concatenate, group_metrics
 from .pieces import Pieces, count_pairs
 from .reranking import RerankSet, check_names
 from .sampling import EpochCallback, EpochSampler
@@ -114,7 +114,7 @@ class CrossEncoderTrainer(Trainer):
             raise TypeError(f"args must be CrossEncoderTrainingArguments, got {type(args).__name__}")
         if processing_class is None:
             raise TypeError("processing_class must be the tokenizer of the model, got None")
-        _check_arguments(args, kwargs)
+        check_trainer_arguments(args, kwargs)
         if model.config.num_labels != 1:
             raise ValueError(f"a group has one score per passage, but the model has {model.config.num_labels} labels")
         self.loss = get_loss(args.loss if loss is None else loss)
@@ -140,7 +140,7 @@ class CrossEncoderTrainer(Trainer):
             model.config.calibration = None
         if args.use_liger_kernel:
             register_with_liger(args.device.type)
-        self.packing = _use_packing(model, args)
+        self.packing = use_packing(model, args)
         if self.packing and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(PACKED_ATTENTION)
         if peft_config is not None:
@@ -150,12 +150,10 @@ class CrossEncoderTrainer(Trainer):
         if data_collator is None:
             prompt_encoder = PromptEncoder.from_config(processing_class, model.config)  # type: ignore[arg-type]
             data_collator = GroupCollator(prompt_encoder, packed=self.packing, needs_teacher=needs_teacher(self.loss))
-        groups = _train_groups(train_dataset, grouping)
-        eval_groups = _eval_groups({} if eval_dataset is None and rerank_sets else eval_dataset, eval_grouping)
-        for each in (groups, *(eval_groups.values() if isinstance(eval_groups, dict) else [eval_groups])):
-            dataset = each.groups if isinstance(each, FixedGroups) else each
-            if isinstance(dataset, GroupDataset):
-                dataset.check_instructions(model.config.prompt_template)
+        groups = train_groups(train_dataset, grouping)
+        eval_groups = evaluation_groups({} if eval_dataset is None and rerank_sets else eval_dataset, eval_grouping)
+        check_instructions(groups, model.config.prompt_template)
+        check_instructions(eval_groups, model.config.prompt_template)
         super().__init__(
             model=model,
             args=args,
@@ -296,7 +294,7 @@ class CrossEncoderTrainer(Trainer):
     ) -> EvalLoopOutput:
         self._evaluated = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        losses, scores, labels = (_stack(tensors) for tensors in zip(*self._evaluated, strict=True))
+        losses, scores, labels = (concatenate(tensors) for tensors in zip(*self._evaluated, strict=True))
         # The Trainer's own loss is a mean over batches, which depends on the size of a batch.
         metrics = {"loss": float(losses.mean()), **group_metrics(scores, labels)}
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -319,7 +317,7 @@ class CrossEncoderTrainer(Trainer):
                 super().evaluation_loop(dataloader, f"Reranking of {each.name}", prediction_loss_only=True)
             finally:
                 self._scores_only = False
-            _, scores, labels = (_stack(tensors) for tensors in zip(*self._evaluated, strict=True))
+            _, scores, labels = (concatenate(tensors) for tensors in zip(*self._evaluated, strict=True))
             after = each.measure([row[mask] for row, mask in zip(scores, labels != IGNORED, strict=True)])
             for stage, measures in (("", after), ("run_", each.first_stage)):
                 metrics |= {f"eval_{each.name}_{stage}{name}": value for name, value in measures.items()}
@@ -353,7 +351,7 @@ class CrossEncoderTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not isinstance(eval_dataset, str):  # the name of one of the datasets
-            eval_dataset = _eval_groups(eval_dataset, self._eval_grouping)
+            eval_dataset = evaluation_groups(eval_dataset, self._eval_grouping)
         self._has_to_rerank = self._has_to_rerank or eval_dataset is None
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         if self._has_to_rerank and (reranked := self._rerank()):  # there are no groups to evaluate
@@ -363,7 +361,7 @@ class CrossEncoderTrainer(Trainer):
         return metrics
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().predict(_eval_groups(test_dataset, self._eval_grouping), *args, **kwargs)
+        return super().predict(evaluation_groups(test_dataset, self._eval_grouping), *args, **kwargs)
 
     def create_model_card(
         self,
@@ -497,54 +495,3 @@ class CrossEncoderTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer keeps the arguments of the model's forward, but the collator reads text.
         self._signature_columns = GROUP_KEYS  # type: ignore[assignment]
-
-
-def _use_packing(model: PreTrainedModel, args: CrossEncoderTrainingArguments) -> bool:
-    """Returns whether to pack batches. Raises ValueError if packing is asked for but impossible."""
-    attention = model.config._attn_implementation
-    reasons = {
-        f"attn_implementation={attention!r} cannot pack": attention not in ("sdpa", *PACKED_IMPLEMENTATIONS),
-        "neftune_noise_alpha scales its noise by the length of a padded batch": args.neftune_noise_alpha is not None,
-        "torch_compile would compile again for each batch": args.torch_compile,
-        "several GPUs in one process split padded batches only; start one process per GPU": args.n_gpu > 1,
-    }
-    hindrances = [reason for reason, holds in reasons.items() if holds]
-    if args.packing and hindrances:
-        raise ValueError(f"packing=True is not possible: {'; '.join(hindrances)}")
-    return not hindrances if args.packing is None else args.packing
-
-
-def _check_arguments(args: CrossEncoderTrainingArguments, kwargs: dict[str, Any]) -> None:
-    """Refuses arguments of the Trainer that have no effect or a wrong one here."""
-    for name in ("model_init", "compute_loss_func"):
-        if kwargs.get(name) is not None:
-            raise TypeError(f"{name} is not supported: pass a model, and a function as loss")
-    if args.label_smoothing_factor:
-        raise ValueError("label_smoothing_factor is for classes, and passages are not classes: set it to 0")
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ValueError(
-            "train_sampling_strategy 'batch_rebalance' is not supported: use 'group_by_length' or 'random'"
-        )
-
-
-def _train_groups(dataset: Any, grouping: Grouping) -> Any:
-    if dataset is None or isinstance(dataset, (GroupDataset, GroupStream)):
-        return dataset
-    return GroupDataset([(dataset, 1.0)], grouping) if hasattr(dataset, "__len__") else GroupStream(dataset, grouping)
-
-
-def _eval_groups(dataset: Any, grouping: Grouping) -> Any:
-    if dataset is None or isinstance(dataset, FixedGroups):
-        return dataset
-    if isinstance(dataset, dict):
-        return {name: _eval_groups(rows, grouping) for name, rows in dataset.items()}
-    if isinstance(dataset, (GroupDataset, GroupStream)):
-        return FixedGroups(dataset if isinstance(dataset, GroupDataset) else list(dataset))
-    return FixedGroups(GroupDataset([(dataset if hasattr(dataset, "__len__") else list(dataset), 1.0)], grouping))
-
-
-def _stack(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """Concatenates tensors of shape `(groups, width)`, padded with -100 to the largest width."""
-    widest = max(tensor.shape[1] for tensor in tensors)
-    padded = [torch.nn.functional.pad(tensor, (0, widest - tensor.shape[1]), value=IGNORED) for tensor in tensors]
-    return torch.cat(padded).numpy()

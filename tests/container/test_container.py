@@ -73,9 +73,9 @@ def run(container, folder, *command):
         "--user",
         "reranker",
         "-v",
-        f"{folder}:/work:rw",
+        f"{folder}:/data:rw",
         "--workingdir",
-        "/work",
+        "/data",
     ]
     return [*BUILDAH, *arguments, container, "--", *command]
 

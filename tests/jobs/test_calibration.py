@@ -195,10 +195,11 @@ def test_another_folder_gets_the_whole_reranker_and_keeps_its_dtype(reranker, ro
     reranker.model.to(torch.bfloat16)
     reranker.save_pretrained(tmp_path / "half")
     before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
-    calibrate_reranker(tmp_path / "half", rows, output=tmp_path / "new", num_rows=40)
+    result = calibrate_reranker(tmp_path / "half", rows, output=tmp_path / "new", num_rows=40)
     assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == before["model.safetensors"]
-    assert LlamaBidirectionalConfig.from_pretrained(tmp_path / "new").calibration is not None
+    saved = LlamaBidirectionalConfig.from_pretrained(tmp_path / "new").calibration
+    assert saved == {"slope": result.slope, "offset": result.offset}
     with pytest.raises(FileExistsError, match="exists: pass overwrite"):
         calibrate_reranker(tmp_path / "half", rows, output=tmp_path / "new")
 

@@ -137,6 +137,23 @@ def test_a_cancelled_request_frees_its_place(make):
     assert [2] not in [ids for batch in engine.batches for ids in batch]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_request_waits_for_a_thread_that_has_ended(make):
+    go = threading.Semaphore(0)
+
+    def fail(sequences, tokens, seconds):
+        raise RuntimeError("the counters are broken")
+
+    batcher = make(FakeEngine(go), on_batch=fail)
+    first, second = batcher.submit([[1]] * 10), batcher.submit([[2]] * 20)
+    go.release(1)
+    assert first.result(timeout=10).flatten().tolist() == [1.0] * 10
+    with pytest.raises(ClosedError):
+        second.result(timeout=10)
+    with pytest.raises(ClosedError):
+        batcher.submit([[3]])
+
+
 def test_closing_finishes_what_is_there(make):
     go = threading.Semaphore(0)
     batcher = make(FakeEngine(go))
