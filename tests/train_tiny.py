@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from llama_bidir.training import CrossEncoderTrainingArguments, DataArguments, ModelArguments, train
 from llama_bidir.training import run as training_run
+from llama_bidir.utils.launch import leave_process_group
 
 
 class SlowSteps(TrainerCallback):
@@ -73,3 +74,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -121,7 +121,7 @@ class Batcher:
     @property
     def num_waiting(self) -> int:
         """The requests that wait or are computed."""
-        return len(self._tickets)
+        return sum(not ticket.future.done() for ticket in self._tickets)
 
     def full_error(self) -> QueueFullError:
         """Returns the error of a full queue, with the estimated wait."""

@@ -137,6 +137,18 @@ def test_a_cancelled_request_frees_its_place(make):
     assert [2] not in [ids for batch in engine.batches for ids in batch]
 
 
+def test_an_answered_request_no_longer_waits(make):
+    go = threading.Semaphore(0)
+    batcher = make(FakeEngine(go))
+    future = batcher.submit([[1]])
+    assert batcher.num_waiting == 1
+    time.sleep(0.05)  # until the thread computes it
+    with batcher._changed:  # the thread cannot tidy up
+        go.release(1)
+        assert future.result(timeout=10).item() == 1.0
+        assert batcher.num_waiting == 0
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_request_waits_for_a_thread_that_has_ended(make):
     go = threading.Semaphore(0)
