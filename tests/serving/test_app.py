@@ -210,8 +210,8 @@ def make_slow(client, cross_encoder):
     return slow
 
 
-def test_a_full_queue_and_a_deadline(serve, cross_encoder):
-    client = serve(limits=Limits(seconds=0.3), max_waiting=1)
+def test_a_full_queue(serve, cross_encoder):
+    client = serve(max_waiting=1)
     slow = make_slow(client, cross_encoder)
     answers = []
     first = threading.Thread(target=lambda: answers.append(ask(client)))
@@ -224,11 +224,19 @@ def test_a_full_queue_and_a_deadline(serve, cross_encoder):
     assert "1 requests are waiting, which is the limit" in refused.json()["message"]
     busy = client.post("/rerank", json={"query": QUERY, "texts": DOCUMENTS, "truncate": True})
     assert (busy.status_code, busy.json()["error_type"]) == (429, "Overloaded")
-    first.join()
-    assert answers[0].status_code == 504
-    assert answers[0].json()["message"].startswith("no answer within 0.3 s")
     slow.go.set()
-    assert ask(client).status_code == 200  # the place is free again
+    first.join()
+    assert answers[0].status_code == 200
+
+
+def test_a_deadline(serve, cross_encoder):
+    client = serve(limits=Limits(seconds=0.3), max_waiting=1)
+    slow = make_slow(client, cross_encoder)
+    late = ask(client)
+    assert late.status_code == 504
+    assert late.json()["message"].startswith("no answer within 0.3 s")
+    assert client.reranker.batcher.num_waiting == 0
+    slow.go.set()
 
 
 def test_a_client_that_hangs_up_frees_its_place(serve, cross_encoder):

@@ -30,18 +30,27 @@ def test_a_batch_is_shared(lengths, budget, expected):
 
 
 class FakeEngine:
-    """Logits are the sums of the token ids. Each batch waits for `go`, if it is given."""
+    """Logits are the sums of the token ids. Each batch releases `entered`, and waits for `go` if it is given."""
 
     def __init__(self, go=None):
         self.batches, self.go, self.fails = [], go, lambda sequences: False
+        self.entered = threading.Semaphore(0)
 
     def logits(self, sequences, **options):
+        self.entered.release()
         if self.go is not None:
             assert self.go.acquire(timeout=10)
         self.batches.append([list(ids) for ids in sequences])
         if self.fails(sequences):
             raise RuntimeError("out of order")
         return torch.tensor([[float(sum(ids))] for ids in sequences])
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -62,9 +71,7 @@ def test_requests_that_wait_share_the_next_batch_and_a_large_one_starves_nobody(
     engine = FakeEngine(go)
     batcher = make(engine)
     first = batcher.submit([[1]])
-    while len(batcher._tickets) != 1 or engine.batches:  # until the thread computes it
-        time.sleep(0.001)
-    time.sleep(0.05)
+    assert engine.entered.acquire(timeout=10)
     large = batcher.submit([[number] for number in range(30)])
     small = batcher.submit([[7], [8]])
     go.release(2)
@@ -109,13 +116,15 @@ def test_a_failing_recovery_fails_its_request_alone(make):
 
 def test_closing_can_cancel(make):
     go = threading.Semaphore(0)
-    batcher = make(FakeEngine(go))
+    engine = FakeEngine(go)
+    batcher = make(engine)
     futures = [batcher.submit([[number]] * 4) for number in range(5)]
+    assert engine.entered.acquire(timeout=10)
     closing = threading.Thread(target=batcher.close, kwargs={"cancel": True})
     closing.start()
+    wait_until(lambda: all(future.cancelled() for future in futures))
     go.release(1)
     closing.join(timeout=10)
-    assert all(future.cancelled() for future in futures)
     assert not batcher.is_alive
 
 
@@ -124,7 +133,7 @@ def test_a_cancelled_request_frees_its_place(make):
     engine = FakeEngine(go)
     batcher = make(engine, max_waiting=2)
     running = batcher.submit([[1]])
-    time.sleep(0.05)
+    assert engine.entered.acquire(timeout=10)
     waiting = batcher.submit([[2]] * 50)
     with pytest.raises(QueueFullError, match="2 requests are waiting, which is the limit") as raised:
         batcher.submit([[3]])
@@ -139,10 +148,11 @@ def test_a_cancelled_request_frees_its_place(make):
 
 def test_an_answered_request_no_longer_waits(make):
     go = threading.Semaphore(0)
-    batcher = make(FakeEngine(go))
+    engine = FakeEngine(go)
+    batcher = make(engine)
     future = batcher.submit([[1]])
     assert batcher.num_waiting == 1
-    time.sleep(0.05)  # until the thread computes it
+    assert engine.entered.acquire(timeout=10)
     with batcher._changed:  # the thread cannot tidy up
         go.release(1)
         assert future.result(timeout=10).item() == 1.0
@@ -172,7 +182,7 @@ def test_closing_finishes_what_is_there(make):
     futures = [batcher.submit([[number]] * 4) for number in range(5)]
     closing = threading.Thread(target=batcher.close)
     closing.start()
-    time.sleep(0.05)
+    wait_until(lambda: batcher._is_closing)
     with pytest.raises(ClosedError, match="the server is stopping"):
         batcher.submit([[1]])
     go.release(100)
