@@ -152,7 +152,7 @@ BASE = {
     "cpu": Cell(layers=6, steps=200, groups=16, group_size=4, learning_rate=3e-4, max_length=128),
 }
 
-
+ALL_LAYERS = BASE["cuda"].layers
 # A CPU takes minutes to score the rows of this many groups with the teacher. A GPU scores all rows.
 SCORED_ROWS = {"cuda": 0, "cpu": 3200}
 # Keeps all passages and adds their scores.
@@ -169,7 +169,10 @@ def cells(base: Cell, scored_rows: int = 0) -> list[Cell]:
     found += [replace(base, group_size=size, groups=pairs // size) for size in (4, 8, 16) if size != base.group_size]
     found += [replace(base, tuning="lora", learning_rate=rate) for rate in (2e-4, 1e-3)]
     few = replace(base, rows=scored_rows)
-    found += [cell for cell in (few, replace(few, negatives="mined")) if cell not in found]
+    mined = replace(few, negatives="mined")
+    found += [cell for cell in (few, mined) if cell not in found]
+    if base.layers < ALL_LAYERS:
+        found.append(replace(mined, layers=ALL_LAYERS, steps=240, learning_rate=1e-4))
     student = replace(few, layers=max(2, base.layers // 5))
     found += [replace(student, loss=loss) for loss in (base.loss, "mse", "kl_div")]
     found += [replace(base, learning_rate=base.learning_rate * factor) for factor in (0.5, 2)]
