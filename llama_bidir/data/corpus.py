@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..utils.extras import require
 from ..utils.validation import check_text, describe
 from .arrow import ArrowFiles, FileStamp, iterate_column, stamp, write_dataset
-from .files import as_id, read_id, read_json_lines
+from .files import as_id, check_file, read_id, read_json_lines
 from .identical import is_same_text, plain_text, text_key
 
 if TYPE_CHECKING:
@@ -202,6 +202,21 @@ def read_queries(path: Path) -> dict[str, str]:
         ValueError: a line breaks its rule, an `_id` comes twice, or there is no query, with file and line.
     """
     return {query_id: text for query_id, _, text in _read_texts(path, "query")}
+
+
+def read_corpus(path: str | os.PathLike[str]) -> dict[str, str]:
+    """
+    Returns the text of each document by doc_id, in the order of the file: `title + " " + text`, or just `text` when
+    there is no title.
+
+    Args:
+        path: JSON Lines (`_id`, `title`, `text`), also compressed (`.gz`). All texts are held in memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line breaks its rule, an `_id` comes twice, or there is no document, with file and line.
+    """
+    return dict(read_documents(check_file(path)))
 
 
 def write_corpus(path: str | os.PathLike[str], corpus: Mapping[str, str]) -> None:

@@ -1,10 +1,10 @@
 """Evaluation of rankings with qrels and runs."""
 
-from ..data.corpus import write_corpus, write_queries
+from ..data.corpus import read_corpus, write_corpus, write_queries
 from ..data.trec import read_judged_queries as read_queries
 from ..data.trec import read_qrels, read_run, write_qrels, write_run
 from ..data.trec import read_run_documents as read_documents
-from .bm25 import score_bm25
+from .bm25 import score_bm25, search_bm25
 from .comparison import Comparison, compare
 from .measures import Evaluation, Qrels, Run, evaluate_queries, evaluate_run, rank_documents
 from .mteb import MTEBCrossEncoder
@@ -29,6 +29,7 @@ __all__ = [
     "load_dataset",
     "make_report",
     "rank_documents",
+    "read_corpus",
     "read_documents",
     "read_qrels",
     "read_queries",
@@ -36,6 +37,7 @@ __all__ = [
     "render_report",
     "rerank_run",
     "score_bm25",
+    "search_bm25",
     "write_corpus",
     "write_qrels",
     "write_queries",

@@ -80,6 +80,30 @@ def score_bm25(
     return run
 
 
+def search_bm25(corpus: Mapping[str, str], queries: Mapping[str, str], depth: int = 100) -> dict[str, dict[str, float]]:
+    """
+    Finds the best documents of each query with BM25: a first-stage run to rerank, or to take hard negatives from.
+
+    Args:
+        corpus: text by doc_id.
+        queries: text by query_id.
+        depth: the largest number of documents per query.
+
+    Returns:
+        a run: score by doc_id by query_id, the best document first. A document that shares no term with the query is
+        not in it.
+
+    Raises:
+        ImportError: bm25s is not installed.
+    """
+    doc_ids = list(corpus)
+    rankings = rank_bm25(corpus.values(), queries.values(), depth)
+    return {
+        query_id: {doc_ids[position]: score for position, score in zip(*ranking, strict=True)}
+        for query_id, ranking in zip(queries, rankings, strict=True)
+    }
+
+
 def rank_bm25(texts: Iterable[str], queries: Iterable[str], depth: int) -> Iterator[tuple[list[int], list[float]]]:
     """Yields the results of [`BM25.search`] among `texts` for each query."""
     bm25 = BM25(texts)

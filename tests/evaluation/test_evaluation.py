@@ -13,6 +13,7 @@ from llama_bidir.evaluation import (
     read_queries,
     read_run,
     score_bm25,
+    search_bm25,
     write_corpus,
     write_qrels,
     write_queries,
@@ -114,6 +115,9 @@ def test_bm25_by_hand():
     assert list(run["q"]) == ["c", "a"]
     assert run["q"]["a"] == pytest.approx(term(1, 3) + term(2, 3), rel=1e-5)
     assert (run["q"]["c"], run["empty"]["b"]) == (0.0, 0.0)
+    found = search_bm25(corpus, {"q": "fly bees", "empty": "unknown"}, 1)
+    assert found == {"q": {"a": run["q"]["a"]}, "empty": {}}
+    assert list(search_bm25(corpus, {"q": "fly bees"})["q"]) == ["a", "b"]
 
 
 def test_bm25_ranks_by_score_and_then_in_the_order_of_the_texts():
