@@ -10,7 +10,7 @@ WORKDIR /build
 RUN python3 -m venv /opt/llama-bidir
 ENV PATH=/opt/llama-bidir/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN pip install ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "${TORCH}"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY llama_bidir llama_bidir
 # The wheel is installed, not the checkout. Bytecode, headers and the tests of libraries are not needed to run.
 RUN pip wheel --no-deps --wheel-dir dist . \

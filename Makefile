@@ -7,7 +7,7 @@ VENV ?= .venv
 TRANSFORMERS ?= transformers
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test versions lint format site clean
+.PHONY: quickstart test versions lint format site release clean
 
 quickstart: $(VENV)/.quickstart
 	$(VENV)/bin/llama-bidir quickstart --output quickstart-output --overwrite
@@ -32,6 +32,12 @@ format: $(VENV)/.dev
 
 site: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
+# The files for a package index, with links into the repository: make release REPOSITORY=https://github.com/OWNER/NAME
+release: $(VENV)/.dev
+	@test -n "$(REPOSITORY)" || { echo "make release REPOSITORY=https://github.com/OWNER/NAME"; exit 2; }
+	REPOSITORY=$(REPOSITORY) $(VENV)/bin/python -m build --no-isolation --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-output

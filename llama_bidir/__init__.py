@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .training import CrossEncoderTrainer as CrossEncoderTrainer
     from .training import CrossEncoderTrainingArguments as CrossEncoderTrainingArguments
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # What a star import brings; the training names need an extra.
 __all__ = [

@@ -1,6 +1,8 @@
 """pyproject.toml, CITATION.cff and the code agree on what the package is and needs."""
 
 import ast
+import importlib.util
+import re
 import tomllib
 from pathlib import Path
 
@@ -37,3 +39,20 @@ def test_the_extra_that_an_import_error_names_brings_the_module():
 def test_the_citation_has_the_version_of_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == llama_bidir.__version__
+
+
+def test_links_of_a_released_readme_are_absolute(monkeypatch):
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    monkeypatch.setenv("REPOSITORY", "https://example.org/repository/")
+    metadata = {}
+    hook.RepositoryLinks(str(ROOT), {}).update(metadata)
+    assert metadata["urls"]["Repository"] == "https://example.org/repository"
+    text = metadata["readme"]["text"]
+    links = re.findall(r"(!?)\[[^\]]*\]\(https://example\.org/repository/(blob|raw)/HEAD/([^)#]+)", text)
+    assert len(links) > 15
+    for mark, kind, path in links:
+        assert (kind == "raw") is bool(mark)
+        assert (ROOT / path).exists(), path
+    assert not re.findall(r"\]\((?!https://)[^)]*\)", text)
