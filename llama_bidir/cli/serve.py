@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probability", action="store_true", help="answer with calibrated probabilities instead of raw logits")
     add("--api-key-file", metavar="FILE", help="file with the key that clients must send as Authorization: Bearer KEY")
     add("--max-body-mb", type=positive_float, default=16.0, metavar="N", help="most megabytes per request; %(default)s")
+    add(
+        "--max-bodies-mb",
+        type=positive_float,
+        default=1024.0,
+        metavar="N",
+        help="most megabytes of all requests that are read, waiting or in progress; %(default)s",
+    )
     add("--max-documents", type=positive_int, default=10_000, metavar="N", help="most per request; %(default)s")
     add("--max-tokens", type=positive_int, default=1_000_000, metavar="N", help="most per request; %(default)s")
     add(
@@ -42,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2048,
         metavar="N",
         help="most requests, waiting or in progress; %(default)s",
+    )
+    add(
+        "--max-queue-tokens",
+        type=positive_int,
+        default=20_000_000,
+        metavar="N",
+        help="most tokens of all requests, waiting or in progress; %(default)s",
     )
     add("--max-tokens-per-batch", type=positive_int, metavar="N", help="chosen for the device when not given")
     add("--timeout", type=positive_float, default=300.0, metavar="S", help="seconds until a request fails; %(default)s")
@@ -63,7 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
 def serve_model(arguments: argparse.Namespace, listener: Any, address: str, api_key: str | None) -> None:
     """Loads a reranker and serves it on a bound socket."""
     from .. import CrossEncoder
-    from ..serving.app import Limits, make_app
+    from ..serving.app import make_app
+    from ..serving.bodies import Limits
     from ..serving.metrics import Metrics
     from ..serving.scorer import ServedReranker
     from ..serving.server import serve
@@ -84,10 +99,14 @@ def serve_model(arguments: argparse.Namespace, listener: Any, address: str, api_
         max_tokens_per_batch=arguments.max_tokens_per_batch,
         max_tokens_per_request=arguments.max_tokens,
         max_waiting=arguments.max_queue,
+        max_waiting_tokens=arguments.max_queue_tokens,
         on_batch=metrics.count_batch,
     )
     limits = Limits(
-        body_bytes=int(arguments.max_body_mb * 1e6), documents=arguments.max_documents, seconds=arguments.timeout
+        body_bytes=int(arguments.max_body_mb * 1e6),
+        all_bodies_bytes=int(arguments.max_bodies_mb * 1e6),
+        documents=arguments.max_documents,
+        seconds=arguments.timeout,
     )
     is_forced = False
     try:

@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -17,11 +16,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..utils.errors import ScoreError
 from .batching import ClosedError, QueueFullError
+from .bodies import CLIENT_LEFT, Bodies, Limits, RefusedError
 from .metrics import Metrics
 from .requests import (
     BodyError,
@@ -39,32 +38,6 @@ from .scorer import ServedReranker, TooManyTokensError
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499  # nginx's status of a client that has hung up; nobody receives it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """
-    What a request may ask for.
-
-    Args:
-        body_bytes: the size of its body.
-        documents: the number of its documents.
-        seconds: the time until its answer.
-    """
-
-    body_bytes: int = 16 * 2**20
-    documents: int = 10_000
-    seconds: float = 300.0
-
-
-class RefusedError(Exception):
-    """A request that gets no scores: its HTTP status, the message, and further headers of the answer."""
-
-    def __init__(self, status: int, message: str, **headers: str):
-        super().__init__(message)
-        self.status, self.headers = status, headers
-
 
 def make_app(
     reranker: ServedReranker, metrics: Metrics, *, limits: Limits | None = None, api_key: str | None = None
@@ -75,7 +48,7 @@ def make_app(
     Args:
         reranker: computes the scores.
         metrics: counts the requests.
-        limits: of a request.
+        limits: of the requests.
         api_key: what a client must send as `Authorization: Bearer KEY`, except to `/`, `/health`, `/docs` and
             `/openapi.json`. None lets everyone ask.
     """
@@ -84,6 +57,7 @@ def make_app(
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     num_admitted = 0
+    bodies = Bodies(limits)
 
     def check_key(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -99,10 +73,10 @@ def make_app(
         headers: dict[str, str] = {}
         try:
             check_key(request)
-            body = await _read_body(request, limits)
-            content = await run_in_threadpool(_parse, body)
-            for_tei = is_tei(content)
-            answered = await respond(content, started + limits.seconds)
+            async with bodies.read(request) as body:
+                content = await run_in_threadpool(_parse, body)
+                for_tei = is_tei(content)
+                answered = await respond(content, started + limits.seconds)
         except Exception as error:
             status, headers, message = _outcome(error)
             answered = _error_body(status, message, for_tei=for_tei)
@@ -241,28 +215,6 @@ def _schema(*bodies: Any) -> dict[str, Any]:
     schema = schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
     text = json.dumps(schema).replace('{"$ref": "#/$defs/Document"}', '{"type": "object", "required": ["text"]}')
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": json.loads(text)}}}}
-
-
-async def _read_body(request: Request, limits: Limits) -> bytes:
-    if encoding := request.headers.get("content-encoding", ""):
-        raise RefusedError(415, f"Content-Encoding {encoding} is not supported: send the JSON as it is")
-    limit = limits.body_bytes
-    message = f"the body has more than {limit} bytes: send fewer or shorter documents"
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise RefusedError(413, message)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > limit:
-                    raise RefusedError(413, message)
-    except TimeoutError:
-        raise RefusedError(408, f"the body did not arrive within {limits.seconds:g} s") from None
-    except ClientDisconnect:
-        raise RefusedError(CLIENT_LEFT, "the client has hung up") from None
-    return bytes(body)
 
 
 def _parse(body: bytes) -> Any:

@@ -20,8 +20,8 @@ SMOOTHING = 0.2
 class QueueFullError(Exception):
     """The queue is full. `retry_after` is the estimated wait in seconds before the client should retry."""
 
-    def __init__(self, num_waiting: int, retry_after: float):
-        super().__init__(f"{num_waiting} requests are waiting, which is the limit: ask again in {retry_after:.0f} s")
+    def __init__(self, reason: str, retry_after: float):
+        super().__init__(f"{reason}: ask again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
@@ -43,6 +43,9 @@ class Ticket:
     future: "Future[torch.Tensor]" = field(default_factory=Future)
     logits: list[torch.Tensor] = field(default_factory=list)
     num_done: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_tokens = sum(map(len, self.sequences))
 
     @property
     def lengths(self) -> list[int]:
@@ -96,7 +99,8 @@ class Batcher:
         engine: returns what computes logits. It is called for each batch.
         recover: called after a batch has failed, for example to stop worker processes.
         max_tokens: the most tokens of a batch.
-        max_waiting: the most requests that wait or are computed.
+        max_waiting, max_waiting_tokens: the most requests, and the most tokens of them, that wait or are computed. A
+            single request may have more tokens.
         on_batch: called with the sequences, the tokens and the seconds of each batch.
     """
 
@@ -106,11 +110,12 @@ class Batcher:
         *,
         max_tokens: int,
         max_waiting: int,
+        max_waiting_tokens: int,
         recover: Callable[[], None] = lambda: None,
         on_batch: Callable[[int, int, float], None] = lambda sequences, tokens, seconds: None,
     ):
         self._engine, self._recover, self._on_batch = engine, recover, on_batch
-        self.max_tokens, self.max_waiting = max_tokens, max_waiting
+        self.max_tokens, self.max_waiting, self.max_waiting_tokens = max_tokens, max_waiting, max_waiting_tokens
         self._tickets: list[Ticket] = []
         self._changed = threading.Condition()
         self._is_closing = False
@@ -124,15 +129,15 @@ class Batcher:
         return sum(not ticket.future.done() for ticket in self._tickets)
 
     def full_error(self) -> QueueFullError:
-        """Returns the error of a full queue, with the estimated wait."""
-        return QueueFullError(self.max_waiting, self._estimate_wait())
+        """Returns the error of too many requests, with the estimated wait."""
+        return QueueFullError(f"{self.max_waiting} requests are waiting, which is the limit", self._estimate_wait())
 
     def submit(self, sequences: Sequence[Sequence[int]]) -> "Future[torch.Tensor]":
         """
         Adds a request. Cancel the future if nobody waits for it any more.
 
         Raises:
-            QueueFullError: too many requests wait.
+            QueueFullError: too many requests or tokens wait.
             ClosedError: the batcher is closing.
         """
         ticket = Ticket(sequences)
@@ -142,6 +147,13 @@ class Batcher:
             self._drop_done()
             if len(self._tickets) >= self.max_waiting:
                 raise self.full_error()
+            waiting = sum(other.num_tokens for other in self._tickets)
+            if waiting and waiting + ticket.num_tokens > self.max_waiting_tokens:
+                reason = (
+                    f"{waiting} tokens are waiting, and with the {ticket.num_tokens} of this request they would exceed "
+                    f"the limit of {self.max_waiting_tokens}"
+                )
+                raise QueueFullError(reason, self._estimate_wait())
             self._tickets.append(ticket)
             self._changed.notify()
         return ticket.future

@@ -58,7 +58,8 @@ class ServedReranker:
         name: what the answers call it.
         activation_fn: of the scores, as in [`CrossEncoder`]; None gives raw logits.
         max_tokens_per_batch: chosen for the device when None.
-        max_tokens_per_request, max_waiting: limits of a request and of the queue.
+        max_tokens_per_request: limit of a request.
+        max_waiting, max_waiting_tokens: limits of the queue (see [`Batcher`]).
         on_batch: see [`Batcher`].
     """
 
@@ -71,6 +72,7 @@ class ServedReranker:
         max_tokens_per_batch: int | None = None,
         max_tokens_per_request: int = 1_000_000,
         max_waiting: int = 2048,
+        max_waiting_tokens: int = 20_000_000,
         **batching: Any,
     ):
         check_one_label(cross_encoder.config, "serving")
@@ -88,6 +90,7 @@ class ServedReranker:
             cross_encoder.engine,
             max_tokens=max_tokens,
             max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens,
             recover=cross_encoder.close,
             **batching,
         )

@@ -19,7 +19,8 @@ pytest.importorskip("prometheus_client")
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from llama_bidir.serving.app import Limits, make_app
+from llama_bidir.serving.app import make_app
+from llama_bidir.serving.bodies import Limits
 from llama_bidir.serving.metrics import Metrics
 from llama_bidir.serving.requests import BodyError, RerankBody, ScoreBody, read_rerank
 from llama_bidir.serving.scorer import ServedReranker
@@ -227,6 +228,23 @@ def test_a_full_queue(serve, cross_encoder):
     slow.go.set()
     first.join()
     assert answers[0].status_code == 200
+
+
+def test_the_bodies_of_all_requests_are_limited(serve, cross_encoder):
+    client = serve(limits=Limits(all_bodies_bytes=2000))
+    slow = make_slow(client, cross_encoder)
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(ask(client, documents=["a" * 1200])))
+    first.start()
+    while not client.reranker.batcher.num_waiting:
+        time.sleep(0.01)
+    refused = ask(client, documents=["b" * 1200])
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert refused.json()["message"] == ("the requests in progress have more than 2000 bytes together: ask again later")
+    slow.go.set()
+    first.join()
+    assert answers[0].status_code == 200
+    assert ask(client, documents=["b" * 1200]).status_code == 200
 
 
 def test_a_deadline(serve, cross_encoder):

@@ -58,7 +58,9 @@ def make():
     made = []
 
     def make(engine, **options):
-        made.append(Batcher(lambda: engine, **{"max_tokens": 10, "max_waiting": 100, **options}))
+        made.append(
+            Batcher(lambda: engine, **{"max_tokens": 10, "max_waiting": 100, "max_waiting_tokens": 1000, **options})
+        )
         return made[-1]
 
     yield make
@@ -144,6 +146,18 @@ def test_a_cancelled_request_frees_its_place(make):
     assert running.result(timeout=10).item() == 1.0
     assert after.result(timeout=10).item() == 4.0
     assert [2] not in [ids for batch in engine.batches for ids in batch]
+
+
+def test_waiting_tokens_are_limited_and_a_single_large_request_is_not(make):
+    go = threading.Semaphore(0)
+    batcher = make(FakeEngine(go), max_waiting_tokens=20)
+    large = batcher.submit([[1] * 5] * 9)
+    with pytest.raises(QueueFullError, match=r"^45 tokens are waiting, and with the 1 of this request they would exc"):
+        batcher.submit([[2]])
+    go.release(100)
+    assert large.result(timeout=10).shape == (9, 1)
+    small = [batcher.submit([[number] * 5]) for number in range(4)]
+    assert [future.result(timeout=10).item() for future in small] == [0.0, 5.0, 10.0, 15.0]
 
 
 def test_an_answered_request_no_longer_waits(make):
