@@ -2,13 +2,15 @@ r"""
 Load on servers over loopback: `llama-bidir serve`, a plain FastAPI endpoint around sentence-transformers, and vLLM's
 server for CPUs, with the same reranker and the same requests.
 
-    python -m benchmarks.serving --model my-reranker --data path/to/beir/nq --clients 1 8 32 128 --seconds 30 \
-        --vllm-python path/to/python --json benchmarks/serving-cpu.json
+    python -m benchmarks.serving --model my-reranker --data path/to/beir/nq --clients 1 8 32 128 --rates 0.4 0.8 \
+        --seconds 30 --vllm-python path/to/python --json benchmarks/serving-cpu.json
 
-Run it from the root of the repository, after `pip install -e ".[all]" sentence-transformers httpx`. Each client sends a
-query with `--documents` passages, waits for the answer, and sends the next one. The servers run at the same time and
-are asked in turn, load by load, so that each has the machine to itself while it is measured. Latencies are those of the
-clients. Memory is the resident memory of the server's processes after its last request.
+Run it from the root of the repository, after `pip install -e ".[all]" sentence-transformers httpx`. Each of `--clients`
+sends a query with `--documents` passages, waits for the answer, and sends the next one. `--rates` are loads of requests
+that arrive at random times (a Poisson process), whether or not earlier ones are answered. The servers run at the same
+time and are asked in turn, load by load, so that each has the machine to itself while it is measured. Latencies are
+those of the clients, from the time at which a request arrives. Memory is the resident memory of a server after its last
+request. `--soak` then sends many small requests to the first server, and prints its memory ten times.
 """
 
 import argparse
@@ -61,13 +63,15 @@ def main() -> None:
             for number, (name, command, environment) in enumerate(commands(args, Path(work)))
         }
         check_scores(args.model, servers, requests[0], args.max_length)
-        for num_clients in args.clients:
+        for kind, amount in [*(("clients", each) for each in args.clients), *(("rate", each) for each in args.rates)]:
             for name, (port, process) in servers.items():
-                row = asyncio.run(load(port, requests, num_clients, args.seconds))
-                row = {"server": name, "clients": num_clients, **row, "memory_mib": memory(process)}
+                row = asyncio.run(load(port, requests, args.seconds, **{kind: amount}))
+                row = {"server": name, kind: amount, **row, "memory_mib": memory(process)}
                 print(json.dumps(row), flush=True)
                 rows.append(row)
+        soaked = soak(*next(iter(servers.values())), requests, args.soak) if args.soak else []
     result = {"machine": describe_machine("cpu"), "documents": args.documents, "dtype": args.dtype, "rows": rows}
+    result["soak"] = {"requests": args.soak, "memory_mib": soaked}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
@@ -81,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a reranker")
     parser.add_argument("--data", required=True, type=Path, help="BEIR folder with a first-stage run")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests per second that arrive at random")
+    parser.add_argument("--soak", type=int, default=0, help="small requests after the loads")
     parser.add_argument("--seconds", type=float, default=30, help="of each load (default: 30)")
     parser.add_argument("--documents", type=int, default=20, help="passages per request (default: 20)")
     parser.add_argument("--queries", type=int, default=50, help="different requests (default: 50)")
@@ -149,27 +155,44 @@ def check_scores(model: str, servers: dict[str, tuple[int, Any]], request: dict[
         print(f"{name}: scores differ from float32 by {difference:.3f}", flush=True)
 
 
-async def load(port: int, requests: list[dict[str, Any]], num_clients: int, seconds: float) -> dict[str, Any]:
-    """Sends requests from several clients for a time. Returns what they saw."""
+async def load(
+    port: int,
+    requests: list[dict[str, Any]],
+    seconds: float,
+    *,
+    clients: int | None = None,
+    rate: float | None = None,
+) -> dict[str, Any]:
+    """Sends requests for a time, from clients that wait for their answers or at a rate. Returns what they saw."""
     numbers, latencies, errors = count(), [], 0
     url = f"http://127.0.0.1:{port}/v1/rerank"
-    limits = httpx.Limits(max_connections=num_clients)
-    async with httpx.AsyncClient(timeout=TIMEOUT, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)) as client:
         await client.post(url, json=requests[0])
         started = time.perf_counter()
 
-        async def ask() -> None:
+        async def ask(sent: float) -> None:
             nonlocal errors
-            while time.perf_counter() - started < seconds:
-                request = requests[next(numbers) % len(requests)]
-                sent = time.perf_counter()
-                answer = await client.post(url, json=request)
-                if answer.status_code == 200 and len(answer.json()["results"]) == len(request["documents"]):
-                    latencies.append(time.perf_counter() - sent)
-                else:
-                    errors += 1
+            request = requests[next(numbers) % len(requests)]
+            answer = await client.post(url, json=request)
+            if answer.status_code == 200 and len(answer.json()["results"]) == len(request["documents"]):
+                latencies.append(time.perf_counter() - sent)
+            else:
+                errors += 1
 
-        await asyncio.gather(*(ask() for _ in range(num_clients)))
+        async def ask_repeatedly() -> None:
+            while time.perf_counter() - started < seconds:
+                await ask(time.perf_counter())
+
+        async def ask_at(arrival: float) -> None:
+            await asyncio.sleep(started + arrival - time.perf_counter())
+            await ask(started + arrival)
+
+        if clients is not None:
+            await asyncio.gather(*(ask_repeatedly() for _ in range(clients)))
+        else:
+            assert rate is not None
+            arrivals = np.random.default_rng(0).exponential(1 / rate, int(2 * rate * seconds) + 10).cumsum()
+            await asyncio.gather(*(ask_at(float(each)) for each in arrivals if each < seconds))
         elapsed = time.perf_counter() - started
     p50, p95, p99 = np.percentile(latencies, [50, 95, 99]).tolist()
     return {
@@ -182,6 +205,28 @@ async def load(port: int, requests: list[dict[str, Any]], num_clients: int, seco
     }
 
 
+def soak(port: int, process: Any, requests: list[dict[str, Any]], num_requests: int) -> list[float]:
+    """Sends requests of one short passage, eight at a time. Returns the memory (MiB) after each tenth of them."""
+    small = [{"query": each["query"], "documents": [each["documents"][0][:200]]} for each in requests]
+
+    async def send(first: int, last: int) -> None:
+        async with httpx.AsyncClient(timeout=TIMEOUT) as client:
+
+            async def ask(start: int) -> None:
+                for number in range(start, last, 8):
+                    answer = await client.post(f"http://127.0.0.1:{port}/v1/rerank", json=small[number % len(small)])
+                    answer.raise_for_status()
+
+            await asyncio.gather(*(ask(first + offset) for offset in range(8)))
+
+    found = []
+    for tenth in range(10):
+        asyncio.run(send(num_requests * tenth // 10, num_requests * (tenth + 1) // 10))
+        found.append(memory(process))
+        print(f"{num_requests * (tenth + 1) // 10} requests: {found[-1]:.0f} MiB", flush=True)
+    return found
+
+
 def memory(process: Any) -> float:
     """Returns the resident memory of a process and its children, in MiB."""
     root = psutil.Process(process.pid)
@@ -191,14 +236,14 @@ def memory(process: Any) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
-        "| clients | server | requests | requests/s | p50 (s) | p95 (s) | p99 (s) | errors | memory (MiB) |",
+        "| load | server | requests | requests/s | p50 (s) | p95 (s) | p99 (s) | errors | memory (MiB) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         speed = f"{row['requests_per_second']:.2f} | {row['p50']:.2f} | {row['p95']:.2f} | {row['p99']:.2f}"
+        kind = f"{row['clients']} clients" if "clients" in row else f"{row['rate']:g} per second"
         lines.append(
-            f"| {row['clients']} | {row['server']} | {row['requests']} | {speed} | {row['errors']} | "
-            f"{row['memory_mib']:.0f} |"
+            f"| {kind} | {row['server']} | {row['requests']} | {speed} | {row['errors']} | {row['memory_mib']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -55,7 +55,8 @@ def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
         OSError: the address cannot be used, for example because another server does.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # asyncio sets TCP_NODELAY only where the protocol is named. Without it, a client waits 40 ms for an answer's body.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
