@@ -256,4 +256,5 @@ def _error_body(status: int, message: str, *, for_tei: bool = False) -> dict[str
         kind = {429: "Overloaded", 503: "Unhealthy"}.get(status, "Validation" if status < 500 else "Backend")
         return {"error": message, "error_type": kind}
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"message": message, "error": {"message": message, "type": kind, "code": status}}
+    # `message` is Cohere's field, `error` that of OpenAI and vLLM, and `detail` that of Jina.
+    return {"message": message, "error": {"message": message, "type": kind, "code": status}, "detail": message}

@@ -78,6 +78,50 @@ def test_litellm(server, expected, monkeypatch):
         assert_same([(each["index"], each["relevance_score"]) for each in answer.results], expected)
 
 
+def test_langchain(server, expected):
+    rerankers = pytest.importorskip("langchain_cohere")
+    from langchain_core.documents import Document
+
+    reranker = rerankers.CohereRerank(base_url=server[0], cohere_api_key="secret-key", model="tiny", top_n=2)
+    found = reranker.compress_documents([Document(text) for text in DOCUMENTS], QUERY)
+    assert_same(
+        [(DOCUMENTS.index(each.page_content), each.metadata["relevance_score"]) for each in found], expected[:2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "path", "arguments"),
+    [
+        ("cohere_rerank", "CohereRerank", "", {"model": "tiny", "api_key": "secret-key"}),
+        ("jinaai_rerank", "JinaRerank", "/v1", {"model": "tiny", "api_key": "secret-key"}),
+        ("tei_rerank", "TextEmbeddingInference", "", {"auth_token": "Bearer secret-key"}),
+    ],
+)
+def test_llama_index(server, expected, module, name, path, arguments):
+    module = pytest.importorskip(f"llama_index.postprocessor.{module}")
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    nodes = [NodeWithScore(node=TextNode(text=text), score=0.0) for text in DOCUMENTS]
+    reranker = getattr(module, name)(base_url=server[0] + path, top_n=2, **arguments)
+    found = reranker.postprocess_nodes(nodes, query_str=QUERY)
+    scores = {each["corpus_id"]: each["score"] for each in expected[:2]}
+    if name == "TextEmbeddingInference":
+        scores = {index: 1 / (1 + np.exp(-score)) for index, score in scores.items()}
+    assert_same(
+        [(DOCUMENTS.index(each.node.text), each.score) for each in found],
+        [{"corpus_id": index, "score": score} for index, score in scores.items()],
+    )
+
+
+def test_jina_tells_why_a_request_is_refused(server):
+    module = pytest.importorskip("llama_index.postprocessor.jinaai_rerank")
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    reranker = module.JinaRerank(base_url=f"{server[0]}/v1", api_key="wrong")
+    with pytest.raises(RuntimeError, match=r"^the API key is missing or wrong: send Authorization: Bearer KEY$"):
+        reranker.postprocess_nodes([NodeWithScore(node=TextNode(text="a"), score=0.0)], query_str=QUERY)
+
+
 def test_a_signal_finishes_what_has_begun(folder, expected):
     command = [sys.executable, "-m", "llama_bidir", "serve", "--model", "tiny", "--port", "0", "--max-tokens-per-batch"]
     with subprocess.Popen(
