@@ -151,7 +151,6 @@ BASE = {
     "cuda": Cell(layers=30, steps=1000, groups=32, learning_rate=1e-4, max_length=256),
     "cpu": Cell(layers=6, steps=200, groups=16, group_size=4, learning_rate=3e-4, max_length=128),
 }
-
 ALL_LAYERS = BASE["cuda"].layers
 # A CPU takes minutes to score the rows of this many groups with the teacher. A GPU scores all rows.
 SCORED_ROWS = {"cuda": 0, "cpu": 3200}
@@ -171,7 +170,7 @@ def cells(base: Cell, scored_rows: int = 0) -> list[Cell]:
     few = replace(base, rows=scored_rows)
     mined = replace(few, negatives="mined")
     found += [cell for cell in (few, mined) if cell not in found]
-    if base.layers < ALL_LAYERS:
+    if base.layers < ALL_LAYERS:  # takes a CPU about an hour
         found.append(replace(mined, layers=ALL_LAYERS, steps=240, learning_rate=1e-4))
     student = replace(few, layers=max(2, base.layers // 5))
     found += [replace(student, loss=loss) for loss in (base.loss, "mse", "kl_div")]

@@ -1,7 +1,7 @@
 """
-The command line: one module a verb.
+The command line: one module per verb.
 
-A verb declares `add_arguments(parser)` and `run(arguments)`. One that has options beyond those of its parser declares
+A verb declares `add_arguments(parser)` and `run(arguments)`. A verb with options beyond those of its parser declares
 `parse_unknown(arguments, unknown, options)`, which reads them; other verbs refuse what they do not know.
 """
 
@@ -48,21 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 1 when the work failed, 2 for bad arguments or input, 130 when interrupted. An error is one line on
         standard error.
     """
-    parser = argparse.ArgumentParser(prog="llama-bidir", description="Bidirectional Llama rerankers.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verb_parsers = {}
-    for name, verb in VERBS.items():
-        summary = (verb.__doc__ or "").strip().splitlines()[0]
-        verb_parser = verb_parsers[name] = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        verb_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        verb.add_arguments(verb_parser)
-    arguments, unknown = parser.parse_known_args(argv)
-    verb, verb_parser = VERBS[arguments.verb], verb_parsers[arguments.verb]
-    options = [option for action in verb_parser._actions for option in action.option_strings]
-    if unknown and not hasattr(verb, "parse_unknown"):
-        suggestion = nearest(unknown[0], options)
-        verb_parser.error(f"unknown option {unknown[0]!r}; the nearest is {suggestion!r}")
+    arguments, unknown, options = parse(argv)
+    verb = VERBS[arguments.verb]
     signals = _raise_at_signals()
     try:
         check_launch()
@@ -92,6 +79,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_input = isinstance(error, BAD_INPUT) or (isinstance(error, OSError) and error.errno is None)
         return 2 if is_input and not isinstance(error, ScoreError) else 1
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """
+    Parses a command line, and exits with status 2 if it is wrong.
+
+    Returns:
+        the arguments, what remains for `parse_unknown` of the verb, and the options of the verb.
+    """
+    parser = argparse.ArgumentParser(prog="llama-bidir", description="Bidirectional Llama rerankers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb_parsers = {}
+    for name, verb in VERBS.items():
+        summary = (verb.__doc__ or "").strip().splitlines()[0]
+        verb_parser = verb_parsers[name] = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        verb_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        verb.add_arguments(verb_parser)
+    arguments, unknown = parser.parse_known_args(argv)
+    verb_parser = verb_parsers[arguments.verb]
+    options = [option for action in verb_parser._actions for option in action.option_strings]
+    if unknown and not hasattr(VERBS[arguments.verb], "parse_unknown"):
+        suggestion = nearest(unknown[0], options)
+        verb_parser.error(f"unknown option {unknown[0]!r}; the nearest is {suggestion!r}")
+    return arguments, unknown, options
 
 
 def _raise_at_signals() -> list[int]:

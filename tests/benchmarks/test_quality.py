@@ -31,8 +31,15 @@ def test_cells_differ_and_begin_with_the_mask(device):
     base = BASE[device]
     cells = study.cells(base, study.SCORED_ROWS[device])
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
-    assert [cell.loss for cell in cells if cell.layers != base.layers] == ["listwise_cross_entropy", "mse", "kl_div"]
-    assert [cell.negatives for cell in cells if cell.needs_teacher] == ["mined", "mixed", "mixed"]
+    assert [cell.loss for cell in cells if cell.layers < base.layers] == ["listwise_cross_entropy", "mse", "kl_div"]
+    whole = [cell.layers for cell in cells if cell.layers > base.layers]
+    assert whole == ([30] if device == "cpu" else [])
+    assert [cell.negatives for cell in cells if cell.needs_teacher] == [
+        "mined",
+        *["mined"] * len(whole),
+        "mixed",
+        "mixed",
+    ]
     assert [(cell.mask, cell.pooling, cell.seed) for cell in cells[:6]] == [
         (mask, pooling, seed) for seed in range(3) for mask, pooling in (("bidirectional", "avg"), ("causal", "last"))
     ]
