@@ -17,7 +17,7 @@ from ..cross_encoder import CrossEncoder
 from ..data import load_rows
 from ..data.files import parse_json, read_lines
 from ..evaluation import evaluate_reranker
-from ..prompts import PromptEncoder
+from ..prompts import Pair, PromptEncoder
 from ..scoring.int8 import check_int8_device, in_int8
 from ..utils.outputs import whole_folder
 from ..utils.sharing import spread
@@ -33,8 +33,6 @@ MEASURED_PAIRS = 24
 FEWEST_PAIRS = 32
 # The largest difference of the new checkpoint's scores from the old one's, relative to the largest score.
 TOLERANCE = 1e-5
-
-Pair = tuple[str, str]
 
 
 class QuantizationResult(NamedTuple):
@@ -98,7 +96,7 @@ def quantize_reranker(
         reranker, tokenizer = load_merged(name, "float32", revision=revision)
         reranker.config.int8_skip_modules = []
         cross_encoder = CrossEncoder(reranker, tokenizer, device="cpu")
-        expected = cross_encoder.predict(held_out)
+        expected = _score(cross_encoder, held_out)
         if not np.std(expected) > 0:
             raise ValueError(
                 f"{data}: the pairs all have the same score: give at least two pairs with different scores"
@@ -108,7 +106,7 @@ def quantize_reranker(
 
         def judge(stage: str) -> None:
             rounded = CrossEncoder(reranker, tokenizer, device="cpu", dtype="int8")
-            errors[stage] = _error(rounded.predict(held_out), expected)
+            errors[stage] = _error(_score(rounded, held_out), expected)
             measures.update(_measure(rounded, stage, collection, depth))
 
         judge("before")
@@ -120,7 +118,7 @@ def quantize_reranker(
         if not has_other_card(output):
             write_model_card(folder, reranker.config, os.fspath(output), metadata=read_card(name, revision=revision))
         cast_parameters(reranker, torch.float32)
-        _check_scores(cross_encoder.predict(held_out), expected)
+        _check_scores(_score(cross_encoder, held_out), expected)
         judge("after")
     skip_modules, are_held_out = reranker.config.int8_skip_modules, held_out is not calibration
     return QuantizationResult(skip_modules, len(held_out), are_held_out, errors, measures)
@@ -128,7 +126,7 @@ def quantize_reranker(
 
 def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator[Pair]:
     """
-    Yields at most `count` pairs that are spread evenly over a file.
+    Yields at most `count` pairs that are spread evenly over a file, with the instructions of rows that have one.
 
     Raises:
         FileNotFoundError, ValueError: as in [`~data.load_rows`]; a line with a `passage` breaks its rule.
@@ -146,17 +144,30 @@ def read_calibration_pairs(data: str | os.PathLike[str], count: int) -> Iterator
     for position, index in enumerate(spread(range(len(rows)), count)):
         row = rows[index]
         passages = [*row["pos_doc"], *row["neg_doc"]]
-        yield row["query"], passages[position // 2 % len(passages)]  # both kinds are in both halves
+        passage = passages[position // 2 % len(passages)]  # both kinds are in both halves
+        yield _with_instruction(row["query"], passage, row.get("instruction"), f"{data}: row {index}")
 
 
 def _read_pair(fields: Any, where: str) -> Pair:
     query, passage = (check_text(f"{where}: {name}", fields.get(name)) for name in ("query", "passage"))
-    return query, passage
+    return _with_instruction(query, passage, fields.get("instruction"), where)
+
+
+def _with_instruction(query: str, passage: str, instruction: Any, where: str) -> Pair:
+    if instruction is None:
+        return query, passage
+    return query, passage, check_text(f"{where}: instruction", instruction)
 
 
 def _split(pairs: Sequence[Pair], num_pairs: int) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Every second pair is held out, unless there are so few that calibration needs them all."""
     return (pairs[::2], pairs[1::2]) if len(pairs) >= min(2 * num_pairs, FEWEST_PAIRS) else (pairs, pairs)
+
+
+def _score(cross_encoder: CrossEncoder, pairs: Sequence[Pair]) -> np.ndarray:
+    """Returns the scores of pairs, which may have instructions."""
+    (scores,) = cross_encoder.predict_chunks([pairs])
+    return scores
 
 
 def _error(scores: np.ndarray, expected: np.ndarray) -> float:
@@ -185,12 +196,12 @@ def choose_skipped(cross_encoder: CrossEncoder, pairs: Sequence[Pair]) -> list[s
         cross_encoder: a reranker in float32.
         pairs: typical pairs.
     """
-    expected, body = cross_encoder.predict(pairs), cross_encoder.model.model
+    expected, body = _score(cross_encoder, pairs), cross_encoder.model.model
     errors = {}
     for site in find_sites(body):
         if site.consumers[0].endswith(MEASURED_SITES):
             with in_int8(body, site.consumers):
-                errors[tuple(site.consumers)] = _error(cross_encoder.predict(pairs), expected)
+                errors[tuple(site.consumers)] = _error(_score(cross_encoder, pairs), expected)
     skipped: list[str] = []
     for names in sorted(errors, key=lambda names: -errors[names]):
         if sum(error**2 for error in errors.values()) <= TARGET_ERROR**2:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import PAIRS, ROWS, lines, make_model, names, write
+from helpers import PAIRS, ROWS, lines, make_model, make_tokenizer, names, write
 
 from llama_bidir import CrossEncoder
 from llama_bidir.checkpoints.smoothing import find_sites, smooth
@@ -120,6 +120,20 @@ def test_rows_are_calibration_pairs_too(tmp_path, load):
         assert {passage in positives for _, passage in half} >= {True}
     middle = ROWS[len(ROWS) // 2]
     assert list(read_calibration_pairs(rows, 2)) == [pairs[0], (middle["query"], middle["pos_doc"][0])]
+
+
+def test_rows_keep_their_instructions(tmp_path):
+    rows = [{**row, "instruction": f"Find {number}." if number % 2 else None} for number, row in enumerate(ROWS)]
+    pairs = list(read_calibration_pairs(write(tmp_path / "rows.jsonl", lines(*rows)), 1000))
+    assert [pair[2:] for pair in pairs] == [(f"Find {number}.",) if number % 2 else () for number in range(len(ROWS))]
+    reranker = CrossEncoder(
+        make_model(prompt_template="{instruction} {query} {passage}", rerank_max_length=48),
+        make_tokenizer(eos_token="<|end|>", pad_token="<|pad|>"),
+    )
+    expected = [reranker.predict([pair[:2]], instruction="".join(pair[2:]) or None)[0] for pair in pairs]
+    np.testing.assert_allclose(quantization._score(reranker, pairs), expected, rtol=1e-5)
+    plain = write(tmp_path / "pairs.jsonl", lines({"query": "q", "passage": "p", "instruction": "Find it."}))
+    assert list(read_calibration_pairs(plain, 1)) == [("q", "p", "Find it.")]
 
 
 def test_half_of_many_pairs_is_held_out():
