@@ -200,9 +200,9 @@ def test_every_recipe_loads(block, folder):
         if "fsdp" in part:  # a run of one process leaves FSDP out
             from accelerate import FullyShardedDataParallelPlugin
 
-            sharding = arguments(CrossEncoderTrainingArguments, "out", **part).fsdp_plugin_args
-            plugin = FullyShardedDataParallelPlugin(**sharding)
-            assert (plugin.fsdp_version, plugin.state_dict_type.name) == (2, "FULL_STATE_DICT")
+            parsed = arguments(CrossEncoderTrainingArguments, "out", **part)
+            assert FullyShardedDataParallelPlugin(**parsed.fsdp_plugin_args).fsdp_version == 2
+            assert parsed.fsdp_config["state_dict_type"] == "FULL_STATE_DICT"
         else:
             assert {key: recipe[name][key] if name == "lora" else getattr(recipe[name], key) for key in part} == part
         for entry in part.get("eval_rerank", []):
