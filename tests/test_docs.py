@@ -44,6 +44,7 @@ def run_example(name, folder, *arguments, shorter=("", "")):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_plain_trainer_of_the_example_trains(base_checkpoint, tmp_path):
     (tmp_path / "rows.jsonl").write_text(lines(*ROWS[:4]))
     shorter = ("max_steps=100", "max_steps=2")
@@ -52,6 +53,7 @@ def test_the_plain_trainer_of_the_example_trains(base_checkpoint, tmp_path):
     assert (config["model_type"], config["rerank_max_length"]) == ("llama_bidirec", 256)
 
 
+@pytest.mark.slow
 def test_the_example_of_distillation(base_checkpoint, reranker_checkpoint, tmp_path):
     (tmp_path / "rows.jsonl").write_text(lines(*ROWS[:4]))
     shorter = ("num_train_epochs=2", "max_steps=2")
@@ -64,6 +66,7 @@ def test_the_example_of_distillation(base_checkpoint, reranker_checkpoint, tmp_p
     assert history[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_the_example_of_reranking(reranker_checkpoint, tmp_path):
     corpus = read_corpus(write_collection(tmp_path).corpus)
     (tmp_path / "qrels").mkdir()

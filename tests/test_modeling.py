@@ -74,8 +74,11 @@ def test_pool_packed_by_hand(pooling, expected):
 
 @pytest.mark.parametrize(
     ("case", "attn_implementation"),
-    # flex_attention takes half a minute to compile.
-    [*itertools.product(CASES, ["sdpa", "eager"]), *((case, "flex_attention") for case in CASES[:1])],
+    [
+        *itertools.product(CASES, ["sdpa", "eager"]),
+        # takes half a minute to compile
+        *(pytest.param(case, "flex_attention", marks=pytest.mark.slow) for case in CASES[:1]),
+    ],
 )
 def test_golden_logits(case, attn_implementation):
     expected = json.loads((GOLDEN / case / "expected.json").read_text())
